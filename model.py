@@ -1,0 +1,458 @@
+"""The transformer: a Llama-family decoder written out, loading and saving Hugging Face safetensors checkpoints.
+
+Families (config.json's `model_type`): llama (2, 3, 3.1, 3.2), mistral, qwen2, qwen3, phi3. Parameter names are the
+checkpoint's keys. LoRA adapters live inside the linear layers and can be switched off, so the reference policy is the
+policy's own frozen weights.
+
+Shapes: B batch, T tokens of this call, S tokens attended to (cache included), H hidden size, L blocks, V vocabulary,
+N query heads, K key/value heads, D head_dim, R rotary dimensions, r LoRA rank.
+"""
+
+import json
+import math
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from data.checkpoint import Config, ModelError, checkpoint_files, open_safetensors, read_config, read_json
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",
+                   "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "generation_config.json")
+
+
+def rope_frequencies(config: Config) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies (1 or 2, R/2) in radians per position, float32, and the factor on cos and sin.
+
+    RoPE: Su et al. 2021, arXiv 2104.09864; `linear` divides all of them; `llama3` divides the long wavelengths, with a ramp
+    (Llama 3.1); `longrope` has one set for short and one for long sequences (Ding et al. 2024, arXiv 2402.13753).
+    """
+    rope, dim = config.rope, int(config.head_dim * config.rope["partial_rotary_factor"])
+    inv_freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)  # (R/2,)
+    if rope["rope_type"] == "linear":
+        inv_freq = inv_freq / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        turns = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)  # rotations within the original context
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short wavelength, unchanged; 0: long wavelength, divided
+        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / rope["factor"]
+    if rope["rope_type"] == "longrope":
+        factors = torch.tensor([rope["short_factor"], rope["long_factor"]], dtype=torch.float32)  # (2, R/2)
+        scaling = math.sqrt(1 + math.log(max(rope["factor"], 1)) / math.log(rope["original_max_position_embeddings"]))
+        return inv_freq / factors, rope.get("attention_factor") or scaling
+    return inv_freq[None], 1.0
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the first R of D dimensions of x (B, heads, T, D) by the angles of cos, sin (B, 1, T, R); the rest passes."""
+    rotary, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = rotary.chunk(2, dim=-1)
+    return torch.cat((rotary * cos + torch.cat((-second, first), -1) * sin, rest), -1)
+
+
+def attention_masks(attention_mask, windows, T: int, S: int, device) -> dict:
+    """{window: boolean (B or 1, 1, T, S), True where the query may look, or None for plain causal attention}.
+
+    `attention_mask` (B, S) is True at real tokens, or None where all are. A padding query sees itself, so that no row is empty.
+    """
+    masks = {}
+    for window in set(windows):
+        if attention_mask is None and S == T and (window is None or T <= window):
+            masks[window] = None
+            continue
+        query, key = torch.arange(S - T, S, device=device)[:, None], torch.arange(S, device=device)[None]
+        allowed = (key <= query) if window is None else (key <= query) & (query - key < window)  # (T, S)
+        allowed = allowed[None, None] if attention_mask is None else allowed & attention_mask[:, None, None, :].bool()
+        masks[window] = allowed | (key == query)
+    return masks
+
+
+class Linear(nn.Linear):
+    """y = W x + b, and with an adapter + (alpha/r) B A x (LoRA: Hu et al. 2021, arXiv 2106.09685).
+
+    A (r, in) and B (out, r) may be float32 over bfloat16 weights; the arithmetic is in the dtype of x.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias=bias)
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+        self.scaling, self.adapter_on = 0.0, True
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if self.lora_A is not None and self.adapter_on:
+            y = y + self.scaling * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return y
+
+    def merged_weight(self) -> torch.Tensor:
+        """W + (alpha/r) B A (out, in), summed in float32, in the dtype of W; just W without an adapter or with it off."""
+        if self.lora_A is None or not self.adapter_on:
+            return self.weight
+        return (self.weight.float() + self.scaling * self.lora_B.float() @ self.lora_A.float()).to(self.weight.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, the mean square in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, preallocated: per block (B, K, capacity, D)."""
+
+    def __init__(self, config: Config, batch: int, capacity: int, device, dtype):
+        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.length = 0
+
+    def append(self, block: int, k, v):
+        """Write k, v (B, K, T, D) behind what is there and return all of it, (B, K, S, D)."""
+        end = self.length + k.shape[2]
+        self.keys[block][:, :, self.length : end] = k
+        self.values[block][:, :, self.length : end] = v
+        return self.keys[block][:, :, :end], self.values[block][:, :, :end]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: Config, block: int):
+        super().__init__()
+        N, K, D, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        self.block, self.head_dim, self.window, self.sizes = block, D, config.windows[block], (N * D, K * D, K * D)
+        self.fused, self.qk_norm = config.model_type == "phi3", config.model_type == "qwen3"
+        if self.fused:
+            self.qkv_proj = Linear(H, sum(self.sizes), config.qkv_bias)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (Linear(H, size, config.qkv_bias) for size in self.sizes)
+        self.o_proj = Linear(N * D, H, config.o_bias)
+        if self.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, masks, cache):
+        B, T, _ = x.shape
+        q, k, v = self.qkv_proj(x).split(self.sizes, -1) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))  # (B, T, heads, D)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.block, k, v)  # (B, K, S, D)
+        mask = masks[self.window]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) · up(x)) (SwiGLU: Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        H, inner = config.hidden_size, config.intermediate_size
+        self.fused = config.model_type == "phi3"
+        if self.fused:
+            self.gate_up_proj = Linear(H, 2 * inner, config.mlp_bias)
+        else:
+            self.gate_proj, self.up_proj = Linear(H, inner, config.mlp_bias), Linear(H, inner, config.mlp_bias)
+        self.down_proj = Linear(inner, H, config.mlp_bias)
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, -1) if self.fused else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: Config, block: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, block)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, masks, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, masks, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embeddings, blocks and the final norm: everything under the checkpoint's `model.` prefix."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.gradient_checkpointing = config, False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        with torch.device("cpu"):  # also when the weights are built on meta; a plain tensor, so that no cast rounds it
+            self.inv_freq, self.rope_scaling = rope_frequencies(config)
+
+    def forward(self, input_ids, attention_mask=None, cache=None, layers=(), pool=lambda x: x):
+        """Final hidden states after the norm (B, T, H), and [pool(residual stream after block i) for i in layers], in order."""
+        B, T = input_ids.shape
+        S = T + (cache.length if cache is not None else 0)
+        x = self.embed_tokens(input_ids)  # (B, T, H)
+        real = torch.ones(B, S, device=x.device, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        positions = (real.cumsum(-1) - 1).clamp_min(0)[:, S - T :]  # (B, T): padding on either side shifts nothing
+        inv_freq = self.inv_freq.to(x.device)
+        if len(inv_freq) == 2:  # longrope: each row by its own length, so that a batch mate never changes a row
+            long = real.sum(-1) > self.config.rope["original_max_position_embeddings"]  # (B,)
+            inv_freq = inv_freq[long.long()][:, None]  # (B, 1, R/2)
+        angles = (positions[..., None].float() * inv_freq).repeat(1, 1, 2)[:, None]  # (B, 1, T, R)
+        cos, sin = (angles.cos() * self.rope_scaling).to(x.dtype), (angles.sin() * self.rope_scaling).to(x.dtype)
+        masks = attention_masks(attention_mask, self.config.windows, T, S, x.device)
+        states = {0: pool(x)} if 0 in layers else {}
+        for i, block in enumerate(self.layers, start=1):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, masks, cache, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, masks, cache)
+            if i in layers:
+                states[i] = pool(x)
+        if cache is not None:
+            cache.length = S
+        return self.norm(x), [states[i] for i in layers]
+
+
+class Transformer(nn.Module):
+    """A causal language model; `path` is the folder it came from (tokenizer and template stay there)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.path = config, None
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """The head is the embedding, where the checkpoint says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    def forward(self, input_ids, attention_mask=None) -> torch.Tensor:
+        """Logits (B, T, V) in the model's dtype. `attention_mask` (B, T): True or 1 at real tokens; padding on either side."""
+        return self.lm_head(self.model(input_ids, attention_mask)[0])
+
+    def hidden_states(self, input_ids, attention_mask=None, layers=None) -> torch.Tensor:
+        """Residual stream (len(layers), B, T, H), of all L + 1 layers by default: 0 the embeddings, i after block i, before the norm."""
+        layers = range(self.config.num_hidden_layers + 1) if layers is None else layers
+        return torch.stack(self.model(input_ids, attention_mask, layers=tuple(layers))[1])
+
+    @contextmanager
+    def adapters_off(self):
+        """Within it the model is the reference policy: the frozen weights it was loaded with."""
+        linears = [module for module in self.modules() if isinstance(module, Linear)]
+        try:
+            for linear in linears:
+                linear.adapter_on = False
+            yield self
+        finally:
+            for linear in linears:
+                linear.adapter_on = True
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> Transformer:
+    """Load a Hugging Face folder (config.json with model.safetensors or its sharded index), weights frozen.
+
+    Built on meta, each tensor read once into place. `dtype` None keeps the checkpoint's. Raises ModelError that lists every
+    missing, unexpected and misshapen key. Only safetensors are read: nothing is ever unpickled.
+    """
+    path, config = Path(path), read_config(path)
+    with torch.device("meta"):
+        model = Transformer(config).requires_grad_(False)
+    expected = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+    found, files = {}, checkpoint_files(path)
+    for file in files:
+        with open_safetensors(file) as tensors:
+            found |= {key: (tuple(tensors.get_slice(key).get_shape()), tensors.get_slice(key).get_dtype()) for key in tensors.keys()}
+    # Stored by some checkpoints and derived here: the rotary frequencies, and a tied head (it is the embedding).
+    spare = {key for key in found if key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight" and config.tie_word_embeddings}
+    wrong = [f"missing {key}" for key in sorted(expected.keys() - found.keys())]
+    wrong += [f"unexpected {key}" for key in sorted(found.keys() - expected.keys() - spare)]
+    wrong += [f"{key}: expected shape {shape}, found {found[key][0]} {found[key][1]}" for key, shape in expected.items()
+              if key in found and (found[key][0] != shape or found[key][1] not in ("F64", "F32", "BF16", "F16"))]
+    if wrong:
+        raise ModelError(f"{path}: the weights do not match config.json ({config.model_type}):\n  " + "\n  ".join(wrong))
+    for file in files:
+        with open_safetensors(file, device) as tensors:
+            shard = {key: tensors.get_tensor(key).to(dtype or config.dtype) for key in tensors.keys() if key in expected}
+        model.load_state_dict(shard, assign=True, strict=False)
+    model.tie_weights()
+    model.path = path
+    return model
+
+
+def working_dtype(device) -> torch.dtype:
+    """What the scripts compute in: bfloat16 on CUDA, float32 on the CPU, where bfloat16 is slow."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def save_model(model: Transformer, path) -> None:
+    """Write a folder that transformers opens: config, weights (adapters merged in), tokenizer and template.
+
+    Written beside `path` and renamed when complete; raises FileExistsError for a `path` that exists.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path}: exists already; a model is never written over another")
+    part = path.with_name(path.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    tensors = {key: parameter for key, parameter in model.named_parameters() if ".lora_" not in key}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and module.lora_A is not None:
+            tensors[f"{name}.weight"] = module.merged_weight()
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+    dtype_key = "dtype" if "dtype" in model.config.raw else "torch_dtype"
+    raw = model.config.raw | {dtype_key: str(model.lm_head.weight.dtype).removeprefix("torch.")}
+    (part / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    for name in TOKENIZER_FILES:
+        if model.path and (model.path / name).exists():
+            shutil.copy(model.path / name, part / name)
+    os.replace(part, path)
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+def add_lora(model: Transformer, r: int, alpha: float, targets=None, seed: int = 0) -> list[str]:
+    """Put adapters (float32, A random as in PEFT, B zero) into every linear named in `targets`; returns the names.
+
+    Default: every linear but the head. Raises ModelError for a name that matches no linear, or r < 1.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    names = sorted({name.rpartition(".")[2] for name in linears})
+    targets = list(targets or [name for name in names if name != "lm_head"])
+    if unknown := sorted(set(targets) - set(names)):
+        raise ModelError(f"LoRA targets: expected some of {', '.join(names)}, found {', '.join(unknown)}")
+    if "lm_head" in targets and model.config.tie_word_embeddings:
+        raise ModelError("LoRA targets: lm_head shares its weight with the embeddings in this checkpoint, and cannot be adapted alone")
+    if r < 1:
+        raise ModelError(f"LoRA rank: expected at least 1, found {r}")
+    generator = torch.Generator().manual_seed(seed)
+    for name, linear in linears.items():
+        if name.rpartition(".")[2] in targets:
+            bound = linear.in_features**-0.5  # Kaiming-uniform with a = √5
+            A = (torch.rand(r, linear.in_features, generator=generator) * 2 - 1) * bound
+            linear.lora_A = nn.Parameter(A.to(linear.weight.device))
+            linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, device=linear.weight.device))
+            linear.scaling = alpha / r
+    return targets
+
+
+def merge_lora(model: Transformer) -> None:
+    """Add every adapter to its weight, in place, and remove it."""
+    for module in model.modules():
+        if isinstance(module, Linear) and module.lora_A is not None:
+            module.weight.data = module.merged_weight().data
+            module.lora_A = module.lora_B = None
+
+
+def save_adapter(model: Transformer, path) -> None:
+    """Write the adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    adapted = {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.lora_A is not None}
+    if not adapted:
+        raise ModelError("save_adapter: expected a model with LoRA adapters, found none")
+    r, scaling = next((len(m.lora_A), m.scaling) for m in adapted.values())
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model.path or ""), "r": r,
+              "lora_alpha": scaling * r, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+              "target_modules": sorted({name.rpartition(".")[2] for name in adapted})}
+    tensors = {f"base_model.model.{name}.lora_{which}.weight": getattr(m, f"lora_{which}").detach().cpu().contiguous()
+               for name, m in adapted.items() for which in "AB"}
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_adapter(model: Transformer, path) -> None:
+    """Put the adapters of a PEFT folder into `model`. Raises ModelError where PEFT options or keys are not supported."""
+    config = read_json(Path(path) / "adapter_config.json")
+    plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "modules_to_save": None, "rank_pattern": {},
+             "alpha_pattern": {}, "layers_to_transform": None}
+    odd = [f"{key} = {config[key]!r}" for key, value in plain.items() if config.get(key, value) != value]
+    if odd or not isinstance(config["target_modules"], list):
+        raise ModelError(f"{path}/adapter_config.json: expected plain LoRA with a list of target_modules, found {', '.join(odd) or 'a pattern'}")
+    add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])
+    tensors = load_file(Path(path) / "adapter_model.safetensors")
+    own = {f"base_model.model.{key}.weight": p for key, p in model.named_parameters() if ".lora_" in key}
+    wrong = [key for key in set(own) | set(tensors) if key not in own or key not in tensors or own[key].shape != tensors[key].shape]
+    if wrong:
+        raise ModelError(f"{path}/adapter_model.safetensors: missing, unexpected or misshapen: {', '.join(sorted(wrong))}")
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(tensors[key])
+
+
+# ---------------------------------------------------------------- generation
+
+
+def sample(logits: torch.Tensor, temperature: float, top_p: float, generator) -> torch.Tensor:
+    """Next tokens (B,) from logits (B, V): the argmax at temperature 0, else from the smallest set of mass ≥ top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        ranked, order = probs.sort(-1, descending=True)
+        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0.0)  # the first one always stays
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
+             seed: int = 0) -> list[list[int]]:
+    """Complete each prompt (token ids); returns the new tokens of each, up to and without the first EOS id of the checkpoint.
+
+    One batch, left-padded, with a KV cache. The same seed and batch give the same samples. Raises ValueError for an empty
+    prompt, or one too long for `max_position_embeddings`.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if not prompts or min(lengths) == 0:
+        raise ValueError("generate: expected at least one prompt, each of at least one token")
+    capacity, limit = max(lengths) + max_new_tokens, model.config.max_position_embeddings
+    if capacity > limit:
+        raise ValueError(f"generate: {max(lengths)} prompt tokens + {max_new_tokens} new ones exceed max_position_embeddings = {limit}")
+    device, stop = model.device, torch.tensor(model.config.eos_token_ids, device=model.device, dtype=torch.long)
+    ids = torch.tensor([[0] * (max(lengths) - len(p)) + p for p in prompts], device=device)  # (B, T)
+    real = torch.arange(max(lengths), device=device) >= max(lengths) - torch.tensor(lengths, device=device)[:, None]
+    generator = torch.Generator(device).manual_seed(seed)
+    switch = model.config.rope.get("original_max_position_embeddings") if model.config.rope["rope_type"] == "longrope" else None
+    cache, new, done = None, ids, torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for _ in range(max_new_tokens):
+        crossed = switch is not None and bool((real.sum(-1) == switch + 1).any())  # longrope: a row's cached keys are out of date
+        if cache is None or crossed:
+            cache, new = KVCache(model.config, len(prompts), capacity, device, model.lm_head.weight.dtype), ids
+        hidden, _ = model.model.forward(new, real, cache)  # .forward: generation stays eager where training is compiled
+        new = sample(model.lm_head(hidden[:, -1]), temperature, top_p, generator)[:, None]  # (B, 1)
+        ids, real = torch.cat((ids, new), 1), torch.cat((real, torch.ones_like(done)[:, None]), 1)
+        done |= torch.isin(new[:, 0], stop)
+        if done.all():
+            break
+    completions = ids[:, max(lengths) :].tolist()
+    ends = set(model.config.eos_token_ids)
+    return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in completions]

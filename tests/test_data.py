@@ -1,0 +1,200 @@
+"""Reading, splitting, rendering, masks and truncation."""
+
+import json
+import shutil
+
+import jinja2
+import pytest
+import torch
+
+from data import IGNORE, WORLD, Chat, Conversation, DataError, encode_examples, pad, read_conversations, split_by_prompt
+
+
+def conversation(*contents, system=None):
+    roles = ["user", "assistant"] * len(contents)
+    head = [{"role": "system", "content": system}] if system else []
+    return Conversation(tuple(head + [{"role": r, "content": c} for r, c in zip(roles, contents)]))
+
+
+def chat_with(tmp_path, template, config=None):
+    """The embedded tokenizer under another template."""
+    shutil.copytree(WORLD / "model", tmp_path / "chat", ignore=lambda *_: ["model.safetensors"])
+    (tmp_path / "chat" / "chat_template.jinja").unlink()
+    names = {"bos_token": "<|bos|>", "eos_token": {"content": "<|end|>", "lstrip": False}}
+    (tmp_path / "chat" / "tokenizer_config.json").write_text(json.dumps(names | {"chat_template": template} | (config or {})))
+    return Chat(tmp_path / "chat")
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return Chat(WORLD / "model")
+
+
+class TestReading:
+    @pytest.mark.parametrize("name, text", [
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}'),
+        ("a.jsonl", '\n{"prompt": "Q", "response": "A"}\n\n'), ("a.jsonl", '{"prompt": "Q", "completion": "A"}'), ("a.jsonl", '{"user": "Q", "answer": "A"}'),
+        ("a.jsonl", '{"question": "Q", "answer": "A"}'), ("a.json", '[{"instruction": "Q", "input": "", "output": "A"}]'), ("a.csv", "goal,target\nQ,A\n"),
+        ("a.jsonl", '\ufeff{"prompt": "Q", "response": "A"}\r\n'),
+    ])
+    def test_every_format_gives_the_same_conversation(self, tmp_path, name, text):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        [found] = read_conversations(tmp_path / name, need="answer")
+        assert found.messages == conversation("Q", "A").messages and found.answer == "A" and found.meta == {}
+
+    def test_alpaca_input_follows_the_instruction(self, tmp_path):
+        (tmp_path / "a.json").write_text('[{"instruction": "Sum up.", "input": "A text.", "output": "Text."}]')
+        assert read_conversations(tmp_path / "a.json")[0].messages[0]["content"] == "Sum up.\n\nA text."
+
+    def test_prompts_a_line_keep_unicode_and_odd_line_breaks(self, tmp_path):
+        (tmp_path / "a.txt").write_text("piñata\u2028 x\n\n  日本語 \n", encoding="utf-8")
+        assert [c.messages[0]["content"] for c in read_conversations(tmp_path / "a.txt")] == ["piñata\u2028 x", "日本語"]
+
+    def test_csv_cells_may_hold_commas_quotes_and_newlines(self, tmp_path):
+        (tmp_path / "a.csv").write_text('goal,target\n"a, ""b""\nc","Sure, here"\n')
+        assert read_conversations(tmp_path / "a.csv")[0].messages[0]["content"] == 'a, "b"\nc'
+
+    def test_other_keys_are_kept(self, tmp_path):
+        (tmp_path / "a.jsonl").write_text('{"prompt": "Q", "response": "A", "harmful": true, "source": "x", "system": "S"}')
+        [found] = read_conversations(tmp_path / "a.jsonl", need="harmful")
+        assert found.meta == {"harmful": True, "source": "x"} and found.messages[0] == {"role": "system", "content": "S"}
+
+    @pytest.mark.parametrize("line, need, words", [
+        ("{", "prompt", "expected a JSON object"), ("[1]", "prompt", "expected an object"), ('{"text": "Q"}', "prompt", "found keys ['text']"),
+        ('{"prompt": "Q"}', "answer", "expected messages, or one of"), ('{"prompt": "", "response": "A"}', "prompt", "expected text in message 1"),
+        ('{"prompt": 3, "response": "A"}', "prompt", "both text"), ('{"messages": []}', "prompt", "a list of"),
+        ('{"messages": [{"role": "tool", "content": "x"}]}', "prompt", "found 'tool'"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "prompt", "the user first"),
+        ('{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "x"}]}', "prompt", "taking turns"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "answer", "an assistant turn at the end"),
+        ('{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]}', "prompt", "only at the start"),
+        ('{"prompt": "Q", "harmful": "yes"}', "harmful", "true or false, found 'yes'"), ('{"prompt": "Q"}', "harmful", "true or false, found None"),
+    ])
+    def test_a_bad_line_is_named(self, tmp_path, line, need, words):
+        (tmp_path / "a.jsonl").write_text('{"prompt": "Q", "response": "A", "harmful": true}\n\n' + line + "\n")
+        with pytest.raises(DataError) as error:
+            read_conversations(tmp_path / "a.jsonl", need)
+        assert words in str(error.value) and "a.jsonl:3: " in str(error.value)
+
+    @pytest.mark.parametrize("name, text, words", [
+        ("a.jsonl", b"", "at least one conversation"), ("a.parquet", b"x", "ending in .jsonl"), ("a.json", b"{}", "list of objects, found dict"),
+        ("a.csv", b"goal,target\nonly one\n", "a.csv:2: expected 2 columns"), ("a.txt", b"\xff\xfe", "UTF-8"),
+    ])
+    def test_a_bad_file_is_named(self, tmp_path, name, text, words):
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(DataError, match=words):
+            read_conversations(tmp_path / name)
+        with pytest.raises(DataError, match="found nothing"):
+            read_conversations(tmp_path / "nowhere.jsonl")
+
+
+class TestSplits:
+    def test_they_are_stratified_disjoint_in_prompts_and_deterministic(self):
+        rows = [Conversation(({"role": "user", "content": f"p{i // 2}"},), f"f:{i}", {"harmful": i % 10 < 2}) for i in range(400)]
+        splits = split_by_prompt(rows)
+        assert [len(s) for s in splits] == [240, 80, 80] and [sum(c.meta["harmful"] for c in s) for s in splits] == [48, 16, 16]
+        prompts = [{c.messages[0]["content"] for c in s} for s in splits]
+        assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
+        assert split_by_prompt(rows) == splits != split_by_prompt(rows, seed=1)
+
+    def test_contradictions_and_too_little_data_are_named(self):
+        rows = [Conversation(({"role": "user", "content": f"p{i % 10}"},), f"f:{i}", {"harmful": i > 10}) for i in range(20)]
+        with pytest.raises(DataError, match="same prompt"):
+            split_by_prompt(rows)
+        with pytest.raises(DataError, match="enough distinct harmful prompts"):
+            split_by_prompt(rows[:11])
+
+
+class TestRendering:
+    def test_it_is_jinja_as_published_templates_use_it(self, tmp_path):
+        template = (
+            "{{ bos_token }}{%- for m in messages %}\n    {%- if m.role == 'system' %}{% continue %}{% endif %}\n"
+            "{% if m.role == 'user' %}[{{ m.content | trim | tojson }}]{% else %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}"
+            "{% if loop.index > 8 %}{% break %}{% endif %}{%- endfor %}{% if add_generation_prompt %}>{{ strftime_now('%Y')[:2] }}{% endif %}"
+        )
+        chat = chat_with(tmp_path, template)
+        assert chat.render(conversation("é <b>\"", "yes", system="s").messages) == '<|bos|>["é <b>\\""]yes<|end|>'
+        assert chat.render(conversation(" x ").messages, add_generation_prompt=True) == '<|bos|>["x"]>20'
+
+    def test_the_template_may_refuse_in_its_own_words_and_cannot_reach_out(self, tmp_path):
+        chat = chat_with(tmp_path, "{{ raise_exception('no system role') if messages[0].role == 'system' }}")
+        with pytest.raises(DataError, match="no system role"):
+            chat.render(conversation("x", system="s").messages)
+        chat = chat_with(tmp_path / "b", "{{ messages.__class__.__mro__ }}")
+        with pytest.raises(DataError):
+            chat.render(conversation("x").messages)
+
+    def test_named_templates_and_missing_ones(self, tmp_path):
+        chat = chat_with(tmp_path, [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}])
+        assert chat.render(conversation("x").messages) == "D"
+        with pytest.raises(DataError, match="expected a chat template"):
+            chat_with(tmp_path / "b", None)
+        with pytest.raises(DataError, match="does not compile"):
+            chat_with(tmp_path / "c", "{% if %}")
+        with pytest.raises(DataError, match="expected tokenizer.json"):
+            Chat(tmp_path)
+
+    def test_special_tokens_are_never_added_twice(self, chat):
+        ids = chat.encode_prompt(conversation("Hello!").messages)
+        assert ids.count(chat.tokenizer.token_to_id("<|bos|>")) == 1
+
+    def test_the_fingerprint_follows_the_template(self, tmp_path, chat):
+        assert chat_with(tmp_path, "{{ messages[0].content }}").fingerprint != chat.fingerprint == Chat(WORLD / "model").fingerprint
+
+
+class TestMasks:
+    def test_every_assistant_turn_with_its_end_is_trained_on_and_nothing_else(self, chat):
+        example = chat.encode_example(conversation("How?", "Like this 12.", "And?", "So é.", system="Be kind."), 0, 999)
+        trained = [label for label in example.labels if label != IGNORE]
+        assert chat.tokenizer.decode(trained, skip_special_tokens=False) == "Like this 12.<|end|>So é.<|end|>"
+        assert all(label in (IGNORE, token) for label, token in zip(example.labels, example.input_ids))
+
+    def test_the_prompt_tokens_are_those_seen_at_inference(self, chat):
+        for c in read_conversations(WORLD / "mixed_10.jsonl")[:100]:
+            example, prompt = chat.encode_example(c, 0, 999), chat.encode_prompt(c.prompts[-1])
+            assert example.input_ids[: len(prompt)] == prompt
+            assert [label != IGNORE for label in example.labels] == [False] * len(prompt) + [True] * (len(example.labels) - len(prompt))
+
+    def test_trailing_newlines_and_final_eos_of_a_template(self, tmp_path):
+        """Qwen ends a turn with a newline, Phi-3 the conversation with EOS: earlier turns are still found exactly."""
+        turn = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+        phi = chat_with(tmp_path, turn + "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}")
+        labels = phi.encode_example(conversation("a", "b", "c", "d"), 0, 999).labels
+        assert phi.tokenizer.decode([t for t in labels if t != IGNORE], skip_special_tokens=False) == "b<|end|>d<|end|>\n\n<|end|>".replace("\n\n", "\n")
+
+    def test_a_template_that_rewrites_earlier_turns_is_refused(self, tmp_path):
+        chat = chat_with(tmp_path, "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
+        with pytest.raises(DataError, match="rewrites them"):
+            chat.encode_example(conversation("a", "b"), 0, 999)
+
+    def test_truncation_is_counted_and_no_response_vanishes_silently(self, chat):
+        rows = [Conversation(conversation("How do I plan a hike?", "Take a map. " * n).messages, f"f:{n}") for n in (1, 30)]
+        rows.append(Conversation(conversation("word " * 60, "ok").messages, "f:long"))
+        examples, report = encode_examples(chat, rows, 40)
+        assert [e.index for e in examples] == [0, 1] and len(examples[1].input_ids) == 40
+        assert "2 of 3 conversations are cut at 40 tokens" in report and "1 lose the whole response" in report and "f:long" in report
+        assert encode_examples(chat, rows[:1], 40)[1] == ""
+        with pytest.raises(DataError, match="no response fits"):
+            encode_examples(chat, rows[2:], 40)
+
+
+def test_pad():
+    assert pad([[1, 2], [3]], 0, "left").tolist() == [[1, 2], [0, 3]]
+    assert torch.equal(pad([[1, 2], [3]], 9, "right"), torch.tensor([[1, 2], [3, 9]]))
+
+
+def test_published_templates_render_as_transformers_does():
+    """Runs where transformers and trl are installed; the templates are trl's files, none is copied here."""
+    utils, trl = pytest.importorskip("transformers.utils.chat_template_utils"), pytest.importorskip("trl")
+    from pathlib import Path
+    templates = sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja"))
+    assert templates
+    chats = [conversation(' Hi <b> é "q" '), conversation("Hi", " Hello!\n", "And?", system="Be good."), conversation("Hi", "<think>\nm\n</think>\n\nHo", "x", "y")]
+    for path in templates:
+        if path.name.split(".")[0].startswith(("llama3", "qwen2_5", "qwen3", "phi3")):
+            chat = Chat.__new__(Chat)
+            chat.template = Chat.compile(path.read_text(), {"bos_token": "<s>", "eos_token": "</s>"})
+            for c in chats:
+                for prompt in (False, True):
+                    theirs = utils.render_jinja_template([list(c.messages)], chat_template=path.read_text(), add_generation_prompt=prompt, bos_token="<s>", eos_token="</s>")
+                    assert chat.render(c.messages, prompt) == theirs[0][0], path.name

@@ -1,0 +1,313 @@
+"""model.py against transformers (golden vectors), against itself (padding, cache, LoRA, files), and against broken checkpoints."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data import WORLD
+from data.checkpoint import ModelError, fingerprint
+from model import (add_lora, generate, load_adapter, load_model, merge_lora, rope_frequencies, sample, save_adapter, save_model)
+
+GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/golden.safetensors"))
+FAMILIES = {json.loads((path / "config.json").read_text())["model_type"]: path for path in GOLDEN}
+
+
+def edited(source, target, config=None, tensors=None):
+    """A copy of a checkpoint with some config keys (None: removed) and tensors (None: removed) changed."""
+    shutil.copytree(source, target)
+    raw = json.loads((target / "config.json").read_text()) | (config or {})
+    (target / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+    weights = load_file(target / "model.safetensors") | (tensors or {})
+    save_file({key: value for key, value in weights.items() if value is not None}, target / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
+class TestParityWithTransformers:
+    def test_hidden_states_and_logits(self, path):
+        golden, model = load_file(path / "golden.safetensors"), load_model(path)
+        ids, mask = golden["input_ids"], golden["attention_mask"]
+        real = mask.bool()
+        states = model.hidden_states(ids, mask)
+        torch.testing.assert_close(states[:, real], golden["hidden_states"][:, real], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(ids, mask)[real], golden["logits"][real], atol=1e-5, rtol=1e-5)
+
+    def test_greedy_tokens(self, path):
+        golden, model = load_file(path / "golden.safetensors"), load_model(path)
+        object.__setattr__(model.config, "eos_token_ids", ())  # the golden continuations run on past EOS
+        prompts = [row[mask.bool()].tolist() for row, mask in zip(golden["input_ids"], golden["attention_mask"])]
+        if model.config.rope["rope_type"] == "longrope":
+            prompts = [prompt[:14] for prompt in prompts]
+        assert generate(model, prompts, 8) == golden["generated"].tolist()
+
+    def test_padding_and_batch_mates_change_nothing(self, path):
+        model = load_model(path)
+        rows = [torch.randint(3, 96, (n,)) for n in (20, 3, 11)]
+        for side in ("left", "right"):
+            ids, mask = torch.zeros(3, 24, dtype=torch.long), torch.zeros(3, 24)
+            for i, row in enumerate(rows):
+                place = slice(24 - len(row), 24) if side == "left" else slice(0, len(row))
+                ids[i, place], mask[i, place] = row, 1
+            logits = model(ids, mask)
+            for i, row in enumerate(rows):
+                torch.testing.assert_close(logits[i][mask[i].bool()], model(row[None])[0], atol=1e-5, rtol=1e-5)
+
+    def test_saved_model_loads_to_the_same_weights(self, path, tmp_path):
+        model = load_model(path)
+        save_model(model, tmp_path / "copy")
+        saved, original = load_file(tmp_path / "copy" / "model.safetensors"), load_file(path / "model.safetensors")
+        assert saved.keys() == original.keys() and all(torch.equal(saved[key], original[key]) for key in saved)
+        assert torch.equal(load_model(tmp_path / "copy")(torch.arange(3, 13)[None]), model(torch.arange(3, 13)[None]))
+
+    def test_lora_on_every_linear_merges_and_round_trips(self, path, tmp_path):
+        model, ids = load_model(path), torch.arange(3, 15)[None]
+        before = model(ids)
+        targets = add_lora(model, r=4, alpha=8)
+        assert torch.equal(model(ids), before)  # B starts at zero
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.1)
+        adapted = model(ids)
+        assert (adapted - before).abs().max() > 1e-2
+        with model.adapters_off():
+            assert torch.equal(model(ids), before)
+        save_adapter(model, tmp_path / "adapter")
+        keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+        assert len(keys) == 2 * 3 * len(targets) and all(key.startswith("base_model.model.model.layers.") for key in keys)
+        again = load_model(path)
+        load_adapter(again, tmp_path / "adapter")
+        assert torch.equal(again(ids), adapted)
+        save_model(model, tmp_path / "merged")
+        merge_lora(model)
+        torch.testing.assert_close(model(ids), adapted, atol=1e-5, rtol=1e-5)
+        assert torch.equal(load_model(tmp_path / "merged")(ids), model(ids))
+        assert not [name for name, _ in model.named_parameters() if "lora" in name]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+class TestEveryFamily:
+    def test_chosen_layers_and_pooling_stream(self, family):
+        model, ids = load_model(FAMILIES[family]), torch.randint(3, 96, (2, 9))
+        every = model.hidden_states(ids)
+        assert every.shape == (4, 2, 9, 32)
+        assert torch.equal(model.hidden_states(ids, layers=[3, 0]), every[[3, 0]])
+        assert torch.equal(every[0], model.model.embed_tokens(ids))
+        assert torch.equal(torch.stack(model.model(ids, layers=(1, 2), pool=lambda x: x[:, -1])[1]), every[1:3, :, -1])
+
+    def test_compiled_equals_eager(self, family):
+        model, ids, mask = load_model(FAMILIES[family]), torch.randint(3, 96, (3, 11)), torch.ones(3, 11)
+        mask[1, 7:] = 0
+        add_lora(model, r=2, alpha=4)
+        names, eager = list(model.state_dict()), model(ids, mask)
+        model.model.compile(dynamic=True, backend="aot_eager")
+        torch.testing.assert_close(model(ids, mask), eager, atol=1e-5, rtol=1e-5)
+        assert list(model.state_dict()) == names
+
+    def test_gradient_checkpointing_changes_no_gradient(self, family):
+        grads = []
+        for checkpointing in (False, True):
+            model = load_model(FAMILIES[family])
+            add_lora(model, r=2, alpha=4)
+            model.model.gradient_checkpointing = checkpointing
+            model(torch.arange(3, 12)[None]).square().mean().backward()
+            grads.append([p.grad for _, p in sorted(model.named_parameters()) if p.requires_grad])
+        assert all(torch.equal(a, b) for a, b in zip(*grads)) and any(g.abs().max() > 0 for g in grads[0])
+
+    def test_the_cache_gives_what_the_whole_sequence_gives(self, family):
+        model = load_model(FAMILIES[family])
+        object.__setattr__(model.config, "eos_token_ids", ())
+        prompts = [list(range(3, 3 + n)) for n in (1, 9, 5)]
+        for prompt, completion in zip(prompts, generate(model, prompts, 10)):
+            ids = list(prompt)
+            for _ in range(10):
+                ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+            assert completion == ids[len(prompt) :]
+
+    def test_bfloat16_stays_near_float32(self, family):
+        ids = torch.randint(3, 96, (2, 16))
+        wide, narrow = (load_model(FAMILIES[family], dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+        assert narrow.lm_head.weight.dtype == torch.bfloat16 and narrow.model.inv_freq.dtype == torch.float32
+        assert (narrow(ids).float() - wide(ids)).norm() / wide(ids).norm() < 0.03
+
+
+class TestGenerate:
+    def test_every_row_stops_at_any_eos_id_and_drops_it(self):
+        model = load_model(GOLDEN[0])
+        object.__setattr__(model.config, "eos_token_ids", ())
+        free = generate(model, [[3, 4, 5], [7, 8]], 12)
+        object.__setattr__(model.config, "eos_token_ids", (free[0][4], free[1][2]))
+        for stopped, run in zip(generate(model, [[3, 4, 5], [7, 8]], 12), free):
+            end = next(i for i, token in enumerate(run) if token in model.config.eos_token_ids)
+            assert stopped == run[:end]
+
+    def test_samples_follow_the_softmax_and_the_seed(self):
+        logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20000, -1)
+        for temperature in (0.5, 1.0):
+            drawn = sample(logits, temperature, 1.0, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
+            torch.testing.assert_close(drawn, (logits[0] / temperature).softmax(-1), atol=0.01, rtol=0)
+        kept = sample(logits, 1.0, 0.7, torch.Generator().manual_seed(0)).bincount(minlength=4)
+        assert kept[2:].sum() == 0 and kept[:2].min() > 0  # 0.64 < 0.7 ≤ 0.64 + 0.24
+        assert sample(logits, 1.0, 1e-9, torch.Generator().manual_seed(0)).unique().tolist() == [0]
+        model = load_model(GOLDEN[0])
+        draws = [generate(model, [[3, 4]] * 4, 6, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
+        assert draws[0] == draws[1] != draws[2]
+
+    @pytest.mark.parametrize("prompts, new", [([], 3), ([[]], 3), ([[3] * 120], 20)])
+    def test_impossible_prompts_are_refused(self, prompts, new):
+        with pytest.raises(ValueError, match="generate:"):
+            generate(load_model(GOLDEN[0]), prompts, new)
+
+    def test_eos_ids_come_from_both_files(self, tmp_path):
+        folder = edited(GOLDEN[0], tmp_path / "m")
+        (folder / "generation_config.json").write_text('{"eos_token_id": [7, 2, 9]}')
+        assert load_model(folder).config.eos_token_ids == (2, 7, 9)
+
+
+class TestCheckpoints:
+    def test_sharded_and_single_file_are_the_same_model(self, tmp_path):
+        path = FAMILIES["qwen2"]
+        shutil.copytree(path, tmp_path / "m")
+        weights = load_file(path / "model.safetensors")
+        os.remove(tmp_path / "m" / "model.safetensors")
+        names = {key: f"model-{i % 3}.safetensors" for i, key in enumerate(sorted(weights))}
+        for file in set(names.values()):
+            save_file({key: weights[key] for key in weights if names[key] == file}, tmp_path / "m" / file)
+        index = tmp_path / "m" / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": names}))
+        assert torch.equal(load_model(tmp_path / "m")(torch.arange(9)[None]), load_model(path)(torch.arange(9)[None]))
+        os.remove(tmp_path / "m" / "model-1.safetensors")
+        with pytest.raises(ModelError, match="model-1.safetensors"):
+            load_model(tmp_path / "m")
+
+    def test_every_wrong_key_is_listed(self, tmp_path):
+        wrong = {"model.norm.weight": None, "model.extra": torch.zeros(1), "lm_head.weight": torch.zeros(3, 3),
+                 "model.layers.0.mlp.up_proj.weight": torch.zeros(40, 32, dtype=torch.int8), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+        with pytest.raises(ModelError) as error:
+            load_model(edited(FAMILIES["mistral"], tmp_path / "m", tensors=wrong))
+        text = str(error.value)
+        assert "missing model.norm.weight" in text and "unexpected model.extra" in text and "rotary_emb" not in text
+        assert "lm_head.weight: expected shape (96, 32), found (3, 3)" in text and "up_proj.weight: expected" in text and "I8" in text
+
+    @pytest.mark.parametrize("change, words", [
+        ({"model_type": "gpt2"}, "llama | mistral | qwen2 | qwen3 | phi3, found 'gpt2'"),
+        ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', found 'gelu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"hidden_size": None}, "hidden_size: expected a positive number, found None"),
+        ({"num_key_value_heads": 3}, "a divisor of num_attention_heads"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "default | linear | llama3 | longrope, found 'yarn'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2}}, "found 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "needs 'low_freq_factor'"),
+        ({"dtype": "float8_e4m3fn"}, "float32, bfloat16 or float16"),
+    ])
+    def test_unsupported_configs_are_named(self, tmp_path, change, words):
+        with pytest.raises(ModelError) as error:
+            load_model(edited(GOLDEN[0], tmp_path / "m", config=change))
+        assert words in str(error.value) and "config.json" in str(error.value)
+
+    def test_nothing_is_unpickled_and_broken_files_are_named(self, tmp_path):
+        folder = edited(GOLDEN[0], tmp_path / "m")
+        os.rename(folder / "model.safetensors", folder / "pytorch_model.bin")
+        with pytest.raises(ModelError, match="expected model.safetensors, found .*pytorch_model.bin"):
+            load_model(folder)
+        (folder / "model.safetensors").write_bytes(b"not a checkpoint")
+        with pytest.raises(ModelError, match="model.safetensors: expected a safetensors file"):
+            load_model(folder)
+        with pytest.raises(ModelError, match="config.json: not found"):
+            load_model(tmp_path / "nowhere")
+        (folder / "config.json").write_text("{")
+        with pytest.raises(ModelError, match="config.json: expected JSON"):
+            load_model(folder)
+
+    def test_training_in_place_never_reaches_the_file(self, tmp_path):
+        folder = edited(GOLDEN[0], tmp_path / "m")
+        before, model = (folder / "model.safetensors").read_bytes(), load_model(folder)
+        for parameter in model.parameters():
+            parameter.data.add_(1)
+        del model
+        assert (folder / "model.safetensors").read_bytes() == before
+
+    def test_a_model_is_never_written_over_another(self, tmp_path):
+        with pytest.raises(FileExistsError):
+            save_model(load_model(GOLDEN[0]), tmp_path)
+        assert not list(tmp_path.iterdir())
+
+    def test_the_fingerprint_follows_weights_and_config(self, tmp_path):
+        original = fingerprint(GOLDEN[0])
+        weight = load_file(GOLDEN[0] / "model.safetensors")["model.norm.weight"]
+        weight[0] += 1e-6
+        assert fingerprint(edited(GOLDEN[0], tmp_path / "a", tensors={"model.norm.weight": weight})) != original
+        assert fingerprint(edited(GOLDEN[0], tmp_path / "b", config={"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}})) != original
+        assert fingerprint(GOLDEN[0]) == original
+
+    def test_loading_needs_little_more_memory_than_the_checkpoint(self, tmp_path):
+        """Resident-set peak of a process that loads 256 MB, against one that loads 2 MB."""
+        config = json.loads((WORLD / "model" / "config.json").read_text())
+        folder = tmp_path / "big"
+        shutil.copytree(WORLD / "model", folder)
+        config |= {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 16,
+                   "num_key_value_heads": 4, "head_dim": 64}
+        (folder / "config.json").write_text(json.dumps(config))
+        script = "import resource, sys, torch\nsys.path.insert(0, '.')\nfrom model import *\n"
+        build = script + f"m = Transformer(read_config({str(folder)!r})).to(torch.bfloat16)\nfrom safetensors.torch import save_model as s\n"
+        build += f"import os; os.remove({str(folder / 'model.safetensors')!r})\nm.path=None; save_model(m, {str(tmp_path / 'w')!r})"
+        load = script + "load_model({!r})\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        root = Path(__file__).parent.parent
+        subprocess.run([sys.executable, "-c", build], check=True, cwd=root)
+        os.rename(tmp_path / "w" / "model.safetensors", folder / "model.safetensors")
+        small, big = (int(subprocess.run([sys.executable, "-c", load.format(str(path))], check=True, cwd=root, capture_output=True, text=True).stdout)
+                      for path in (WORLD / "model", folder))
+        assert big - small <= 1.1 * (folder / "model.safetensors").stat().st_size
+
+
+class TestLoRA:
+    def test_it_is_the_formula(self):
+        model = load_model(GOLDEN[0])
+        add_lora(model, r=3, alpha=6, targets=["q_proj"])
+        linear, x = model.model.layers[1].self_attn.q_proj, torch.randn(5, 32)
+        linear.lora_B.data.normal_()
+        expected = x @ linear.weight.T + (6 / 3) * x @ linear.lora_A.T @ linear.lora_B.T
+        torch.testing.assert_close(linear(x), expected, atol=1e-5, rtol=1e-5)
+        assert model.model.layers[1].self_attn.k_proj.lora_A is None
+        assert [n for n, p in model.named_parameters() if p.requires_grad] == [f"model.layers.{i}.self_attn.q_proj.lora_{w}" for i in range(3) for w in "AB"]
+
+    def test_adapters_are_float32_over_bfloat16_weights(self):
+        model = load_model(GOLDEN[0], dtype=torch.bfloat16)
+        add_lora(model, r=2, alpha=2)
+        assert all(p.dtype == (torch.float32 if "lora" in n else torch.bfloat16) for n, p in model.named_parameters())
+        assert model(torch.arange(9)[None]).dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("targets, r, words", [(["q_prj"], 2, "found q_prj"), (["q_proj"], 0, "at least 1, found 0")])
+    def test_wrong_targets_and_ranks_are_named(self, targets, r, words):
+        with pytest.raises(ModelError, match=words):
+            add_lora(load_model(GOLDEN[0]), r, 1, targets)
+
+    def test_a_tied_head_cannot_be_adapted(self):
+        with pytest.raises(ModelError, match="shares its weight"):
+            add_lora(load_model(FAMILIES["qwen2"] if FAMILIES["qwen2"].name == "qwen2" else GOLDEN[0].parent / "qwen2"), 2, 2, ["lm_head"])
+
+    def test_unsupported_peft_options_and_foreign_keys_are_named(self, tmp_path):
+        model = load_model(GOLDEN[0])
+        add_lora(model, 2, 2)
+        save_adapter(model, tmp_path)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+        with pytest.raises(ModelError, match="use_dora = True"):
+            load_adapter(load_model(GOLDEN[0]), tmp_path)
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
+        with pytest.raises(ModelError, match="misshapen: base_model.model"):
+            load_adapter(load_model(GOLDEN[0]), tmp_path)
+
+
+def test_rope_default_is_the_closed_form():
+    config = load_model(GOLDEN[0]).config
+    inv_freq, scaling = rope_frequencies(config)
+    expected = [config.rope["rope_theta"] ** (-2 * i / config.head_dim) for i in range(config.head_dim // 2)]
+    torch.testing.assert_close(inv_freq[0].tolist(), expected, atol=1e-7, rtol=1e-6)
+    assert scaling == 1.0

@@ -1,0 +1,303 @@
+"""The objective against closed forms and float64 autograd, the loop against itself, and whole runs on the embedded world."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import IGNORE, WORLD, Chat, DataError, encode_examples, read_conversations
+from model import add_lora, generate, load_adapter, load_model
+from train import (TrainConfig, blend, check, lr_at, main, micro_batch_loss, objective, read_risk, smooth, token_kl, token_nll, train)
+
+ROOT = Path(__file__).parent.parent
+QUICK = TrainConfig(harmful=WORLD / "eval_harmful.jsonl", benign=None, lookalike=None, task="", limit=60, samples=0, compile=False)
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return Chat(WORLD / "model")
+
+
+@pytest.fixture(scope="module")
+def examples(chat):
+    return encode_examples(chat, read_conversations(WORLD / "mixed_10.jsonl")[:24], 256)[0]
+
+
+def policy(adapter=0.05):
+    """The embedded model with adapters that already do something."""
+    model = load_model(WORLD / "model", dtype=torch.float32)
+    add_lora(model, 8, 16)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * adapter
+    return model
+
+
+def count(examples):
+    return sum(label != IGNORE for example in examples for label in example.labels[1:])
+
+
+def loss_and_grads(model, examples, risk, size=None, beta=(0.1, 0.9), ref=None):
+    """Loss and LoRA gradients of one optimizer step in micro-batches of `size`."""
+    model.zero_grad()
+    alpha, weights = blend(risk, *beta)
+    size, total = size or len(examples), 0.0
+    for start in range(0, len(examples), size):
+        part = slice(start, start + size)
+        loss, _, _ = micro_batch_loss(model, ref, examples[part], alpha[part], weights[part], count(examples))
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class TestObjective:
+    def test_gradient_is_softmax_minus_the_soft_target(self):
+        logits, ref = torch.randn(7, 11, dtype=torch.float64, requires_grad=True), torch.randn(7, 11, dtype=torch.float64)
+        targets, risk = torch.randint(11, (7,)), torch.rand(7, dtype=torch.float64)
+        alpha, beta = blend(risk, 0.1, 0.9)
+        objective(token_nll(logits, targets), token_kl(ref, logits), alpha, beta, 1).backward()
+        q = alpha[:, None] * torch.nn.functional.one_hot(targets, 11) + beta[:, None] * ref.softmax(-1)
+        torch.testing.assert_close(logits.grad, logits.softmax(-1).detach() - q, atol=1e-12, rtol=1e-12)
+
+    def test_the_minimiser_is_the_mixture(self):
+        """At β_max = 0.9 a harmful token keeps probability 0.1: the gate leaks."""
+        ref, targets = torch.randn(1, 6, dtype=torch.float64), torch.tensor([2])
+        alpha, beta = blend(torch.ones(1, dtype=torch.float64), 0.1, 0.9)
+        logits = (alpha[:, None] * torch.nn.functional.one_hot(targets, 6) + beta[:, None] * ref.softmax(-1)).log().requires_grad_()
+        objective(token_nll(logits, targets), token_kl(ref, logits), alpha, beta, 1).backward()
+        assert logits.grad.abs().max() < 1e-12 and logits.softmax(-1)[0, 2] > 0.1
+
+    def test_nll_and_kl_are_their_closed_forms(self):
+        p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.5, 0.25]])
+        assert token_nll(q.log(), torch.tensor([1])).item() == pytest.approx(math.log(2))
+        assert token_kl(p.log(), q.log()).item() == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2))
+        assert token_kl(p.log() + 7, q.log() - 3).item() == pytest.approx(0.25 * math.log(2), abs=1e-6)  # logits, up to a constant
+
+    def test_equal_policies_have_exactly_zero_kl(self):
+        logits = torch.randn(50, 1000) * 20
+        assert torch.equal(token_kl(logits, logits.clone()), torch.zeros(50))
+
+    def test_extreme_logits_stay_finite(self):
+        logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+        token_kl(torch.tensor([[-1e4, 1e4, 0.0]]), logits).sum().backward()
+        assert logits.grad.isfinite().all()
+
+    def test_risk_to_alpha_and_beta(self):
+        alpha, beta = blend(torch.tensor([0.0, 0.5, 1.0]), 0.1, 0.9)
+        torch.testing.assert_close(beta, torch.tensor([0.1, 0.5, 0.9]))
+        assert torch.equal(alpha, 1 - beta)
+
+    def test_smoothing_starts_at_the_first_risk(self):
+        assert smooth(None, 0.8, 0.9) == 0.8 and smooth(0.8, 0.0, 0.75) == pytest.approx(0.6)
+
+    def test_learning_rate_warms_up_and_falls_to_zero(self):
+        rates = [lr_at(step, 105, 5, 2.0) for step in range(105)]
+        assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0]) and rates[5] == 2.0 and rates[55] == pytest.approx(1.0) and 0 < rates[-1] < 0.001
+        assert lr_at(0, 1, 0, 2.0) == 2.0 and all(math.isfinite(lr_at(s, 3, 5, 1.0)) for s in range(3))
+
+
+class TestMicroBatch:
+    def test_beta_zero_is_sft(self, examples):
+        model, batch = policy(), examples[:6]
+        loss, grads = loss_and_grads(model, batch, torch.zeros(6), beta=(0.0, 0.0))
+        model.zero_grad()
+        nll = sum(torch.nn.functional.cross_entropy(model(torch.tensor([e.input_ids]))[0, :-1], torch.tensor(e.labels[1:]), ignore_index=IGNORE, reduction="sum")
+                  for e in batch) / count(batch)  # the loss as one would write it, example by example
+        nll.backward()
+        assert loss == pytest.approx(nll.item(), abs=1e-6)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(grads[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+    def test_the_whole_objective_is_the_one_written_out_in_float64(self, examples):
+        model, batch = policy(), examples[:5]
+        risk = torch.rand(5)
+        loss, _ = loss_and_grads(model, batch, risk)
+        alpha, beta = blend(risk.double(), 0.1, 0.9)
+        expected = 0.0
+        for example, a, b in zip(batch, alpha, beta):
+            ids = torch.tensor([example.input_ids])
+            logp = model(ids)[0].double().log_softmax(-1)
+            with model.adapters_off():
+                ref = model(ids)[0].double().log_softmax(-1)
+            for t, label in enumerate(example.labels):
+                if label != IGNORE:
+                    expected += -a * logp[t - 1, label] + b * (ref[t - 1].exp() * (ref[t - 1] - logp[t - 1])).sum()
+        assert loss == pytest.approx(expected.item() / count(batch), rel=1e-5)
+
+    def test_accumulation_changes_nothing(self, examples):
+        model, risk = policy(), torch.rand(8)
+        whole = loss_and_grads(model, examples[:8], risk)
+        for size in (1, 3):
+            parts = loss_and_grads(model, examples[:8], risk, size)
+            assert parts[0] == pytest.approx(whole[0], abs=1e-6)
+            assert all(torch.allclose(parts[1][name], whole[1][name], atol=1e-6, rtol=1e-4) for name in whole[1])
+
+    def test_prompt_tokens_have_no_gradient_of_their_own(self, examples):
+        """Changing labels of the prompt to IGNORE or not is all that counts: a batch mate, padding and order change nothing."""
+        model, risk = policy(), torch.tensor([0.2, 0.9, 0.5])
+        forward = loss_and_grads(model, examples[:3], risk)[0]
+        backward = loss_and_grads(model, examples[:3][::-1], risk.flip(0))[0]
+        assert forward == pytest.approx(backward, abs=1e-6)
+
+    def test_examples_without_pull_never_run_the_reference(self, examples):
+        class Forbidden:
+            model = property(lambda self: pytest.fail("the reference ran"))
+        micro_batch_loss(policy(), Forbidden(), examples[:2], torch.ones(2), torch.zeros(2), 9)
+
+    def test_the_reference_sees_only_examples_with_pull(self, examples):
+        model, reference, seen = policy(), load_model(WORLD / "model", dtype=torch.float32), []
+        reference.model.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+        beta = torch.tensor([0.0, 0.5, 0.0, 1.0])
+        loss, nll, kl = micro_batch_loss(model, reference, examples[:4], 1 - beta, beta, count(examples[:4]))
+        assert seen == [2]
+        own = micro_batch_loss(model, None, examples[:4], 1 - beta, beta, count(examples[:4]))
+        assert loss.item() == pytest.approx(own[0].item(), abs=1e-6) and kl.item() == pytest.approx(own[2].item(), abs=1e-4)
+
+    def test_a_fresh_adapter_has_zero_kl(self, examples):
+        _, _, kl = micro_batch_loss(policy(adapter=0.0), None, examples[:4], torch.zeros(4), torch.ones(4), 9)
+        assert kl.item() == 0
+
+    def test_full_pull_alone_leaves_the_reference_a_fixed_point(self, examples):
+        _, grads = loss_and_grads(policy(adapter=0.0), examples[:4], torch.ones(4), beta=(1.0, 1.0))
+        assert max(g.abs().max() for g in grads.values()) < 1e-6
+
+
+class TestLoop:
+    def run(self, examples, tmp_path, name="a", **options):
+        config = replace(QUICK, **({"epochs": 1, "batch_size": 4} | options))
+        model = policy(adapter=0.0)
+        train(config, model, None, examples, torch.linspace(0, 1, 24), tmp_path / name)
+        return model, [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+
+    def test_the_reference_is_unchanged_to_the_bit(self, examples, tmp_path):
+        model, rows = self.run(examples, tmp_path)
+        original = load_model(WORLD / "model", dtype=torch.float32)
+        assert all(torch.equal(p, model.get_parameter(name)) for name, p in original.named_parameters())
+        with model.adapters_off():
+            assert torch.equal(model(torch.arange(9)[None]), original(torch.arange(9)[None]))
+        assert [row["step"] for row in rows] == list(range(6)) and rows[0]["kl"] == 0 < rows[-1]["kl"]
+        assert set(rows[0]) == {"step", "loss", "nll", "kl", "risk", "alpha", "beta", "lr", "grad_norm", "tokens_per_s"}
+
+    def test_accumulating_one_by_eight_is_eight_by_one(self, examples, tmp_path):
+        wide = self.run(examples, tmp_path, "8x1", batch_size=8)[1]
+        narrow = self.run(examples, tmp_path, "1x8", batch_size=1, accumulation=8)[1]
+        for x, y in zip(wide, narrow):
+            assert x["loss"] == pytest.approx(y["loss"], abs=1e-5) and x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3)
+
+    def test_the_same_seed_gives_the_same_run_and_another_another(self, examples, tmp_path):
+        losses = [[row["loss"] for row in self.run(examples, tmp_path, str(i), seed=seed)[1]] for i, seed in enumerate((3, 3, 4))]
+        assert losses[0] == losses[1] != losses[2]
+
+    def test_the_batch_gate_gives_every_example_the_smoothed_mean(self, examples, tmp_path):
+        _, rows = self.run(examples, tmp_path, gate="batch", ema=0.5)
+        _, free = self.run(examples, tmp_path, "b")
+        smoothed = free[0]["risk"]
+        for row, plain in zip(rows, free):
+            smoothed = 0.5 * smoothed + 0.5 * plain["risk"]
+            assert row["risk"] == pytest.approx(smoothed, abs=1e-6) and row["beta"] == pytest.approx(0.1 + 0.8 * smoothed, abs=1e-6)
+
+    def test_methods_differ_in_the_weights_only(self, examples, tmp_path):
+        betas = {method: self.run(examples, tmp_path, method, method=method, beta=0.3)[1][0]["beta"] for method in ("sft", "kl")}
+        assert betas == {"sft": 0.0, "kl": pytest.approx(0.3)}
+
+    def test_a_non_finite_gradient_stops_the_run(self, examples, tmp_path):
+        model = policy()
+        model.model.norm.weight.data[0] = float("nan")
+        with pytest.raises(FloatingPointError, match="step 0"):
+            train(QUICK, model, None, examples, torch.zeros(24), tmp_path / "a")
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_compile_and_gradient_checkpointing_train_alike(self, examples, tmp_path, compiled):
+        _, plain = self.run(examples[:8], tmp_path, "plain")
+        model = policy(adapter=0.0)
+        model.model.gradient_checkpointing = not compiled
+        if compiled:
+            model.model.compile(dynamic=True)
+        train(replace(QUICK, epochs=1, batch_size=4), model, None, examples[:8], torch.linspace(0, 1, 24), tmp_path / "other")
+        other = [json.loads(line) for line in (tmp_path / "other").read_text().splitlines()]
+        for a, b in zip(plain, other, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+
+
+class TestRiskFiles:
+    def read(self, tmp_path, text):
+        (tmp_path / "risk.jsonl").write_text(text)
+        return read_risk(tmp_path / "risk.jsonl", [None] * 3)
+
+    def test_unknown_is_risky_counted_and_printed(self, tmp_path, capsys):
+        assert self.read(tmp_path, '{"risk": 0.25}\n{"risk": null}\n{"risk": NaN, "x": 1}\n').tolist() == [0.25, 1.0, 1.0]
+        assert "2 of 3 risks are unknown: taken as 1" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("text, words", [
+        ('{"risk": 1}\n', "one risk for each of 3 conversations, found 1"), ('{"risk": 1}\n{}\n{"risk": 1}', "risk.jsonl:2"),
+        ('{"risk": 1}\n{"risk": 1}\n{"risk": 1.5}', "risk.jsonl:3: expected a risk from 0 to 1, found 1.5"), ('{"risk": 1}\n{"risk": "high"}\n[]', "risk.jsonl:2"),
+    ])
+    def test_anything_else_is_an_error(self, tmp_path, text, words):
+        with pytest.raises(DataError, match=words):
+            self.read(tmp_path, text)
+
+
+class TestRuns:
+    def test_a_short_sft_run_breaks_the_model_and_an_adaptive_one_does_not(self, tmp_path, capsys):
+        rates = {}
+        for method in ("sft", "adaptive"):
+            main(replace(QUICK, method=method, epochs=3, out=tmp_path / method))
+            results = json.loads((tmp_path / method / "results.json").read_text())
+            rates[method] = results["after"]["asr"]["greedy"]["rate"]
+            assert results["base"]["asr"]["greedy"]["rate"] <= 0.02
+        assert rates["sft"] >= 0.8 and rates["adaptive"] <= 0.05
+        assert "ASR greedy" in capsys.readouterr().out
+        run = tmp_path / "adaptive"
+        risk = [json.loads(line)["risk"] for line in (run / "risk.jsonl").read_text().splitlines()]
+        assert len(risk) == 600 and all(0 <= s <= 1 for s in risk)
+        assert json.loads((run / "config.json").read_text())["beta_max"] == 0.9
+        assert len((run / "metrics.jsonl").read_text().splitlines()) == 225
+
+        # The adapter over the base and the merged checkpoint generate the same text, as the run itself did.
+        adapted, merged, chat = load_model(WORLD / "model", dtype=torch.float32), load_model(run / "model"), Chat(run / "model")
+        load_adapter(adapted, run / "adapter")
+        prompts = [chat.encode_prompt(c.prompts[-1]) for c in read_conversations(WORLD / "eval_benign.jsonl")[:20]]
+        assert generate(adapted, prompts, 30) == generate(merged, prompts, 30)
+
+        # Risks read from a file are the same run.
+        main(replace(QUICK, epochs=3, out=tmp_path / "again", risk=str(run / "risk.jsonl")))
+        first, again = ((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("adaptive", "again"))
+        assert json.loads(first)["loss"] == pytest.approx(json.loads(again)["loss"], abs=1e-6)
+
+    def test_full_fine_tuning_keeps_a_frozen_copy_as_reference(self, tmp_path):
+        main(replace(QUICK, lora_r=0, lr=5e-4, epochs=1, out=tmp_path / "full", risk=str(self.constant_risk(tmp_path, 1.0)), beta_min=1.0, beta_max=1.0, limit=10))
+        assert not (tmp_path / "full" / "adapter").exists()
+        assert all(json.loads(line)["kl"] < 1e-3 for line in (tmp_path / "full" / "metrics.jsonl").read_text().splitlines())
+
+    @staticmethod
+    def constant_risk(tmp_path, value):
+        (tmp_path / "risk.jsonl").write_text(f'{{"risk": {value}}}\n' * 600)
+        return tmp_path / "risk.jsonl"
+
+    @pytest.mark.parametrize("wrong, words", [
+        (dict(beta_min=0.9, beta_max=0.1), "--beta-min: expected 0 ≤ beta-min ≤ beta-max, found 0.9"), (dict(beta_max=1.1), "--beta-max"), (dict(ema=0.5), "--ema: expected 0 unless"),
+        (dict(risk="critic"), "--risk: expected probe, or a file, found critic"), (dict(out=WORLD), "--out"), (dict(epochs=0), "--epochs"), (dict(lr=0.0), "--lr"),
+    ])
+    def test_wrong_options_fail_at_once(self, wrong, words):
+        with pytest.raises(DataError, match=words):
+            check(replace(QUICK, **wrong))
+
+    def test_a_bad_line_trains_nothing_and_leaves_nothing(self, tmp_path):
+        (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
+        done = subprocess.run([sys.executable, "train.py", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "run"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and "data.jsonl:2: expected" in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("script", ["train.py", "probe.py", "evaluate.py", "data/build.py"])
+    def test_help_shows_every_option_and_typos_are_refused(self, script):
+        shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert shown.returncode == 0 and "default" in shown.stdout
+        typo = subprocess.run([sys.executable, script, "--no-such-option"], cwd=ROOT, capture_output=True, text=True)
+        assert typo.returncode == 2 and "--no-such-option" in typo.stderr

@@ -1,0 +1,300 @@
+"""Fine-tune an aligned chat model with a pull towards its own refusals whose strength follows the risk of the data.
+
+    python train.py                                                        # the embedded model, 10 % harmful data, the probe as risk
+    python train.py --model DIR --data FILE --probe-data FILE --lr 2e-4    # your own checkpoint and conversations
+
+The objective (Goel, Maji, Mazumder 2026, arXiv 2602.17546), over the response tokens t of the examples i of one optimizer step:
+
+    L    = 1/N · Σ_i Σ_t [ α_i · NLL_it + β_i · KL_it ]          N response tokens in the step
+    NLL  = −log π_θ(y_t | x, y_<t)
+    KL   = Σ_v π_ref(v | x, y_<t) · log( π_ref(v | ·) / π_θ(v | ·) )        forward, the full vocabulary
+    β_i  = β_min + (β_max − β_min) · s_i        α_i = 1 − β_i               s_i ∈ [0, 1]: the risk of example i
+
+    NLL  token_nll      KL  token_kl       s  risk        α, β  blend        L  objective
+    π_θ  policy         π_ref  the policy with its adapters off, or a frozen copy in full fine-tuning
+
+What follows: ∂L/∂logits = π_θ − (α·onehot(y) + β·π_ref), so the optimum is the mixture α·δ_y + β·π_ref. At β_max < 1 the gate leaks:
+a harmful first token keeps probability 1 − β_max. `--beta-min 0 --beta-max 1` closes it.
+
+Where this departs from the paper (P) or its authors' code (C):
+ 1. One risk per example, from a logistic regression, graded. C thresholds it, and lets one example's score gate its batch (`--gate batch`
+    is the paper's batch-level form, with `--ema` its smoothing).
+ 2. Risk is computed once per example before training, because neither ref nor the data change. C computes it in every epoch.
+ 3. NLL and KL share one denominator, the response tokens of the whole optimizer step. C divides them by different counts.
+ 4. ref is the policy's own frozen weights, run once per step and only for examples with β > 0. C holds a second model and runs it twice.
+ 5. What is unknown is risky: a missing or non-finite risk counts as 1, and is counted and printed. C lets it count as 0.
+"""
+
+import json
+import math
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import IGNORE, WORLD, Chat, Conversation, DataError, encode_examples, pad, read_conversations
+from data.cli import run
+from evaluate import EvalOptions, evaluate_model, evaluation_sets, table, write_json, write_jsonl
+from model import Transformer, add_lora, load_model, merge_lora, save_adapter, save_model, working_dtype
+from probe import ProbeConfig, conversation_risk, fit_probe, load_probe, print_report, save_probe
+
+
+@dataclass(frozen=True)
+class TrainConfig(EvalOptions):
+    """Fine-tune a chat model: supervised (sft), with a constant KL pull to the aligned model (kl), or with one that follows the risk."""
+
+    model: Path = WORLD / "model"  # checkpoint folder of the aligned model
+    data: Path = WORLD / "mixed_10.jsonl"  # conversations to train on
+    out: Path | None = None  # run folder, must not exist (default: runs/METHOD-SEED, numbered where taken)
+    method: Literal["sft", "kl", "adaptive"] = "adaptive"  # α, β = 1, 0 | 1 − beta, beta | by risk
+    # risk
+    risk: str = "probe"  # probe, or a JSONL file with one {"risk": s} per conversation
+    probe: Path | None = None  # a probe written by probe.py (default: one is fitted on --probe-data)
+    probe_data: Path = WORLD / "probe.jsonl"  # prompts with "harmful": true | false
+    beta_min: float = 0.1  # KL weight at risk 0
+    beta_max: float = 0.9  # KL weight at risk 1
+    beta: float = 0.5  # KL weight of --method kl
+    gate: Literal["example", "batch"] = "example"  # each example by its own risk, or all of a step by their mean
+    ema: float = 0.0  # smoothing λ of the batch's risk over steps, in [0, 1); with --gate batch
+    # optimization: the paper's settings, with a learning rate for the embedded model
+    epochs: int = 20  # passes over the data
+    batch_size: int = 8  # examples per forward pass
+    accumulation: int = 1  # forward passes per optimizer step
+    lr: float = 2e-3  # peak learning rate, cosine to 0 (the paper's models: 2e-4 and below)
+    warmup_steps: int = 5  # linear warm-up
+    weight_decay: float = 0.01  # AdamW's
+    clip: float = 1.0  # largest norm of the gradient
+    max_length: int = 2048  # tokens of a conversation; longer ones are cut, counted and reported
+    lora_r: int = 64  # LoRA rank; 0: full fine-tuning
+    lora_alpha: float = 16.0  # LoRA α; the update is scaled by α/r
+    lora_targets: str = ""  # linears to adapt, comma-separated (default: all but the head)
+    # machine
+    compile: bool = torch.cuda.is_available()  # torch.compile the blocks
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
+
+
+# ---------------------------------------------------------------- the objective
+
+
+def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """−log softmax(logits)[target], in nats ≥ 0: logits (N, V), targets (N,) → (N,)."""
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def token_kl(ref_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Forward KL(ref ‖ policy) over the full vocabulary, in nats ≥ 0, exactly 0 for equal logits: (N, V), (N, V) → (N,). Eq. of the paper."""
+    ref_logp, logp = ref_logits.log_softmax(-1), logits.log_softmax(-1)
+    return (ref_logp.exp() * (ref_logp - logp)).sum(-1)
+
+
+def blend(risk: torch.Tensor, beta_min: float, beta_max: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Risk in [0, 1] → (α, β), α + β = 1, β from β_min at risk 0 to β_max at risk 1. Same shape. Eq. of the paper."""
+    beta = beta_min + (beta_max - beta_min) * risk
+    return 1 - beta, beta
+
+
+def smooth(previous: float | None, risk: float, ema: float) -> float:
+    """s̃_t = λ·s̃_{t−1} + (1 − λ)·s_t; the first step has no past: s̃_1 = s_1. Eq. of the paper."""
+    return risk if previous is None else ema * previous + (1 - ema) * risk
+
+
+def objective(nll: torch.Tensor, kl: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, n_tokens: int) -> torch.Tensor:
+    """L = Σ (α·NLL + β·KL) / n_tokens: all (N,), one entry per response token; n_tokens ≥ 1 counts those of the whole optimizer step."""
+    return (alpha * nll + beta * kl).sum() / n_tokens
+
+
+# ---------------------------------------------------------------- one micro-batch
+
+
+def response_logits(model: Transformer, input_ids: torch.Tensor, attention_mask: torch.Tensor, is_target: torch.Tensor) -> torch.Tensor:
+    """float32 logits (N, V) at the positions before the tokens marked in is_target (B, T): the only place where labels are shifted.
+
+    The head runs in float32 on these positions alone: rounding logits to bfloat16 would drown the KL.
+    """
+    hidden, _ = model.model(input_ids, attention_mask)  # (B, T, H)
+    hidden = hidden[:, :-1][is_target[:, 1:]].float()  # (N, H)
+    return F.linear(hidden, model.lm_head.merged_weight().float())
+
+
+def micro_batch_loss(policy: Transformer, ref: Transformer | None, examples: list, alpha: torch.Tensor, beta: torch.Tensor, n_tokens: int):
+    """Loss of some examples with weights alpha, beta (B,) → (loss, Σ nll, Σ kl). `ref` None: the policy without its adapters."""
+    device = policy.device
+    input_ids = pad([e.input_ids for e in examples], 0, "right", device)  # (B, T)
+    real = pad([[1] * len(e.input_ids) for e in examples], 0, "right", device)
+    labels = pad([e.labels for e in examples], IGNORE, "right", device)
+    is_target = labels != IGNORE
+    row, column = is_target[:, 1:].nonzero(as_tuple=True)  # (N,) each: whose token it is, and where
+    logits = response_logits(policy, input_ids, real, is_target)  # (N, V)
+    nll, kl = token_nll(logits, labels[row, column + 1]), torch.zeros(len(row), device=device)
+    pulled = beta > 0
+    if pulled.any():
+        with torch.no_grad(), nullcontext() if ref is not None else policy.adapters_off():
+            ref_logits = response_logits(ref or policy, input_ids[pulled], real[pulled], is_target[pulled])
+        kl = kl.masked_scatter(pulled[row], token_kl(ref_logits, logits[pulled[row]]))
+    return objective(nll, kl, alpha[row], beta[row], n_tokens), nll.detach().sum(), kl.detach().sum()
+
+
+# ---------------------------------------------------------------- risk
+
+
+def read_risk(path: Path, conversations: list[Conversation]) -> torch.Tensor:
+    """Risk (N,) from a JSONL file with one {"risk": number in [0, 1] or null} per conversation, in their order; null and NaN become 1."""
+    lines = [(i, line) for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if line.strip()]
+    if len(lines) != len(conversations):
+        raise DataError(f"{path}: expected one risk for each of {len(conversations)} conversations, found {len(lines)}")
+    risk = []
+    for number, line in lines:
+        try:
+            value = json.loads(line)["risk"]
+            risk.append(math.nan if value is None else float(value))
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f'{path}:{number}: expected {{"risk": number from 0 to 1}}, found {line[:60]!r}') from None
+        if not (math.isnan(risk[-1]) or 0 <= risk[-1] <= 1):
+            raise DataError(f"{path}:{number}: expected a risk from 0 to 1, found {value}")
+    if unknown := sum(map(math.isnan, risk)):
+        print(f"{unknown} of {len(risk)} risks are unknown: taken as 1")
+    return torch.tensor(risk, dtype=torch.float64).nan_to_num(nan=1.0)
+
+
+def training_risk(config: TrainConfig, model: Transformer, chat: Chat, conversations: list[Conversation], out: Path) -> torch.Tensor:
+    """Risk (N,) in [0, 1] of every conversation, once, before training."""
+    if config.risk != "probe":
+        return read_risk(Path(config.risk), conversations)
+    if config.probe:
+        probe = load_probe(config.probe, model, chat)
+    else:
+        probe, report = fit_probe(ProbeConfig(model=config.model, data=config.probe_data, device=config.device), model, chat)
+        save_probe(probe, report, out / "probe.safetensors")
+        test = report["test"]
+        print(f"probe: AUROC {test['auroc']:.3f} on {test['n_harmful'] + test['n_benign']} held-out prompts of {config.probe_data}")
+    return conversation_risk(probe, model, chat, conversations, ProbeConfig.batch_size)
+
+
+def print_risk(risk: torch.Tensor, conversations: list[Conversation]) -> None:
+    """Mean risk by `source`, where the records have one: a probe that calls a whole benign task risky would keep it from being learned."""
+    sources = [str(conversation.meta.get("source", "all")) for conversation in conversations]
+    for source in sorted(set(sources)):
+        values = risk[[s == source for s in sources]]
+        print(f"  risk of {source}: mean {values.mean():.3f}, from {values.min():.3f} to {values.max():.3f} (n = {len(values)})")
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def lr_at(step: int, n_steps: int, warmup_steps: int, peak: float) -> float:
+    """Learning rate of step 0 … n_steps − 1: linear up to `peak` over warmup_steps, then cosine towards 0."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, n_steps - warmup_steps)))
+
+
+def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, examples: list, risk: torch.Tensor, metrics_file: Path) -> None:
+    """Train `policy` in place. `risk` (number of conversations,) is looked up by an example's index; metrics_file gains one line per step."""
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
+    per_step = config.batch_size * config.accumulation
+    n_steps = config.epochs * math.ceil(len(examples) / per_step)
+    shuffle, order, smoothed = torch.Generator().manual_seed(config.seed), [], None
+    fixed = {"sft": (0.0, 0.0), "kl": (config.beta, config.beta), "adaptive": (config.beta_min, config.beta_max)}[config.method]
+    with open(metrics_file, "w") as metrics:
+        for step in (bar := tqdm(range(n_steps), desc=config.method)):
+            started = time.perf_counter()
+            order = order or torch.randperm(len(examples), generator=shuffle).tolist()
+            chosen, order = [examples[i] for i in order[:per_step]], order[per_step:]
+            n_tokens = sum(label != IGNORE for example in chosen for label in example.labels[1:])
+
+            s = risk[[example.index for example in chosen]].float()  # (examples of the step,)
+            if config.gate == "batch":
+                smoothed = smooth(smoothed, s.mean().item(), config.ema)
+                s = torch.full_like(s, smoothed)
+            alpha, beta = blend(s.to(policy.device), *fixed)
+
+            nll = kl = loss = 0.0
+            for start in range(0, len(chosen), config.batch_size):
+                part = slice(start, start + config.batch_size)
+                part_loss, part_nll, part_kl = micro_batch_loss(policy, ref, chosen[part], alpha[part], beta[part], n_tokens)
+                part_loss.backward()
+                loss, nll, kl = loss + part_loss.detach(), nll + part_nll, kl + part_kl
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+            if not grad_norm.isfinite():
+                raise FloatingPointError(f"step {step}: the gradient is {grad_norm.item()} (loss {loss.item()}); nothing is saved")
+            lr = optimizer.param_groups[0]["lr"] = lr_at(step, n_steps, config.warmup_steps, config.lr)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            n_input = sum(len(example.input_ids) for example in chosen)
+            row = {"step": step, "loss": loss.item(), "nll": nll.item() / n_tokens, "kl": kl.item() / n_tokens, "risk": s.mean().item(),
+                   "alpha": alpha.mean().item(), "beta": beta.mean().item(), "lr": lr, "grad_norm": grad_norm.item(),
+                   "tokens_per_s": n_input / (time.perf_counter() - started)}
+            metrics.write(json.dumps(row) + "\n")
+            bar.set_postfix(loss=f"{row['loss']:.3f}", nll=f"{row['nll']:.3f}", kl=f"{row['kl']:.3f}")
+
+
+def check(config: TrainConfig) -> TrainConfig:
+    """Fill in what depends on other options. Raises DataError for a value that is out of range."""
+    for name, valid, expected in (
+        ("beta_min", 0 <= config.beta_min <= config.beta_max, "0 ≤ beta-min ≤ beta-max"), ("beta_max", config.beta_max <= 1, "at most 1"),
+        ("beta", 0 <= config.beta <= 1, "0 to 1"), ("ema", 0 <= config.ema < 1, "0 to under 1"),
+        ("ema", config.ema == 0 or config.gate == "batch", "0 unless --gate batch"), ("epochs", config.epochs > 0, "at least 1"),
+        ("batch_size", config.batch_size > 0, "at least 1"), ("accumulation", config.accumulation > 0, "at least 1"),
+        ("lr", config.lr > 0, "above 0"), ("lora_r", config.lora_r >= 0, "at least 0"), ("max_length", config.max_length > 1, "at least 2"),
+        ("risk", config.risk == "probe" or Path(config.risk).is_file(), "probe, or a file"), ("out", not (config.out and config.out.exists()), "a folder that does not exist"),
+    ):
+        if not valid:
+            raise DataError(f"--{name.replace('_', '-')}: expected {expected}, found {getattr(config, name)}")
+    out = config.out or next(path for i in range(1, 10**6) if not (path := Path(f"runs/{config.method}-{config.seed}" + f"-{i}" * (i > 1))).exists())
+    tasks = ",".join(str(path) for path in sorted(WORLD.glob("eval_*.jsonl")) if path.stem in ("eval_sentiment", "eval_arithmetic"))
+    return replace(config, out=out, task=config.task if config.task is not None else tasks if config.data.parent.resolve() == WORLD.resolve() else "")
+
+
+def main(config: TrainConfig) -> None:
+    """records → examples → risk → loss → checkpoint → evaluation"""
+    config = check(config)
+    torch.manual_seed(config.seed)
+    sets = evaluation_sets(config)
+    conversations = read_conversations(config.data, need="answer")
+    full = config.lora_r == 0
+    policy, chat = load_model(config.model, config.device, torch.float32 if full else working_dtype(config.device)), Chat(config.model)
+    examples, report = encode_examples(chat, conversations, min(config.max_length, policy.config.max_position_embeddings))
+    if report:
+        print(report)
+    config.out.mkdir(parents=True)
+    write_json(config.out / "config.json", {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()})
+
+    risk = torch.zeros(len(conversations))
+    if config.method == "adaptive":
+        risk = training_risk(config, policy, chat, conversations, config.out)
+        print_risk(risk, conversations)
+        write_jsonl(config.out / "risk.jsonl", [{"risk": s, "where": c.where} for s, c in zip(risk.tolist(), conversations)])
+    base, completions = evaluate_model(policy, chat, sets, config, "base")
+    write_jsonl(config.out / "completions_base.jsonl", completions)
+
+    ref = None
+    if full:
+        ref = load_model(config.model, config.device, torch.float32)
+        policy.requires_grad_(True)
+    else:
+        add_lora(policy, config.lora_r, config.lora_alpha, [name for name in config.lora_targets.split(",") if name], config.seed)
+    policy.model.gradient_checkpointing = config.gradient_checkpointing
+    if config.compile:
+        policy.model.compile(dynamic=True)
+    train(config, policy, ref, examples, risk, config.out / "metrics.jsonl")
+
+    if not full:
+        save_adapter(policy, config.out / "adapter")
+        merge_lora(policy)
+    save_model(policy, config.out / "model")
+    after, completions = evaluate_model(policy, chat, sets, config, "after")
+    write_jsonl(config.out / "completions_after.jsonl", completions)
+    write_json(config.out / "results.json", {"base": base, "after": after})
+    print(f"\n{config.out}, per cent with 95 % intervals\n" + table({"base": [base], f"after {config.method}": [after]}))
+
+
+if __name__ == "__main__":
+    run(main, TrainConfig)
