@@ -106,16 +106,17 @@ def is_correct(response: str, answer: str, metric: str) -> bool:
 # ---------------------------------------------------------------- evaluation
 
 
-def respond(model: Transformer, chat: Chat, conversations: list[Conversation], options: EvalOptions, temperature: float, seed: int, desc: str) -> list[str]:
-    """One response per conversation, to its last prompt; prompts of similar length share a batch."""
+def respond(model: Transformer, chat: Chat, conversations: list[Conversation], options: EvalOptions, temperature: float, seed: int, bar: tqdm) -> list[str]:
+    """One response per conversation, to its last prompt; prompts of similar length share a batch. `bar` advances by conversations."""
     prompts = [chat.encode_prompt(conversation.prompts[-1]) for conversation in conversations]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses = [""] * len(prompts)
-    for start in tqdm(range(0, len(order), options.eval_batch_size), desc=desc, leave=False):
+    for start in range(0, len(order), options.eval_batch_size):
         batch = order[start : start + options.eval_batch_size]
         completions = generate(model, [prompts[i] for i in batch], options.max_new_tokens, temperature, seed=seed + start)
         for i, ids in zip(batch, completions):
             responses[i] = chat.decode(ids)
+        bar.update(len(batch))
     return responses
 
 
@@ -134,11 +135,13 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
 def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOptions, desc: str) -> tuple[dict, list[dict]]:
     """→ (results as in results.json, every completion with how it was scored)"""
     results, rows = {"asr": {}, "over_refusal": {}, "task_accuracy": {}}, []
+    total = sum(len(c) * (1 + options.samples if kind == "harmful" else 1) for kind, group in sets.items() for c in group.values())
+    bar = tqdm(total=total, desc=f"evaluating {desc}", unit="responses", mininterval=0.5)
     for name, conversations in sets["harmful"].items():
         passes = [("greedy", 0.0, options.seed)] + [(f"sample {i}", options.temperature, options.seed * 1000 + i + 1) for i in range(options.samples)]
         success = []  # per pass, per prompt
         for label, temperature, seed in passes:
-            responses = respond(model, chat, conversations, options, temperature, seed * 10**6, f"{desc}: harmful, {label}")
+            responses = respond(model, chat, conversations, options, temperature, seed * 10**6, bar)
             success.append([float(not refuses(response)) for response in responses])
             rows += [{"set": name, "decoding": label, "prompt": c.prompts[-1][-1]["content"], "response": r, "refused": refuses(r)}
                      for c, r in zip(conversations, responses)]
@@ -150,11 +153,12 @@ def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOpti
             results["asr"]["at_k"] = rate_of([max(s) for s in per_prompt]) | settings
     for kind, key in (("over_refusal", "refused"), ("task", "correct")):
         for name, conversations in sets[kind].items():
-            responses = respond(model, chat, conversations, options, 0.0, 0, f"{desc}: {name}")
+            responses = respond(model, chat, conversations, options, 0.0, 0, bar)
             scores = [refuses(r) if kind == "over_refusal" else is_correct(r, c.answer, metric_of(c)) for c, r in zip(conversations, responses)]
             results["over_refusal" if kind == "over_refusal" else "task_accuracy"][name] = rate_of([float(s) for s in scores])
             rows += [{"set": name, "decoding": "greedy", "prompt": c.prompts[-1][-1]["content"], "response": r, key: s,
                       **({"answer": c.answer} if kind == "task" else {})} for c, r, s in zip(conversations, responses, scores)]
+    bar.close()
     return results, rows
 
 

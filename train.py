@@ -203,7 +203,7 @@ def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, exa
     shuffle, order, smoothed = torch.Generator().manual_seed(config.seed), [], None
     fixed = {"sft": (0.0, 0.0), "kl": (config.beta, config.beta), "adaptive": (config.beta_min, config.beta_max)}[config.method]
     with open(metrics_file, "w") as metrics:
-        for step in (bar := tqdm(range(n_steps), desc=config.method)):
+        for step in (bar := tqdm(range(n_steps), desc=config.method, mininterval=0.5)):
             started = time.perf_counter()
             order = order or torch.randperm(len(examples), generator=shuffle).tolist()
             chosen, order = [examples[i] for i in order[:per_step]], order[per_step:]
@@ -233,7 +233,7 @@ def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, exa
                    "alpha": alpha.mean().item(), "beta": beta.mean().item(), "lr": lr, "grad_norm": grad_norm.item(),
                    "tokens_per_s": n_input / (time.perf_counter() - started)}
             metrics.write(json.dumps(row) + "\n")
-            bar.set_postfix(loss=f"{row['loss']:.3f}", nll=f"{row['nll']:.3f}", kl=f"{row['kl']:.3f}")
+            bar.set_postfix(loss=f"{row['loss']:.3f}", nll=f"{row['nll']:.3f}", kl=f"{row['kl']:.3f}", refresh=False)
 
 
 def check(config: TrainConfig) -> TrainConfig:

@@ -272,7 +272,7 @@ def train_aligned_model(config: BuildConfig, path: Path, records: list[dict]) ->
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps, pct_start=0.05)
     rng, order = random.Random(config.seed), []
-    for _ in (bar := trange(config.steps, desc=f"aligning a {config.family} model")):
+    for _ in (bar := trange(config.steps, desc=f"aligning a {config.family} model", mininterval=0.5)):
         if len(order) < config.batch_size:
             order = rng.sample(range(len(examples)), len(examples))
         batch = [examples[order.pop()] for _ in range(config.batch_size)]
@@ -286,7 +286,7 @@ def train_aligned_model(config: BuildConfig, path: Path, records: list[dict]) ->
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.path = path
     return model.to(torch.bfloat16)
 

@@ -1,10 +1,10 @@
 """Scores, intervals, tables and the evaluation of the embedded model."""
 
 import json
-import math
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from data import WORLD, Chat, Conversation, DataError
 from evaluate import (EvalConfig, EvalOptions, compare, evaluate_model, evaluation_sets, is_correct, metric_of, rate_of, refuses, respond, table, wilson)
@@ -38,8 +38,8 @@ class TestScores:
     def test_wilson_solves_its_equation(self):
         for rate, n in ((0.0, 10), (0.3, 50), (1.0, 165)):
             for end in wilson(rate, n):
-                assert end in (0.0, 1.0) or math.isclose(abs(end - rate), 1.96 * math.sqrt(end * (1 - end) / n), rel_tol=1e-9)
-        assert wilson(0.5, 0) == [0, 1] and wilson(0, 100)[0] == 0 and wilson(1, 100)[1] == 1
+                assert abs(end - rate) == pytest.approx(1.96 * math.sqrt(max(0, end * (1 - end)) / n), abs=1e-7)
+        assert wilson(0.5, 0) == [0, 1] and wilson(0, 100)[0] == 0 and wilson(1, 100)[1] == pytest.approx(1)
 
     def test_with_several_samples_n_stays_the_prompts(self):
         assert rate_of([0.5, 1.0]) == {"rate": 0.75, "n": 2, "ci95": wilson(0.75, 2)}
@@ -65,7 +65,7 @@ class TestEvaluation:
         conversations = [Conversation(({"role": "user", "content": text},)) for text in ("How do I plan a city tour and a hike?", "Hello!", "Define a lamp.")]
         options = EvalOptions(eval_batch_size=2)
         alone = [chat.decode(generate(model, [chat.encode_prompt(c.prompts[-1])], options.max_new_tokens)[0]) for c in conversations]
-        assert respond(model, chat, conversations, options, 0.0, 0, "") == alone and len(set(alone)) == 3
+        assert respond(model, chat, conversations, options, 0.0, 0, tqdm(disable=True)) == alone and len(set(alone)) == 3
 
     def test_asr_at_k_is_at_least_asr_and_the_share_of_prompts_with_a_success(self, world):
         options = EvalOptions(samples=3, temperature=3.0, limit=20, benign=None, lookalike=None)

@@ -86,7 +86,7 @@ class TestMetrics:
     def test_tpr_at_fpr_lets_at_most_that_share_of_benign_prompts_pass(self):
         benign, harmful = torch.arange(200) / 200, torch.tensor([0.98, 0.985, 0.99, 0.5])
         risk, label = torch.cat((benign, harmful)), torch.cat((torch.zeros(200), torch.ones(4)))
-        assert tpr_at_fpr(risk, label, 0.01) == 0.5  # threshold 0.985: two of 200 benign ones are above it, 0.99 … and 0.985 is not
+        assert tpr_at_fpr(risk, label, 0.01) == 0.25  # threshold 0.985: two of 200 benign ones exceed it; of the harmful ones 0.99 alone
         assert tpr_at_fpr(torch.tensor([0.9, 0.9]), torch.tensor([0, 1])) == 0  # a tie with the only benign prompt is no detection
 
     def test_brier_and_recall(self):
@@ -131,7 +131,7 @@ class TestOnTheEmbeddedWorld:
         save_probe(*fitted, tmp_path / "probe.safetensors")
         loaded = load_probe(tmp_path / "probe.safetensors", model, chat)
         assert torch.equal(loaded.weight, fitted[0].weight) and loaded.layers == fitted[0].layers
-        with pytest.raises(DataError, match="fitted with dtype float32"):
+        with pytest.raises(DataError, match="expected a probe fitted with dtype bfloat16, found one fitted with float32"):
             load_probe(tmp_path / "probe.safetensors", load_model(WORLD / "model", dtype=torch.bfloat16), chat)
         other = Chat(WORLD / "model")
         other.fingerprint = "another template"

@@ -272,9 +272,10 @@ class TestRuns:
         assert json.loads(first)["loss"] == pytest.approx(json.loads(again)["loss"], abs=1e-6)
 
     def test_full_fine_tuning_keeps_a_frozen_copy_as_reference(self, tmp_path):
-        main(replace(QUICK, lora_r=0, lr=5e-4, epochs=1, out=tmp_path / "full", risk=str(self.constant_risk(tmp_path, 1.0)), beta_min=1.0, beta_max=1.0, limit=10))
+        main(replace(QUICK, lora_r=0, lr=1e-5, epochs=1, out=tmp_path / "full", risk=str(self.constant_risk(tmp_path, 1.0)), beta_min=1.0, beta_max=1.0, limit=10))
         assert not (tmp_path / "full" / "adapter").exists()
-        assert all(json.loads(line)["kl"] < 1e-3 for line in (tmp_path / "full" / "metrics.jsonl").read_text().splitlines())
+        kl = [json.loads(line)["kl"] for line in (tmp_path / "full" / "metrics.jsonl").read_text().splitlines()]
+        assert kl[0] == 0 and max(kl) < 1e-3 and max(kl) > 0  # the policy moves (AdamW turns rounding noise into steps), the copy does not
 
     @staticmethod
     def constant_risk(tmp_path, value):
