@@ -1,6 +1,7 @@
 """Scores, intervals, tables and the evaluation of the embedded model."""
 
 import json
+import math
 
 import pytest
 import torch

@@ -275,7 +275,7 @@ class TestRuns:
         main(replace(QUICK, lora_r=0, lr=1e-5, epochs=1, out=tmp_path / "full", risk=str(self.constant_risk(tmp_path, 1.0)), beta_min=1.0, beta_max=1.0, limit=10))
         assert not (tmp_path / "full" / "adapter").exists()
         kl = [json.loads(line)["kl"] for line in (tmp_path / "full" / "metrics.jsonl").read_text().splitlines()]
-        assert kl[0] == 0 and max(kl) < 1e-3 and max(kl) > 0  # the policy moves (AdamW turns rounding noise into steps), the copy does not
+        assert kl[0] == 0 < max(kl) < 0.05  # the policy moves (AdamW turns rounding noise into steps), the copy does not
 
     @staticmethod
     def constant_risk(tmp_path, value):
