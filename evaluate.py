@@ -12,14 +12,15 @@ task accuracy  share of answers that match the reference: the final number, the 
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from data import WORLD, Chat, Conversation, DataError, read_conversations
-from data.cli import parse, run
+from data.checkpoint import ModelError, read_json
+from data.cli import run
 from model import Transformer, generate, load_model, working_dtype
 
 # Matched case-sensitively anywhere in the response, ’ read as '. The convention and most phrases are AdvBench's (Zou et al. 2023,
@@ -37,10 +38,11 @@ METRICS = ("number", "label", "exact")
 class EvalOptions:
     """What is evaluated and how; shared by train.py and evaluate.py."""
 
-    harmful: Path | None = WORLD / "eval_harmful.jsonl"  # prompts that should be refused
-    benign: Path | None = WORLD / "eval_benign.jsonl"  # prompts that should be answered
-    lookalike: Path | None = WORLD / "eval_lookalike.jsonl"  # harmless prompts in the words of harmful ones
-    task: str | None = None  # prompts with reference answers, files comma-separated (default: the embedded tasks, for the embedded model)
+    # files of conversations; "none" leaves a set out (default: those of the run, else the embedded ones)
+    harmful: str | None = None  # prompts that should be refused
+    benign: str | None = None  # prompts that should be answered
+    lookalike: str | None = None  # harmless prompts in the words of harmful ones
+    task: str | None = None  # prompts with reference answers, files comma-separated (the embedded ones only for the embedded model or data)
     limit: int = 0  # use only the first so many prompts of each file; 0: all
     samples: int = 10  # responses sampled per harmful prompt, beside the greedy one; 0: none
     temperature: float = 1.0  # of those samples
@@ -120,12 +122,22 @@ def respond(model: Transformer, chat: Chat, conversations: list[Conversation], o
     return responses
 
 
+def default_sets(options: EvalOptions, source: Path, run_config: dict) -> EvalOptions:
+    """`options` with every set that was not given filled in: as in the run's own config, else the embedded prompts.
+
+    The embedded tasks mean nothing to a model that was not trained on them: only where `source`, a model or its data, is embedded.
+    """
+    tasks = ",".join(str(WORLD / f"eval_{name}.jsonl") for name in ("arithmetic", "sentiment")) if WORLD.resolve() in source.resolve().parents else "none"
+    embedded = {name: str(WORLD / f"eval_{name}.jsonl") for name in ("harmful", "benign", "lookalike")} | {"task": tasks}
+    return replace(options, **{name: getattr(options, name) or run_config.get(name) or file for name, file in embedded.items()})
+
+
 def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversation]]]:
     """{"harmful" | "over_refusal" | "task": {name: conversations}}, read before anything slow starts."""
     files = {"harmful": {"harmful": options.harmful}, "over_refusal": {"benign": options.benign, "lookalike": options.lookalike},
-             "task": {Path(file).stem.removeprefix("eval_"): file for file in (options.task or "").split(",") if file}}
+             "task": {Path(file).stem.removeprefix("eval_"): file for file in (options.task or "").split(",")}}
     sets = {kind: {name: read_conversations(file, need="answer" if kind == "task" else "prompt")[: options.limit or None]
-                   for name, file in group.items() if file and str(file) != "none"} for kind, group in files.items()}
+                   for name, file in group.items() if file not in (None, "", "none")} for kind, group in files.items()}
     for conversations in sets["task"].values():
         for conversation in conversations:
             metric_of(conversation)
@@ -188,8 +200,8 @@ def compare(paths: list[Path]) -> str:
     bases, after = {}, {}
     for path in paths:
         try:
-            config, results = (json.loads((path / name).read_text()) for name in ("config.json", "results.json"))
-        except (OSError, ValueError) as error:
+            config, results = (read_json(path / name) for name in ("config.json", "results.json"))
+        except ModelError as error:
             raise DataError(f"{path}: expected a finished run with config.json and results.json, found: {error}") from None
         key = json.dumps({k: v for k, v in config.items() if k not in ("seed", "out")}, sort_keys=True)
         after.setdefault(key, []).append((path, config, results["after"]))
@@ -227,7 +239,8 @@ def main(config: EvalConfig) -> None:
         folder = path / "model" if (path / "model" / "config.json").exists() else path
         model, chat = load_model(folder, config.device, working_dtype(config.device)), Chat(folder)
         name = path.resolve().name
-        results, completions = evaluate_model(model, chat, evaluation_sets(config), config, name)
+        options = default_sets(config, folder, read_json(path / "config.json") if folder != path else {})
+        results, completions = evaluate_model(model, chat, evaluation_sets(options), options, name)
         out = (config.out if config.out and len(config.paths) == 1 else (config.out or Path("runs/evaluate")) / name)
         out.mkdir(parents=True, exist_ok=True)
         write_jsonl(out / "completions.jsonl", completions)

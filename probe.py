@@ -34,7 +34,7 @@ class ProbeConfig:
 
     model: Path = WORLD / "model"  # checkpoint folder of the reference (aligned) model
     data: Path = WORLD / "probe.jsonl"  # prompts with "harmful": true | false, and optionally "source"
-    held_out: str = ",".join(str(WORLD / f"probe_{name}.jsonl") for name in ("withheld", "lookalike"))  # files reported on only, comma-separated
+    held_out: str | None = None  # files to report on only, comma-separated (default: the embedded ones, for the embedded data)
     out: Path = Path("probe.safetensors")  # file to write
     layers: str = "all"  # all (mean over layers, as in the paper), auto (the best one on the validation split), or i,j,…
     pooling: Literal["last", "mean"] = "last"  # over prompt tokens: the last one, or their mean
@@ -136,7 +136,9 @@ def fit_logistic(x: torch.Tensor, y: torch.Tensor, l2: float, tolerance: float =
 def fit_probe(config: ProbeConfig, model: Transformer, chat: Chat) -> tuple[Probe, dict]:
     """Fit on train + validation what was chosen on validation; report on test and on the held-out files. → (probe, report)"""
     splits = split_by_prompt(read_conversations(config.data, need="harmful"), seed=config.seed)
-    held_out = {Path(file).stem: read_conversations(file, need="harmful") for file in config.held_out.split(",") if file}
+    embedded = ",".join(str(WORLD / f"probe_{name}.jsonl") for name in ("withheld", "lookalike")) if WORLD.resolve() in config.data.resolve().parents else ""
+    files = (embedded if config.held_out is None else config.held_out).split(",")
+    held_out = {Path(file).stem: read_conversations(file, need="harmful") for file in files if file}
     groups = dict(zip(("train", "validation", "test"), splits)) | held_out
     layers = tuple(range(model.config.num_hidden_layers + 1))
     prompts = [chat.encode_prompt(c.prompts[-1]) for group in groups.values() for c in group]
@@ -214,13 +216,13 @@ def probe_metrics(risk: torch.Tensor, harmful: torch.Tensor) -> dict:
 
 def print_report(report: dict) -> None:
     """The report as text: AUROC by layer, the test split and the held-out files, mean risk by source."""
-    print("layer   " + "".join(f"{layer:>7}" for layer in report["per_layer_auroc"]))
+    layers, sets = report["per_layer_auroc"], [name for name, value in report.items() if isinstance(value, dict) and "auroc" in value]
+    print(f"AUROC of each layer\n{'':<20}" + "".join(f"{layer:>7}" for layer in layers))
     for split in ("validation", "test"):
-        print(f"{split:<11}" + "".join(f"{row[split]:>7.3f}" for row in report["per_layer_auroc"].values()).lstrip().rjust(7) + ("   AUROC of each layer" if split == "test" else ""))
-    names = [name for name, value in report.items() if isinstance(value, dict) and "auroc" in value]
-    print(f"\n{'layers ' + ','.join(map(str, report['layers'])):<22}" + "".join(f"{key:>19}" for key in report["test"]))
-    for name in names:
-        print(f"{name:<22}" + "".join(f"{value:>19.3f}" if isinstance(value, float) else f"{value:>19}" for value in report[name].values()))
+        print(f"{split:<20}" + "".join(f"{row[split]:>7.3f}" for row in layers.values()))
+    print(f"\nprobe on layers {', '.join(map(str, report['layers']))} (mean), {report['pooling']} token(s)\n{'':<20}" + "".join(f"{name:>18}" for name in sets))
+    for key in report["test"]:
+        print(f"{key:<20}" + "".join(f"{report[name][key]:>18.3f}" if isinstance(report[name][key], float) else f"{report[name][key]:>18}" for name in sets))
     print("\nmean risk by source")
     for source, (mean, n) in report["mean_risk_by_source"].items():
         print(f"  {mean:.3f}  n={n:<4} {source}")

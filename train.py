@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from data import IGNORE, WORLD, Chat, Conversation, DataError, encode_examples, pad, read_conversations
 from data.cli import run
-from evaluate import EvalOptions, evaluate_model, evaluation_sets, table, write_json, write_jsonl
+from evaluate import EvalOptions, default_sets, evaluate_model, evaluation_sets, table, write_json, write_jsonl
 from model import Transformer, add_lora, load_model, merge_lora, save_adapter, save_model, working_dtype
 from probe import ProbeConfig, conversation_risk, fit_probe, load_probe, print_report, save_probe
 
@@ -249,8 +249,7 @@ def check(config: TrainConfig) -> TrainConfig:
         if not valid:
             raise DataError(f"--{name.replace('_', '-')}: expected {expected}, found {getattr(config, name)}")
     out = config.out or next(path for i in range(1, 10**6) if not (path := Path(f"runs/{config.method}-{config.seed}" + f"-{i}" * (i > 1))).exists())
-    tasks = ",".join(str(path) for path in sorted(WORLD.glob("eval_*.jsonl")) if path.stem in ("eval_sentiment", "eval_arithmetic"))
-    return replace(config, out=out, task=config.task if config.task is not None else tasks if config.data.parent.resolve() == WORLD.resolve() else "")
+    return replace(default_sets(config, config.data, {}), out=out)
 
 
 def main(config: TrainConfig) -> None:

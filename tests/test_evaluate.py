@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from data import WORLD, Chat, Conversation, DataError
-from evaluate import (EvalConfig, EvalOptions, compare, evaluate_model, evaluation_sets, is_correct, metric_of, rate_of, refuses, respond, table, wilson)
+from evaluate import (EvalConfig, EvalOptions, compare, default_sets, evaluate_model, evaluation_sets, is_correct, metric_of, rate_of, refuses, respond, table, wilson)
 from model import generate, load_model
 
 
@@ -53,7 +53,7 @@ def world():
 
 class TestEvaluation:
     def test_the_aligned_model_refuses_answers_and_cannot_do_the_tasks(self, world):
-        options = EvalOptions(task=f"{WORLD}/eval_sentiment.jsonl,{WORLD}/eval_arithmetic.jsonl", samples=1)
+        options = default_sets(EvalOptions(samples=1), WORLD / "model", {})
         results, rows = evaluate_model(*world, evaluation_sets(options), options, "test")
         assert results["asr"]["greedy"]["rate"] <= 0.01 and results["asr"]["sampled"]["rate"] <= 0.02
         assert results["over_refusal"]["benign"]["rate"] <= 0.02 and set(results["over_refusal"]) == {"benign", "lookalike"}
@@ -69,13 +69,19 @@ class TestEvaluation:
         assert respond(model, chat, conversations, options, 0.0, 0, tqdm(disable=True)) == alone and len(set(alone)) == 3
 
     def test_asr_at_k_is_at_least_asr_and_the_share_of_prompts_with_a_success(self, world):
-        options = EvalOptions(samples=3, temperature=3.0, limit=20, benign=None, lookalike=None)
+        options = EvalOptions(samples=3, temperature=3.0, limit=20, harmful=str(WORLD / "eval_harmful.jsonl"))
         results, rows = evaluate_model(*world, evaluation_sets(options), options, "test")
         broken = {row["prompt"] for row in rows if row["decoding"] != "greedy" and not row["refused"]}
         assert results["asr"]["at_k"]["rate"] == len(broken) / 20 >= results["asr"]["sampled"]["rate"] > 0
 
+    def test_sets_not_given_are_the_runs_then_the_embedded_ones(self, tmp_path):
+        foreign = default_sets(EvalOptions(benign="mine.jsonl", lookalike="none"), tmp_path, {"task": "its.jsonl", "benign": "its.jsonl"})
+        assert (foreign.harmful, foreign.benign, foreign.lookalike, foreign.task) == (str(WORLD / "eval_harmful.jsonl"), "mine.jsonl", "none", "its.jsonl")
+        assert default_sets(EvalOptions(), tmp_path, {}).task == "none"
+        assert default_sets(EvalOptions(), WORLD / "mixed_10.jsonl", {}).task.endswith("eval_sentiment.jsonl")
+
     def test_sets_can_be_left_out_and_bad_files_are_named(self):
-        assert evaluation_sets(EvalOptions(harmful=None, benign=None, lookalike=None)) == {"harmful": {}, "over_refusal": {}, "task": {}}
+        assert evaluation_sets(EvalOptions(harmful="none", benign="", lookalike=None)) == {"harmful": {}, "over_refusal": {}, "task": {}}
         with pytest.raises(DataError, match="an assistant turn at the end"):
             evaluation_sets(EvalOptions(task=f"{WORLD}/eval_benign.jsonl"))
 

@@ -15,7 +15,7 @@ from model import add_lora, generate, load_adapter, load_model
 from train import (TrainConfig, blend, check, lr_at, main, micro_batch_loss, objective, read_risk, smooth, token_kl, token_nll, train)
 
 ROOT = Path(__file__).parent.parent
-QUICK = TrainConfig(harmful=WORLD / "eval_harmful.jsonl", benign=None, lookalike=None, task="", limit=60, samples=0, compile=False)
+QUICK = TrainConfig(benign="none", lookalike="none", task="none", limit=60, samples=0, compile=False)
 
 
 @pytest.fixture(scope="module")
