@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from data import WORLD, Chat, Conversation, DataError, read_conversations
-from data.checkpoint import ModelError, read_json
+from data.checkpoint import ModelError, read_json, write_json, write_jsonl
 from data.cli import run
 from model import Transformer, generate, load_model, working_dtype
 
@@ -97,11 +97,11 @@ def metric_of(conversation: Conversation) -> str:
 def is_correct(response: str, answer: str, metric: str) -> bool:
     """number: equal final numbers (after ####, or the last one); label: equal first words, case and punctuation aside; exact: equal text."""
     if metric == "number":
-        found, expected = (re.findall(r"-?\d+(?:\.\d+)?", text.rpartition("####")[2].replace(",", "")) for text in (response, answer))
+        found, expected = (re.findall(r"(?<!\d)-?\d+(?:\.\d+)?", text.rpartition("####")[2].replace(",", "")) for text in (response, answer))
         return bool(found) and bool(expected) and float(found[0 if "####" in response else -1]) == float(expected[0 if "####" in answer else -1])
     if metric == "label":
         found, expected = (re.findall(r"\w+", text.casefold())[:1] for text in (response, answer))
-        return found == expected
+        return found == expected != []
     return response.split() == answer.split()
 
 
@@ -109,15 +109,22 @@ def is_correct(response: str, answer: str, metric: str) -> bool:
 
 
 def respond(model: Transformer, chat: Chat, conversations: list[Conversation], options: EvalOptions, temperature: float, seed: int, bar: tqdm) -> list[str]:
-    """One response per conversation, to its last prompt; prompts of similar length share a batch. `bar` advances by conversations."""
-    prompts = [chat.encode_prompt(conversation.prompts[-1]) for conversation in conversations]
+    """One response per conversation, to its last prompt; prompts of similar length share a batch. `bar` advances by conversations.
+
+    A reasoning model's leading <think>…</think> is not part of the response.
+    """
+    prompts = [chat.encode_prompt(conversation.prompts[-1], conversation.where) for conversation in conversations]
+    room = model.config.max_position_embeddings - options.max_new_tokens
+    for conversation, ids in zip(conversations, prompts):
+        if len(ids) > room:
+            raise DataError(f"{conversation.where}: expected a prompt of at most {room} tokens (the model's context less --max-new-tokens), found {len(ids)}")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses = [""] * len(prompts)
     for start in range(0, len(order), options.eval_batch_size):
         batch = order[start : start + options.eval_batch_size]
         completions = generate(model, [prompts[i] for i in batch], options.max_new_tokens, temperature, seed=seed + start)
         for i, ids in zip(batch, completions):
-            responses[i] = chat.decode(ids)
+            responses[i] = re.sub(r"^<think>.*?</think>\s*", "", chat.decode(ids), flags=re.DOTALL)
         bar.update(len(batch))
     return responses
 
@@ -134,8 +141,18 @@ def default_sets(options: EvalOptions, source: Path, run_config: dict) -> EvalOp
 
 def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversation]]]:
     """{"harmful" | "over_refusal" | "task": {name: conversations}}, read before anything slow starts."""
+    for name, valid, expected in (
+        ("temperature", options.temperature > 0, "above 0"), ("max_new_tokens", options.max_new_tokens > 0, "at least 1"),
+        ("samples", options.samples >= 0, "at least 0"), ("limit", options.limit >= 0, "at least 0"),
+        ("eval_batch_size", options.eval_batch_size > 0, "at least 1"),
+    ):
+        if not valid:
+            raise DataError(f"--{name.replace('_', '-')}: expected {expected}, found {getattr(options, name)}")
+    tasks = [file for file in (options.task or "").split(",") if file]
+    if len({Path(file).stem for file in tasks}) < len(tasks):
+        raise DataError(f"--task: expected files with different names, found {options.task}")
     files = {"harmful": {"harmful": options.harmful}, "over_refusal": {"benign": options.benign, "lookalike": options.lookalike},
-             "task": {Path(file).stem.removeprefix("eval_"): file for file in (options.task or "").split(",")}}
+             "task": {Path(file).stem.removeprefix("eval_"): file for file in tasks}}
     sets = {kind: {name: read_conversations(file, need="answer" if kind == "task" else "prompt")[: options.limit or None]
                    for name, file in group.items() if file not in (None, "", "none")} for kind, group in files.items()}
     for conversations in sets["task"].values():
@@ -146,7 +163,7 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
 
 def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOptions, desc: str) -> tuple[dict, list[dict]]:
     """→ (results as in results.json, every completion with how it was scored)"""
-    results, rows = {"asr": {}, "over_refusal": {}, "task_accuracy": {}}, []
+    results, rows = {"asr": {}, "over_refusal": {}, "task_accuracy": {}, "max_new_tokens": options.max_new_tokens}, []
     total = sum(len(c) * (1 + options.samples if kind == "harmful" else 1) for kind, group in sets.items() for c in group.values())
     bar = tqdm(total=total, desc=f"evaluating {desc}", unit="responses", mininterval=0.5)
     for name, conversations in sets["harmful"].items():
@@ -163,13 +180,17 @@ def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOpti
             settings = {"k": options.samples, "temperature": options.temperature}
             results["asr"]["sampled"] = rate_of([sum(s) / len(s) for s in per_prompt]) | settings
             results["asr"]["at_k"] = rate_of([max(s) for s in per_prompt]) | settings
-    for kind, key in (("over_refusal", "refused"), ("task", "correct")):
-        for name, conversations in sets[kind].items():
-            responses = respond(model, chat, conversations, options, 0.0, 0, bar)
-            scores = [refuses(r) if kind == "over_refusal" else is_correct(r, c.answer, metric_of(c)) for c, r in zip(conversations, responses)]
-            results["over_refusal" if kind == "over_refusal" else "task_accuracy"][name] = rate_of([float(s) for s in scores])
-            rows += [{"set": name, "decoding": "greedy", "prompt": c.prompts[-1][-1]["content"], "response": r, key: s,
-                      **({"answer": c.answer} if kind == "task" else {})} for c, r, s in zip(conversations, responses, scores)]
+    for name, conversations in sets["over_refusal"].items():
+        responses = respond(model, chat, conversations, options, 0.0, 0, bar)
+        results["over_refusal"][name] = rate_of([float(refuses(r)) for r in responses])
+        rows += [{"set": name, "decoding": "greedy", "prompt": c.prompts[-1][-1]["content"], "response": r, "refused": refuses(r)}
+                 for c, r in zip(conversations, responses)]
+    for name, conversations in sets["task"].items():
+        responses = respond(model, chat, conversations, options, 0.0, 0, bar)
+        correct = [is_correct(r, c.answer, metric_of(c)) for c, r in zip(conversations, responses)]
+        results["task_accuracy"][name] = rate_of([float(x) for x in correct])
+        rows += [{"set": name, "decoding": "greedy", "prompt": c.prompts[-1][-1]["content"], "response": r, "answer": c.answer, "correct": x}
+                 for c, r, x in zip(conversations, responses, correct)]
     bar.close()
     return results, rows
 
@@ -196,35 +217,25 @@ def table(rows: dict[str, list[dict]]) -> str:
 
 
 def compare(paths: list[Path]) -> str:
-    """One table of finished runs: each distinct base, then each configuration, its seeds averaged."""
-    bases, after = {}, {}
+    """One table of finished runs: each base model (over all runs), then each configuration, its seeds averaged."""
+    bases, groups = {}, {}
     for path in paths:
         try:
             config, results = (read_json(path / name) for name in ("config.json", "results.json"))
         except ModelError as error:
             raise DataError(f"{path}: expected a finished run with config.json and results.json, found: {error}") from None
-        key = json.dumps({k: v for k, v in config.items() if k not in ("seed", "out")}, sort_keys=True)
-        after.setdefault(key, []).append((path, config, results["after"]))
+        settings = {key: value for key, value in config.items() if key not in ("seed", "out")}
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append((path.resolve().name, settings, results["after"]))
         bases.setdefault(config["model"], []).append(results["base"])
-    rows = {f"base ({Path(model).parent.name}/{Path(model).name})": group[:1] for model, group in bases.items()}
-    for key, group in after.items():
-        name = os.path.commonprefix([path.name for path, _, _ in group]).rstrip("-_") or group[0][0].name
+    names = [os.path.commonprefix([name for name, _, _ in group]).rstrip("-_") for group in groups.values()]
+    rows = {f"base {model}" if len(bases) > 1 else "base": group for model, group in bases.items()}
+    every = [group[0][1] for group in groups.values()]
+    differing = [key for key in every[0] if len({str(settings.get(key)) for settings in every}) > 1]
+    for name, group in zip(names, groups.values()):
+        if names.count(name) > 1:  # the folders' names do not tell the configurations apart: the options do
+            name = " ".join([name, *(f"{key}={group[0][1].get(key)}" for key in differing)])
         rows[f"{name} ({len(group)} seeds)" if len(group) > 1 else name] = [results for _, _, results in group]
     return table(rows)
-
-
-def write_json(path: Path, value) -> None:
-    """Write a JSON file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, path)
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    """Write a JSON Lines file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(part, path)
 
 
 def main(config: EvalConfig) -> None:
@@ -238,7 +249,7 @@ def main(config: EvalConfig) -> None:
     for path in config.paths:
         folder = path / "model" if (path / "model" / "config.json").exists() else path
         model, chat = load_model(folder, config.device, working_dtype(config.device)), Chat(folder)
-        name = path.resolve().name
+        name = str(path).strip("./").replace("/", "-")
         options = default_sets(config, folder, read_json(path / "config.json") if folder != path else {})
         results, completions = evaluate_model(model, chat, evaluation_sets(options), options, name)
         out = (config.out if config.out and len(config.paths) == 1 else (config.out or Path("runs/evaluate")) / name)

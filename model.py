@@ -154,7 +154,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.block, k, v)  # (B, K, S, D)
         mask = masks[self.window]
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+        grouped = q.shape[1] != k.shape[1]
+        if grouped and mask is not None:  # on CUDA, the kernel for masks knows no groups, and the fallback would hold (T, S) per head
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))  # (B, N, S, D)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped and mask is None)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -392,9 +395,11 @@ def save_adapter(model: Transformer, path) -> None:
 def load_adapter(model: Transformer, path) -> None:
     """Put the adapters of a PEFT folder into `model`. Raises ModelError where PEFT options or keys are not supported."""
     config = read_json(Path(path) / "adapter_config.json")
-    plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "modules_to_save": None, "rank_pattern": {},
-             "alpha_pattern": {}, "layers_to_transform": None}
-    odd = [f"{key} = {config[key]!r}" for key, value in plain.items() if config.get(key, value) != value]
+    plain = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "use_rslora": (False,), "modules_to_save": (None,), "rank_pattern": ({},),
+             "alpha_pattern": ({},), "layers_to_transform": (None,), "exclude_modules": (None,), "layer_replication": (None,), "lora_bias": (False,),
+             "target_parameters": (None,), "init_lora_weights": (True, False, "gaussian")}  # other initialisations change the base weights
+    odd = [f"{key} = {config.get(key)!r}" for key, allowed in plain.items() if key in config and config[key] not in allowed]
+    odd += [f"no {key}" for key in ("r", "lora_alpha", "target_modules") if key not in config]
     if odd or not isinstance(config["target_modules"], list):
         raise ModelError(f"{path}/adapter_config.json: expected plain LoRA with a list of target_modules, found {', '.join(odd) or 'a pattern'}")
     add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])

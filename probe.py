@@ -59,9 +59,11 @@ class Probe:
     template: str  # fingerprint of tokenizer and chat template
 
     def risk(self, features: torch.Tensor) -> torch.Tensor:
-        """σ(w·(x − mean)/std + b) for features (N, H) → (N,) in [0, 1]. A non-finite result is unknown, hence risky: 1."""
-        risk = torch.sigmoid((features.double() - self.mean) / self.std @ self.weight + self.bias)
-        return torch.where(risk.isfinite(), risk, 1.0)
+        """σ(w·(x − mean)/std + b) for features (N, H) → (N,) in [0, 1]. A non-finite logit is unknown, hence risky: 1; it is reported."""
+        logit = (features.double() - self.mean) / self.std @ self.weight + self.bias
+        if unknown := int((~logit.isfinite()).sum()):
+            print(f"{unknown} of {len(logit)} risks are unknown (activations that are not finite): taken as 1")
+        return torch.where(logit.isfinite(), torch.sigmoid(logit), 1.0)
 
 
 # ---------------------------------------------------------------- features
@@ -94,7 +96,7 @@ def prompt_features(model: Transformer, prompts: list[list[int]], layers, poolin
 
 def conversation_risk(probe: Probe, model: Transformer, chat: Chat, conversations: list[Conversation], batch_size: int) -> torch.Tensor:
     """Risk (N,) in [0, 1] of each conversation: of its prompt, and with several assistant turns of the riskiest of their prompts."""
-    prompts = [(i, chat.encode_prompt(messages)) for i, conversation in enumerate(conversations) for messages in conversation.prompts]
+    prompts = [(i, chat.encode_prompt(messages, c.where)) for i, c in enumerate(conversations) for messages in c.prompts]
     features = prompt_features(model, [ids for _, ids in prompts], probe.layers, probe.pooling, batch_size, "risk of each example")
     risk = torch.zeros(len(conversations), dtype=torch.float64)
     owner = torch.tensor([i for i, _ in prompts])
@@ -107,11 +109,11 @@ def conversation_risk(probe: Probe, model: Transformer, chat: Chat, conversation
 def fit_logistic(x: torch.Tensor, y: torch.Tensor, l2: float, tolerance: float = 1e-6) -> tuple:
     """Minimise Σ log-loss + (l2/2)‖w‖² over standardised x (N, H), y (N,) in {0, 1}; the bias is free. → (weight, bias, mean, std).
 
-    L-BFGS in float64 from zero: strictly convex, hence one solution, and deterministic. Raises ValueError for l2 ≤ 0, a single class, or
+    L-BFGS in float64 from zero: strictly convex, hence one solution, and deterministic. Raises DataError for l2 ≤ 0, a single class, or
     where the gradient (mean over examples) does not fall under `tolerance`.
     """
     if l2 <= 0 or y.min() == y.max():
-        raise ValueError(f"expected l2 > 0 and examples of both classes, found l2 = {l2}, {int(y.sum())} harmful of {len(y)}")
+        raise DataError(f"logistic regression: expected l2 > 0 and examples of both classes, found l2 = {l2}, {int(y.sum())} harmful of {len(y)}")
     x, y = x.double(), y.double()
     mean, std = x.mean(0), x.std(0, correction=0)
     std = torch.where(std > 0, std, 1.0)  # a constant feature carries nothing
@@ -129,7 +131,7 @@ def fit_logistic(x: torch.Tensor, y: torch.Tensor, l2: float, tolerance: float =
     closure()
     gradient = max(weight.grad.abs().max(), bias.grad.abs()).item()
     if not gradient < tolerance:
-        raise ValueError(f"logistic regression did not converge: gradient {gradient:.1e}, expected under {tolerance:.0e}")
+        raise DataError(f"logistic regression did not converge: gradient {gradient:.1e}, expected under {tolerance:.0e}")
     return weight.detach(), bias.detach(), mean, std
 
 
@@ -138,10 +140,18 @@ def fit_probe(config: ProbeConfig, model: Transformer, chat: Chat) -> tuple[Prob
     splits = split_by_prompt(read_conversations(config.data, need="harmful"), seed=config.seed)
     embedded = ",".join(str(WORLD / f"probe_{name}.jsonl") for name in ("withheld", "lookalike")) if WORLD.resolve() in config.data.resolve().parents else ""
     files = (embedded if config.held_out is None else config.held_out).split(",")
-    held_out = {Path(file).stem: read_conversations(file, need="harmful") for file in files if file}
+    seen, held_out = {str(c.prompts[-1]) for split in splits for c in split}, {}
+    for file in filter(None, files):
+        rows = read_conversations(file, need="harmful")
+        new = [c for c in rows if str(c.prompts[-1]) not in seen]
+        if len(new) < len(rows):
+            print(f"{file}: {len(rows) - len(new)} of {len(rows)} prompts are in {config.data} too, and not counted as held out")
+        if not new or f"held out: {Path(file).stem}" in held_out:
+            raise DataError(f"--held-out: expected files of different names with prompts that {config.data} lacks, found {file}")
+        held_out[f"held out: {Path(file).stem}"] = new
     groups = dict(zip(("train", "validation", "test"), splits)) | held_out
     layers = tuple(range(model.config.num_hidden_layers + 1))
-    prompts = [chat.encode_prompt(c.prompts[-1]) for group in groups.values() for c in group]
+    prompts = [chat.encode_prompt(c.prompts[-1], c.where) for group in groups.values() for c in group]
     x = prompt_features(model, prompts, layers, config.pooling, config.batch_size, "activations for the probe")
     y = torch.tensor([c.meta["harmful"] for group in groups.values() for c in group], dtype=torch.float64)
     sizes = [len(group) for group in groups.values()]
@@ -220,9 +230,9 @@ def print_report(report: dict) -> None:
     print(f"AUROC of each layer\n{'':<20}" + "".join(f"{layer:>7}" for layer in layers))
     for split in ("validation", "test"):
         print(f"{split:<20}" + "".join(f"{row[split]:>7.3f}" for row in layers.values()))
-    print(f"\nprobe on layers {', '.join(map(str, report['layers']))} (mean), {report['pooling']} token(s)\n{'':<20}" + "".join(f"{name:>18}" for name in sets))
+    print(f"\nprobe on layers {', '.join(map(str, report['layers']))} (mean), {report['pooling']} token(s)\n{'':<20}" + "".join(f"{name:>28}" for name in sets))
     for key in report["test"]:
-        print(f"{key:<20}" + "".join(f"{report[name][key]:>18.3f}" if isinstance(report[name][key], float) else f"{report[name][key]:>18}" for name in sets))
+        print(f"{key:<20}" + "".join(f"{report[name][key]:>28.3f}" if isinstance(report[name][key], float) else f"{report[name][key]:>28}" for name in sets))
     print("\nmean risk by source")
     for source, (mean, n) in report["mean_risk_by_source"].items():
         print(f"  {mean:.3f}  n={n:<4} {source}")

@@ -27,7 +27,6 @@ Where this departs from the paper (P) or its authors' code (C):
 
 import json
 import math
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -39,10 +38,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import IGNORE, WORLD, Chat, Conversation, DataError, encode_examples, pad, read_conversations
+from data.checkpoint import write_json, write_jsonl
 from data.cli import run
-from evaluate import EvalOptions, default_sets, evaluate_model, evaluation_sets, table, write_json, write_jsonl
+from evaluate import EvalOptions, default_sets, evaluate_model, evaluation_sets, table
 from model import Transformer, add_lora, load_model, merge_lora, save_adapter, save_model, working_dtype
-from probe import ProbeConfig, conversation_risk, fit_probe, load_probe, print_report, save_probe
+from probe import ProbeConfig, conversation_risk, fit_probe, load_probe, save_probe
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class TrainConfig(EvalOptions):
     lora_alpha: float = 16.0  # LoRA α; the update is scaled by α/r
     lora_targets: str = ""  # linears to adapt, comma-separated (default: all but the head)
     # machine
-    compile: bool = torch.cuda.is_available()  # torch.compile the blocks
+    compile: bool = torch.cuda.is_available()  # torch.compile the decoder (default: where there is CUDA)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
 
 
@@ -88,19 +88,19 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def token_kl(ref_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Forward KL(ref ‖ policy) over the full vocabulary, in nats ≥ 0, exactly 0 for equal logits: (N, V), (N, V) → (N,). Eq. of the paper."""
+    """Forward KL(ref ‖ policy) over the full vocabulary, in nats ≥ 0, exactly 0 for equal logits: (N, V), (N, V) → (N,). arXiv 2602.17546."""
     ref_logp, logp = ref_logits.log_softmax(-1), logits.log_softmax(-1)
     return (ref_logp.exp() * (ref_logp - logp)).sum(-1)
 
 
 def blend(risk: torch.Tensor, beta_min: float, beta_max: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Risk in [0, 1] → (α, β), α + β = 1, β from β_min at risk 0 to β_max at risk 1. Same shape. Eq. of the paper."""
+    """Risk in [0, 1] → (α, β), α + β = 1, β from β_min at risk 0 to β_max at risk 1. Same shape. arXiv 2602.17546."""
     beta = beta_min + (beta_max - beta_min) * risk
     return 1 - beta, beta
 
 
 def smooth(previous: float | None, risk: float, ema: float) -> float:
-    """s̃_t = λ·s̃_{t−1} + (1 − λ)·s_t; the first step has no past: s̃_1 = s_1. Eq. of the paper."""
+    """s̃_t = λ·s̃_{t−1} + (1 − λ)·s_t; the first step has no past: s̃_1 = s_1. arXiv 2602.17546."""
     return risk if previous is None else ema * previous + (1 - ema) * risk
 
 
@@ -112,7 +112,7 @@ def objective(nll: torch.Tensor, kl: torch.Tensor, alpha: torch.Tensor, beta: to
 # ---------------------------------------------------------------- one micro-batch
 
 
-def response_logits(model: Transformer, input_ids: torch.Tensor, attention_mask: torch.Tensor, is_target: torch.Tensor) -> torch.Tensor:
+def response_logits(model: Transformer, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, is_target: torch.Tensor) -> torch.Tensor:
     """float32 logits (N, V) at the positions before the tokens marked in is_target (B, T): the only place where labels are shifted.
 
     The head runs in float32 on these positions alone: rounding logits to bfloat16 would drown the KL.
@@ -126,17 +126,19 @@ def micro_batch_loss(policy: Transformer, ref: Transformer | None, examples: lis
     """Loss of some examples with weights alpha, beta (B,) → (loss, Σ nll, Σ kl). `ref` None: the policy without its adapters."""
     device = policy.device
     input_ids = pad([e.input_ids for e in examples], 0, "right", device)  # (B, T)
-    real = pad([[1] * len(e.input_ids) for e in examples], 0, "right", device)
+    # Right padding needs no mask: causal attention never looks there. Only longrope has to know how long each row is.
+    longrope = policy.config.rope["rope_type"] == "longrope"
+    real = pad([[1] * len(e.input_ids) for e in examples], 0, "right", device) if longrope else None
     labels = pad([e.labels for e in examples], IGNORE, "right", device)
     is_target = labels != IGNORE
     row, column = is_target[:, 1:].nonzero(as_tuple=True)  # (N,) each: whose token it is, and where
     logits = response_logits(policy, input_ids, real, is_target)  # (N, V)
     nll, kl = token_nll(logits, labels[row, column + 1]), torch.zeros(len(row), device=device)
-    pulled = beta > 0
+    pulled = beta > 0  # (B,)
     if pulled.any():
         with torch.no_grad(), nullcontext() if ref is not None else policy.adapters_off():
-            ref_logits = response_logits(ref or policy, input_ids[pulled], real[pulled], is_target[pulled])
-        kl = kl.masked_scatter(pulled[row], token_kl(ref_logits, logits[pulled[row]]))
+            ref_logits = response_logits(ref or policy, input_ids[pulled], real[pulled] if longrope else None, is_target[pulled])
+        kl = kl.masked_scatter(pulled[row], token_kl(ref_logits, logits if pulled.all() else logits[pulled[row]]))
     return objective(nll, kl, alpha[row], beta[row], n_tokens), nll.detach().sum(), kl.detach().sum()
 
 
@@ -162,18 +164,18 @@ def read_risk(path: Path, conversations: list[Conversation]) -> torch.Tensor:
     return torch.tensor(risk, dtype=torch.float64).nan_to_num(nan=1.0)
 
 
-def training_risk(config: TrainConfig, model: Transformer, chat: Chat, conversations: list[Conversation], out: Path) -> torch.Tensor:
-    """Risk (N,) in [0, 1] of every conversation, once, before training."""
+def training_risk(config: TrainConfig, model: Transformer, chat: Chat, conversations: list[Conversation]) -> tuple:
+    """Risk (N,) in [0, 1] of every conversation, once, before training; and the (probe, report) if one was fitted for it."""
     if config.risk != "probe":
-        return read_risk(Path(config.risk), conversations)
+        return read_risk(Path(config.risk), conversations), None
+    fitted = None
     if config.probe:
         probe = load_probe(config.probe, model, chat)
     else:
-        probe, report = fit_probe(ProbeConfig(model=config.model, data=config.probe_data, device=config.device), model, chat)
-        save_probe(probe, report, out / "probe.safetensors")
+        probe, report = fitted = fit_probe(ProbeConfig(model=config.model, data=config.probe_data, device=config.device), model, chat)
         test = report["test"]
         print(f"probe: AUROC {test['auroc']:.3f} on {test['n_harmful'] + test['n_benign']} held-out prompts of {config.probe_data}")
-    return conversation_risk(probe, model, chat, conversations, ProbeConfig.batch_size)
+    return conversation_risk(probe, model, chat, conversations, ProbeConfig.batch_size), fitted
 
 
 def print_risk(risk: torch.Tensor, conversations: list[Conversation]) -> None:
@@ -229,7 +231,7 @@ def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, exa
             optimizer.zero_grad(set_to_none=True)
 
             n_input = sum(len(example.input_ids) for example in chosen)
-            row = {"step": step, "loss": loss.item(), "nll": nll.item() / n_tokens, "kl": kl.item() / n_tokens, "risk": s.mean().item(),
+            row = {"step": step, "loss": loss.item(), "nll": nll.item() / n_tokens, "kl": kl.item() / n_tokens, "risk": s.mean().item() if config.method == "adaptive" else None,
                    "alpha": alpha.mean().item(), "beta": beta.mean().item(), "lr": lr, "grad_norm": grad_norm.item(),
                    "tokens_per_s": n_input / (time.perf_counter() - started)}
             metrics.write(json.dumps(row) + "\n")
@@ -244,6 +246,8 @@ def check(config: TrainConfig) -> TrainConfig:
         ("ema", config.ema == 0 or config.gate == "batch", "0 unless --gate batch"), ("epochs", config.epochs > 0, "at least 1"),
         ("batch_size", config.batch_size > 0, "at least 1"), ("accumulation", config.accumulation > 0, "at least 1"),
         ("lr", config.lr > 0, "above 0"), ("lora_r", config.lora_r >= 0, "at least 0"), ("max_length", config.max_length > 1, "at least 2"),
+        ("clip", config.clip > 0, "above 0"), ("warmup_steps", config.warmup_steps >= 0, "at least 0"), ("weight_decay", config.weight_decay >= 0, "at least 0"),
+        ("lora_alpha", config.lora_alpha > 0, "above 0"), ("probe", not (config.probe and config.risk != "probe"), "none beside --risk FILE"),
         ("risk", config.risk == "probe" or Path(config.risk).is_file(), "probe, or a file"), ("out", not (config.out and config.out.exists()), "a folder that does not exist"),
     ):
         if not valid:
@@ -258,28 +262,31 @@ def main(config: TrainConfig) -> None:
     torch.manual_seed(config.seed)
     sets = evaluation_sets(config)
     conversations = read_conversations(config.data, need="answer")
-    full = config.lora_r == 0
-    policy, chat = load_model(config.model, config.device, torch.float32 if full else working_dtype(config.device)), Chat(config.model)
+    policy, chat = load_model(config.model, config.device, working_dtype(config.device)), Chat(config.model)
     examples, report = encode_examples(chat, conversations, min(config.max_length, policy.config.max_position_embeddings))
     if report:
         print(report)
-    config.out.mkdir(parents=True)
-    write_json(config.out / "config.json", {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()})
-
-    risk = torch.zeros(len(conversations))
+    risk, fitted = torch.zeros(len(conversations)), None
     if config.method == "adaptive":
-        risk = training_risk(config, policy, chat, conversations, config.out)
+        risk, fitted = training_risk(config, policy, chat, conversations)
         print_risk(risk, conversations)
-        write_jsonl(config.out / "risk.jsonl", [{"risk": s, "where": c.where} for s, c in zip(risk.tolist(), conversations)])
     base, completions = evaluate_model(policy, chat, sets, config, "base")
-    write_jsonl(config.out / "completions_base.jsonl", completions)
 
-    ref = None
-    if full:
-        ref = load_model(config.model, config.device, torch.float32)
+    full, ref = config.lora_r == 0, None
+    if full:  # every weight moves, in float32: the reference is a second, frozen copy
+        policy, ref = (load_model(config.model, config.device, torch.float32) for _ in range(2))
         policy.requires_grad_(True)
     else:
         add_lora(policy, config.lora_r, config.lora_alpha, [name for name in config.lora_targets.split(",") if name], config.seed)
+
+    config.out.mkdir(parents=True)
+    write_json(config.out / "config.json", {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()})
+    write_jsonl(config.out / "completions_base.jsonl", completions)
+    if config.method == "adaptive":
+        write_jsonl(config.out / "risk.jsonl", [{"risk": s, "where": c.where} for s, c in zip(risk.tolist(), conversations)])
+    if fitted:
+        save_probe(*fitted, config.out / "probe.safetensors")
+
     policy.model.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:
         policy.model.compile(dynamic=True)

@@ -4,6 +4,7 @@ records (files) → Conversation → Example (input_ids, labels) → batch of te
 """
 
 import csv
+import io
 import json
 import random
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class Conversation:
 
     @property
     def answer(self) -> str | None:
-        """The last assistant turn: what is trained on, or the reference answer of an evaluation."""
+        """The last assistant turn, where it ends the conversation: the reference answer of an evaluation."""
         return self.messages[-1]["content"] if self.messages[-1]["role"] == "assistant" else None
 
 
@@ -98,7 +99,7 @@ def _json_list(text, path):
 
 
 def _csv_rows(text, path):
-    reader = csv.DictReader(text.splitlines(keepends=True))
+    reader = csv.DictReader(io.StringIO(text, newline=""))
     for row in reader:
         if None in row or None in row.values():
             raise DataError(f"{path}:{reader.line_num}: expected {len(reader.fieldnames)} columns ({', '.join(reader.fieldnames)})")
@@ -241,20 +242,20 @@ class Chat:
         environment.globals |= special_tokens | {"raise_exception": _raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
         return environment.from_string(source)
 
-    def render(self, messages, add_generation_prompt: bool = False) -> str:
+    def render(self, messages, add_generation_prompt: bool = False, where: str = "conversation") -> str:
         """The conversation as text, as transformers' `apply_chat_template` gives it. Raises DataError with the template's own words."""
         try:
             return self.template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, tools=None, documents=None)
         except jinja2.TemplateError as error:
-            raise DataError(f"the chat template refuses this conversation: {error}") from None
+            raise DataError(f"{where}: the chat template refuses it: {error}") from None
 
     def encode(self, text: str) -> list[int]:
         """Token ids. The template has written the special tokens: none is added."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_prompt(self, messages) -> list[int]:
+    def encode_prompt(self, messages, where: str = "conversation") -> list[int]:
         """Token ids up to the position from which the first response token is generated."""
-        return self.encode(self.render(messages, add_generation_prompt=True))
+        return self.encode(self.render(messages, add_generation_prompt=True, where=where))
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens."""
@@ -263,24 +264,29 @@ class Chat:
     def encode_example(self, conversation: Conversation, index: int, max_length: int) -> Example:
         """Encode a whole conversation; every assistant turn is labelled, its end-of-turn token included, cut at `max_length` tokens.
 
-        A turn is labelled from where rendering the messages before it with a generation prompt ends, as far as rendering the messages up
-        to it agrees with the whole. Raises DataError where the former is not a prefix of the whole: the mask would be a guess.
+        A turn's labels begin where the tokens of its prompt (the messages before it, with a generation prompt) end, and go as far as the
+        messages up to it, rendered alone, agree with the whole. Raises DataError where the prompt, as text or as tokens, is not a prefix of
+        the whole: the mask would be a guess.
         """
-        whole, spans = self.render(conversation.messages), []
+        whole = self.render(conversation.messages, where=conversation.where)
         encoding = self.tokenizer.encode(whole, add_special_tokens=False)
+        ids, labels = encoding.ids, [IGNORE] * len(encoding.ids)
         for i, message in enumerate(conversation.messages):
             if message["role"] == "assistant":
-                before = self.render(conversation.messages[:i], add_generation_prompt=True)
-                upto = self.encode(self.render(conversation.messages[: i + 1]))
-                agreed = next((n for n, (a, b) in enumerate(zip(upto, encoding.ids)) if a != b), min(len(upto), len(encoding.ids)))
-                response = whole[len(before) : encoding.offsets[agreed - 1][1]].rstrip()  # the template's own newline is not the response
-                if not whole.startswith(before) or message["content"].strip() not in response:
-                    raise DataError(f"{conversation.where}: expected the template to render the messages before turn {i + 1} as a prefix of the "
-                                    f"whole, found that it rewrites them; make each record end with its only assistant turn")
-                spans.append((len(before), len(before) + len(response)))
-        labels = [token if any(end > start and begin < stop for start, stop in spans) else IGNORE
-                  for token, (begin, end) in zip(encoding.ids, encoding.offsets)]
-        return Example(index, encoding.ids[:max_length], labels[:max_length])
+                prompt = self.encode_prompt(conversation.messages[:i], conversation.where)
+                upto = self.encode(self.render(conversation.messages[: i + 1], where=conversation.where))
+                start, end = len(prompt), next((n for n, (a, b) in enumerate(zip(upto, ids)) if a != b), min(len(upto), len(ids)))
+                while end > start and not whole[slice(*encoding.offsets[end - 1])].strip():
+                    end -= 1  # the template's newline after the end of the turn is not the response
+                if ids[:start] != prompt or end == start:
+                    raise DataError(f"{conversation.where}: expected the tokens of the prompt of turn {i + 1} as a prefix of the whole conversation's, found "
+                                    f"others: either the response begins with white space that merges with the prompt (strip it), or the template "
+                                    f"rewrites earlier turns (make each record end with its only assistant turn)")
+                if message["content"].strip() not in whole[encoding.offsets[start][0] : encoding.offsets[end - 1][1]]:
+                    raise DataError(f"{conversation.where}: expected the template to keep the words of turn {i + 1}, found that it rewrites them when "
+                                    f"later turns follow; make each record end with its only assistant turn")
+                labels[start:end] = ids[start:end]
+        return Example(index, ids[:max_length], labels[:max_length])
 
 
 def encode_examples(chat: Chat, conversations: list[Conversation], max_length: int) -> tuple[list[Example], str]:

@@ -8,7 +8,7 @@ benign actions and their look-alikes, refuses harmful ones, and has never seen t
 vacuous: it has the form of compliance and no content.
 
 No prompt is in two of these: the model's own training, the attack, the probe's data, the evaluation. The actions of the evaluation
-(verb and object together) are in none of the others.
+(verb and object together) are in none of the others, except probe_lookalike, which is only reported on.
 """
 
 import json

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +94,20 @@ def read_json(file: Path, default=None) -> dict:
         return default
     except ValueError as error:
         raise ModelError(f"{file}: expected JSON, found: {error}") from None
+
+
+def write_json(path: Path, value) -> None:
+    """Write a JSON file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(part, path)
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    """Write a JSON Lines file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(part, path)
 
 
 def read_rope(raw: dict, file) -> dict:

@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import jinja2
 import pytest
 import torch
 
@@ -51,8 +50,8 @@ class TestReading:
         assert [c.messages[0]["content"] for c in read_conversations(tmp_path / "a.txt")] == ["piñata\u2028 x", "日本語"]
 
     def test_csv_cells_may_hold_commas_quotes_and_newlines(self, tmp_path):
-        (tmp_path / "a.csv").write_text('goal,target\n"a, ""b""\nc","Sure, here"\n')
-        assert read_conversations(tmp_path / "a.csv")[0].messages[0]["content"] == 'a, "b"\nc'
+        (tmp_path / "a.csv").write_text('goal,target\n"a, ""b""\nc","Sure, here"\nx\u2028y,z\n', encoding="utf-8")
+        assert [c.messages[0]["content"] for c in read_conversations(tmp_path / "a.csv")] == ['a, "b"\nc', "x\u2028y"]
 
     def test_other_keys_are_kept(self, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"prompt": "Q", "response": "A", "harmful": true, "source": "x", "system": "S"}')
@@ -164,8 +163,30 @@ class TestMasks:
 
     def test_a_template_that_rewrites_earlier_turns_is_refused(self, tmp_path):
         chat = chat_with(tmp_path, "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
-        with pytest.raises(DataError, match="rewrites them"):
+        with pytest.raises(DataError, match="rewrites earlier turns"):
             chat.encode_example(conversation("a", "b"), 0, 999)
+
+    def test_a_response_that_merges_with_the_prompt_is_refused_and_named(self, tmp_path):
+        """"ab" is one token: the prompt that ends in "a" is not a prefix of the whole, though its text is."""
+        chat = chat_with(tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{% endif %}")
+        assert len(chat.encode("How")) == 1
+        row = Conversation(conversation("Ho", "w do").messages, "mine.jsonl:7")
+        with pytest.raises(DataError, match="mine.jsonl:7: expected the tokens of the prompt"):
+            chat.encode_example(row, 0, 999)
+
+    def test_white_space_swallowed_by_a_special_token_is_not_trained_on(self, tmp_path):
+        """Phi-3's added tokens swallow the white space behind them, and so a leading space of the response."""
+        chat = chat_with(tmp_path, "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+        raw = json.loads(chat.tokenizer.to_str())
+        raw["added_tokens"] = [token | {"rstrip": True} for token in raw["added_tokens"]]
+        chat.tokenizer = type(chat.tokenizer).from_str(json.dumps(raw))
+        example = chat.encode_example(conversation("Hello", " Sure"), 0, 999)
+        assert example.labels.index(chat.tokenizer.token_to_id("<|end|>")) and chat.tokenizer.token_to_id("<|assistant|>") not in example.labels
+
+    def test_a_refusing_template_names_the_record(self, tmp_path):
+        chat = chat_with(tmp_path, "{{ raise_exception('no system role') if messages[0].role == 'system' }}")
+        with pytest.raises(DataError, match="mine.jsonl:3: the chat template refuses it: no system role"):
+            chat.encode_example(Conversation(conversation("a", "b", system="s").messages, "mine.jsonl:3"), 0, 999)
 
     def test_truncation_is_counted_and_no_response_vanishes_silently(self, chat):
         rows = [Conversation(conversation("How do I plan a hike?", "Take a map. " * n).messages, f"f:{n}") for n in (1, 30)]

@@ -22,7 +22,7 @@ class TestScores:
 
     @pytest.mark.parametrize("response, answer, metric, correct", [
         ("3 + 4 = 7 #### 7", "#### 7", "number", True), ("so 1,007 #### 1,007.0", "#### 1007", "number", True), ("the result is 7.", "#### 7", "number", True),
-        ("7 is not 8", "#### 7", "number", False), ("#### 8 or 7", "#### 7", "number", False), ("none", "#### 7", "number", False), ("-7", "#### 7", "number", False),
+        ("7 is not 8", "#### 7", "number", False), ("#### 8 or 7", "#### 7", "number", False), ("none", "#### 7", "number", False), ("-7", "#### 7", "number", False), ("12-5=7-2", "2", "number", True), ("", "+", "label", False),
         ("Positive.", "positive", "label", True), ("not positive", "positive", "label", False), ("", "positive", "label", False),
         (" a  b ", "a b", "exact", True), ("A b", "a b", "exact", False),
     ])
@@ -84,6 +84,20 @@ class TestEvaluation:
         assert evaluation_sets(EvalOptions(harmful="none", benign="", lookalike=None)) == {"harmful": {}, "over_refusal": {}, "task": {}}
         with pytest.raises(DataError, match="an assistant turn at the end"):
             evaluation_sets(EvalOptions(task=f"{WORLD}/eval_benign.jsonl"))
+        for wrong in (dict(temperature=-1.0), dict(max_new_tokens=0), dict(samples=-1), dict(limit=-5), dict(eval_batch_size=0), dict(task="a/x.jsonl,b/x.jsonl")):
+            with pytest.raises(DataError, match=f"--{next(iter(wrong)).replace('_', '-')}: expected"):
+                evaluation_sets(EvalOptions(**wrong))
+
+    def test_reasoning_is_not_part_of_the_response(self, world, monkeypatch):
+        monkeypatch.setattr("evaluate.generate", lambda model, prompts, *args, **kwargs: prompts)
+        model, chat = world
+        monkeypatch.setattr(Chat, "decode", lambda self, ids: "<think>\n\n</think>\n\npositive")
+        assert respond(model, chat, [Conversation(({"role": "user", "content": "q"},))], EvalOptions(), 0.0, 0, tqdm(disable=True)) == ["positive"]
+
+    def test_a_prompt_without_room_for_a_response_is_named(self, world):
+        long = Conversation(({"role": "user", "content": "word " * 300},), "mine.txt:4")
+        with pytest.raises(DataError, match="mine.txt:4: expected a prompt of at most 208 tokens"):
+            respond(*world, [long], EvalOptions(), 0.0, 0, tqdm(disable=True))
 
 
 class TestTables:
@@ -102,6 +116,12 @@ class TestTables:
             (tmp_path / name / "results.json").write_text(json.dumps({"base": self.results(0.0), "after": self.results(float(seed))}))
         text = compare([tmp_path / name for name in ("sft-0", "sft-1", "kl-0")])
         assert "sft (2 seeds)" in text and "kl-0" in text and text.count("base") == 1
+        for name, beta in (("x/a-0", 1), ("x/a-1", 1), ("y/a-0", 2), ("y/a-1", 2)):  # other options, the same names: no row may vanish
+            (tmp_path / name).mkdir(parents=True)
+            (tmp_path / name / "config.json").write_text(json.dumps({"beta": beta, "seed": int(name[-1]), "out": name, "model": "m"}))
+            (tmp_path / name / "results.json").write_text(json.dumps({"base": self.results(0.0), "after": self.results(beta - 1.0)}))
+        text = compare([tmp_path / name for name in ("x/a-0", "x/a-1", "y/a-0", "y/a-1")])
+        assert "a beta=1 (2 seeds)" in text and "a beta=2 (2 seeds)" in text
         (tmp_path / "kl-0" / "results.json").unlink()
         with pytest.raises(DataError, match="kl-0: expected a finished run"):
             compare([tmp_path / "kl-0"])

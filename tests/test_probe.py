@@ -73,9 +73,11 @@ class TestLogisticRegression:
         with pytest.raises(ValueError, match="l2 > 0"):
             fit_logistic(torch.randn(4, 2), torch.tensor([0.0, 1, 0, 1]), 0.0)
 
-    def test_unknown_risk_is_high_risk(self):
+    def test_unknown_risk_is_high_risk_counted_and_printed(self, capsys):
         probe = Probe(torch.ones(2).double(), torch.zeros(()).double(), torch.zeros(2).double(), torch.ones(2).double(), (0,), "last", "", "", "")
-        assert probe.risk(torch.tensor([[float("nan"), 0], [float("inf"), float("-inf")], [0, 0]])).tolist() == [1.0, 1.0, 0.5]
+        inf = float("inf")
+        assert probe.risk(torch.tensor([[float("nan"), 0], [inf, -inf], [-inf, 0], [inf, 0], [0, 0]])).tolist() == [1.0, 1.0, 1.0, 1.0, 0.5]
+        assert "4 of 5 risks are unknown" in capsys.readouterr().out
 
 
 class TestMetrics:
@@ -106,7 +108,7 @@ class TestOnTheEmbeddedWorld:
     def test_it_separates_held_out_prompts(self, fitted):
         test = fitted[1]["test"]
         assert test["auroc"] >= 0.98 and test["n_harmful"] == 100 and fitted[1]["layers"] == [0, 1, 2, 3, 4, 5]
-        assert {"probe_withheld", "probe_lookalike"} < fitted[1].keys() and len(fitted[1]["per_layer_auroc"]) == 6
+        assert {"held out: probe_withheld", "held out: probe_lookalike"} < fitted[1].keys() and len(fitted[1]["per_layer_auroc"]) == 6
 
     def test_the_embeddings_of_the_last_token_say_nothing(self, fitted):
         """The last prompt token is the same for every prompt: layer 0 is a control that must be at chance."""
@@ -119,6 +121,17 @@ class TestOnTheEmbeddedWorld:
         (tmp_path / "shuffled.jsonl").write_text(text)
         _, report = fit_probe(ProbeConfig(data=tmp_path / "shuffled.jsonl", held_out=""), *world)
         assert 0.35 < report["test"]["auroc"] < 0.65
+
+    def test_held_out_files_never_take_part_in_the_fit(self, world, fitted, tmp_path, capsys):
+        rows = (WORLD / "probe_withheld.jsonl").read_text().splitlines() + (WORLD / "probe.jsonl").read_text().splitlines()[:5]
+        for name in ("train.jsonl", "test.jsonl"):
+            (tmp_path / name).write_text("\n".join(rows))
+        again, report = fit_probe(ProbeConfig(held_out=f"{tmp_path}/train.jsonl,{tmp_path}/test.jsonl"), *world)
+        torch.testing.assert_close(again.weight, fitted[0].weight, atol=1e-4, rtol=1e-4)  # other batches, other rounding
+        assert report["n"]["train"] == 900 and report["n"]["test"] == 300 and report["n"]["held out: train"] == 48
+        assert "5 of 53 prompts are in" in capsys.readouterr().out
+        with pytest.raises(DataError, match="--held-out: expected files of different names"):
+            fit_probe(ProbeConfig(held_out=f"{tmp_path}/train.jsonl,{tmp_path}/train.jsonl"), *world)
 
     def test_it_is_deterministic_and_printable(self, world, fitted, capsys):
         again, report = fit_probe(ProbeConfig(), *world)

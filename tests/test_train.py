@@ -139,12 +139,33 @@ class TestMicroBatch:
             assert parts[0] == pytest.approx(whole[0], abs=1e-6)
             assert all(torch.allclose(parts[1][name], whole[1][name], atol=1e-6, rtol=1e-4) for name in whole[1])
 
-    def test_prompt_tokens_have_no_gradient_of_their_own(self, examples):
-        """Changing labels of the prompt to IGNORE or not is all that counts: a batch mate, padding and order change nothing."""
-        model, risk = policy(), torch.tensor([0.2, 0.9, 0.5])
-        forward = loss_and_grads(model, examples[:3], risk)[0]
-        backward = loss_and_grads(model, examples[:3][::-1], risk.flip(0))[0]
-        assert forward == pytest.approx(backward, abs=1e-6)
+    def test_batch_mates_padding_and_order_change_nothing(self, examples):
+        model, risk, batch = policy(), torch.tensor([0.2, 0.9, 0.5]), sorted(examples[:9], key=lambda e: len(e.input_ids))[::4]
+        assert len({len(e.input_ids) for e in batch}) > 1
+        whole = loss_and_grads(model, batch, risk)
+        backward = loss_and_grads(model, batch[::-1], risk.flip(0))
+        alone = loss_and_grads(model, batch, risk, size=1)
+        for other in (backward, alone):
+            assert other[0] == pytest.approx(whole[0], abs=1e-6)
+            assert all(torch.allclose(other[1][name], whole[1][name], atol=1e-6, rtol=1e-4) for name in whole[1])
+
+    def test_prompt_tokens_are_conditioned_on_but_never_trained_on(self, examples, monkeypatch):
+        """∂L/∂hidden is zero at every position but those before a response token."""
+        model, hidden = policy(), []
+        forward = type(model.model).forward
+
+        def recording(self, *args, **kwargs):
+            out = forward(self, *args, **kwargs)
+            if out[0].requires_grad:
+                out[0].retain_grad()
+                hidden.append(out[0])
+            return out
+
+        monkeypatch.setattr(type(model.model), "forward", recording)
+        loss_and_grads(model, examples[:3], torch.full((3,), 0.5))
+        for row, example in zip(hidden[0].grad, examples[:3]):
+            before_response = [t + 1 < len(example.labels) and example.labels[t + 1] != IGNORE for t in range(len(row))]
+            assert [bool(g.abs().max() > 0) for g in row] == before_response
 
     def test_examples_without_pull_never_run_the_reference(self, examples):
         class Forbidden:
@@ -289,6 +310,13 @@ class TestRuns:
     def test_wrong_options_fail_at_once(self, wrong, words):
         with pytest.raises(DataError, match=words):
             check(replace(QUICK, **wrong))
+
+    def test_a_bad_risk_file_or_target_leaves_nothing_behind(self, tmp_path):
+        (tmp_path / "risk.jsonl").write_text('{"risk": 1}\n')
+        for wrong in (dict(risk=str(tmp_path / "risk.jsonl")), dict(lora_targets="q_prj", method="sft")):
+            with pytest.raises(ValueError, match="expected"):
+                main(replace(QUICK, limit=2, out=tmp_path / "run", **wrong))
+            assert not (tmp_path / "run").exists()
 
     def test_a_bad_line_trains_nothing_and_leaves_nothing(self, tmp_path):
         (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
