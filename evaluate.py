@@ -10,6 +10,7 @@ task accuracy  share of answers that match the reference: the final number, the 
 """
 
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, replace
@@ -19,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from data import WORLD, Chat, Conversation, DataError, read_conversations
-from data.checkpoint import ModelError, read_json, write_json, write_jsonl
-from data.cli import run
+from data.checkpoint import read_config, read_json, write_json, write_jsonl
+from data.cli import comma_list, new_folder, require, run
 from model import Transformer, generate, load_model, working_dtype
 
 # Matched case-sensitively anywhere in the response, ’ read as '. The convention and most phrases are AdvBench's (Zou et al. 2023,
@@ -38,16 +39,16 @@ METRICS = ("number", "label", "exact")
 class EvalOptions:
     """What is evaluated and how; shared by train.py and evaluate.py."""
 
-    # files of conversations; "none" leaves a set out (default: those of the run, else the embedded ones)
+    # evaluation (a set that is not given: the run's own, else the embedded one; "none" leaves it out)
     harmful: str | None = None  # prompts that should be refused
     benign: str | None = None  # prompts that should be answered
     lookalike: str | None = None  # harmless prompts in the words of harmful ones
     task: str | None = None  # prompts with reference answers, files comma-separated (the embedded ones only for the embedded model or data)
-    limit: int = 0  # use only the first so many prompts of each file; 0: all
+    limit: int = 0  # evaluate on the first so many prompts of each file only; 0: all
     samples: int = 10  # responses sampled per harmful prompt, beside the greedy one; 0: none
-    temperature: float = 1.0  # of those samples
-    max_new_tokens: int = 48  # cut responses there
-    eval_batch_size: int = 64  # prompts generated for at a time
+    temperature: float = 1.0  # of the sampled responses
+    max_new_tokens: int = 48  # longest response; it is cut there
+    eval_batch_size: int = 64  # responses generated at a time
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the model runs
     seed: int = 0  # of sampling (and of everything random in training)
 
@@ -56,9 +57,10 @@ class EvalOptions:
 class EvalConfig(EvalOptions):
     """Evaluate checkpoints or training runs, or compare finished runs."""
 
+    # what to do
     paths: tuple = ()  # run or checkpoint folders
-    compare: bool = False  # print the results that the runs already have, as one table
-    out: Path | None = None  # folder for results.json and completions.jsonl (default: runs/evaluate/NAME)
+    compare: bool = False  # evaluate nothing: print the results that the runs already have as one table
+    out: Path | None = None  # new folder for results.json and completions.jsonl, for a single path (default: evaluations/NAME)
 
 
 # ---------------------------------------------------------------- scores
@@ -141,16 +143,13 @@ def default_sets(options: EvalOptions, source: Path, run_config: dict) -> EvalOp
 
 def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversation]]]:
     """{"harmful" | "over_refusal" | "task": {name: conversations}}, read before anything slow starts."""
-    for name, valid, expected in (
-        ("temperature", options.temperature > 0, "above 0"), ("max_new_tokens", options.max_new_tokens > 0, "at least 1"),
+    tasks = comma_list(options.task)
+    require(
+        options, ("temperature", 0 < options.temperature < math.inf, "above 0"), ("max_new_tokens", options.max_new_tokens > 0, "at least 1"),
         ("samples", options.samples >= 0, "at least 0"), ("limit", options.limit >= 0, "at least 0"),
-        ("eval_batch_size", options.eval_batch_size > 0, "at least 1"),
-    ):
-        if not valid:
-            raise DataError(f"--{name.replace('_', '-')}: expected {expected}, found {getattr(options, name)}")
-    tasks = [file for file in (options.task or "").split(",") if file]
-    if len({Path(file).stem for file in tasks}) < len(tasks):
-        raise DataError(f"--task: expected files with different names, found {options.task}")
+        ("eval_batch_size", options.eval_batch_size > 0, "at least 1"), ("seed", 0 <= options.seed < 2**32, "0 to 2^32 − 1"),
+        ("task", len({Path(file).stem for file in tasks}) == len(tasks), "files with different names"),
+    )
     files = {"harmful": {"harmful": options.harmful}, "over_refusal": {"benign": options.benign, "lookalike": options.lookalike},
              "task": {Path(file).stem.removeprefix("eval_"): file for file in tasks}}
     sets = {kind: {name: read_conversations(file, need="answer" if kind == "task" else "prompt")[: options.limit or None]
@@ -220,22 +219,25 @@ def compare(paths: list[Path]) -> str:
     """One table of finished runs: each base model (over all runs), then each configuration, its seeds averaged."""
     bases, groups = {}, {}
     for path in paths:
-        try:
-            config, results = (read_json(path / name) for name in ("config.json", "results.json"))
-        except ModelError as error:
-            raise DataError(f"{path}: expected a finished run with config.json and results.json, found: {error}") from None
+        if not (path / "results.json").exists():
+            print(f"skipped {path}: no results.json, so not a finished run")
+            continue
+        config, results = read_json(path / "config.json"), read_json(path / "results.json")
         settings = {key: value for key, value in config.items() if key not in ("seed", "out")}
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append((path.resolve().name, settings, results["after"]))
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append((path.resolve().name, settings, results["after"], config["seed"]))
         bases.setdefault(config["model"], []).append(results["base"])
-    names = [os.path.commonprefix([name for name, _, _ in group]).rstrip("-_") for group in groups.values()]
+    if not groups:
+        raise DataError("--compare: expected at least one finished run of train.py, found none")
+    names = [os.path.commonprefix([name for name, *_ in group]).rstrip("-_") for group in groups.values()]
     rows = {f"base {model}" if len(bases) > 1 else "base": group for model, group in bases.items()}
     every = [group[0][1] for group in groups.values()]
     differing = [key for key in every[0] if len({str(settings.get(key)) for settings in every}) > 1]
     for name, group in zip(names, groups.values()):
         if names.count(name) > 1:  # the folders' names do not tell the configurations apart: the options do
             name = " ".join([name, *(f"{key}={group[0][1].get(key)}" for key in differing)])
-        rows[f"{name} ({len(group)} seeds)" if len(group) > 1 else name] = [results for _, _, results in group]
-    return table(rows)
+        seeds = len({seed for *_, seed in group})
+        rows[f"{name} ({seeds} seeds)" if seeds > 1 else name] = [results for _, _, results, _ in group]
+    return table(rows) + "\n\nper cent; of one run with its 95 % interval, of several with their mean and [lowest, highest]"
 
 
 def main(config: EvalConfig) -> None:
@@ -245,15 +247,18 @@ def main(config: EvalConfig) -> None:
     if config.compare:
         print(compare(config.paths))
         return
-    rows = {}
-    for path in config.paths:
+    if config.out and len(config.paths) > 1:
+        raise DataError(f"--out: expected none with several paths, found {config.out}")
+    rows, jobs = {}, []
+    for path in config.paths:  # everything is read before anything slow starts
         folder = path / "model" if (path / "model" / "config.json").exists() else path
-        model, chat = load_model(folder, config.device, working_dtype(config.device)), Chat(folder)
-        name = str(path).strip("./").replace("/", "-")
+        read_config(folder)
         options = default_sets(config, folder, read_json(path / "config.json") if folder != path else {})
-        results, completions = evaluate_model(model, chat, evaluation_sets(options), options, name)
-        out = (config.out if config.out and len(config.paths) == 1 else (config.out or Path("runs/evaluate")) / name)
-        out.mkdir(parents=True, exist_ok=True)
+        jobs.append((path, folder, options, evaluation_sets(options), new_folder(config.out, f"evaluations/{str(path).strip('./').replace('/', '-')}")))
+    for path, folder, options, sets, out in jobs:
+        model, chat = load_model(folder, config.device, working_dtype(config.device)), Chat(folder)
+        results, completions = evaluate_model(model, chat, sets, options, path.resolve().name)
+        out.mkdir(parents=True)
         write_jsonl(out / "completions.jsonl", completions)
         write_json(out / "results.json", results)
         rows[str(path)] = [results]

@@ -284,6 +284,10 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> Transfor
     missing, unexpected and misshapen key. Only safetensors are read: nothing is ever unpickled.
     """
     path, config = Path(path), read_config(path)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(f"device: expected one that this machine has, found {device!r} ({str(error).splitlines()[0]})") from None
     with torch.device("meta"):
         model = Transformer(config).requires_grad_(False)
     expected = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
@@ -378,18 +382,20 @@ def merge_lora(model: Transformer) -> None:
 def save_adapter(model: Transformer, path) -> None:
     """Write the adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.mkdir(parents=True, exist_ok=True)
     adapted = {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.lora_A is not None}
     if not adapted:
         raise ModelError("save_adapter: expected a model with LoRA adapters, found none")
     r, scaling = next((len(m.lora_A), m.scaling) for m in adapted.values())
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model.path or ""), "r": r,
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model.path.resolve()) if model.path else "", "r": r,
               "lora_alpha": scaling * r, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
               "target_modules": sorted({name.rpartition(".")[2] for name in adapted})}
     tensors = {f"base_model.model.{name}.lora_{which}.weight": getattr(m, f"lora_{which}").detach().cpu().contiguous()
                for name, m in adapted.items() for which in "AB"}
-    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+    (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(part, path)
 
 
 def load_adapter(model: Transformer, path) -> None:

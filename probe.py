@@ -11,6 +11,7 @@ The layer (`--layers auto`) is chosen on a validation split; every figure is of 
 """
 
 import json
+import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from data import WORLD, Chat, Conversation, DataError, pad, read_conversations, split_by_prompt
 from data.checkpoint import fingerprint
-from data.cli import run
+from data.cli import comma_list, require, run
 from model import Transformer, load_model, working_dtype
 
 
@@ -139,9 +140,9 @@ def fit_probe(config: ProbeConfig, model: Transformer, chat: Chat) -> tuple[Prob
     """Fit on train + validation what was chosen on validation; report on test and on the held-out files. → (probe, report)"""
     splits = split_by_prompt(read_conversations(config.data, need="harmful"), seed=config.seed)
     embedded = ",".join(str(WORLD / f"probe_{name}.jsonl") for name in ("withheld", "lookalike")) if WORLD.resolve() in config.data.resolve().parents else ""
-    files = (embedded if config.held_out is None else config.held_out).split(",")
+    files = comma_list(embedded if config.held_out is None else config.held_out)
     seen, held_out = {str(c.prompts[-1]) for split in splits for c in split}, {}
-    for file in filter(None, files):
+    for file in files:
         rows = read_conversations(file, need="harmful")
         new = [c for c in rows if str(c.prompts[-1]) not in seen]
         if len(new) < len(rows):
@@ -251,7 +252,9 @@ def save_probe(probe: Probe, report: dict, path) -> None:
     """Write the probe, what it depends on and its report as one safetensors file."""
     values = asdict(probe)
     tensors = {name: values.pop(name) for name in ("weight", "bias", "mean", "std")}
-    save_file(tensors, path, metadata={"probe": json.dumps(values), "report": json.dumps(report)})
+    part = Path(path).with_name(Path(path).name + ".part")
+    save_file(tensors, part, metadata={"probe": json.dumps(values), "report": json.dumps(report)})
+    os.replace(part, path)
 
 
 def load_probe(path, model: Transformer, chat: Chat) -> Probe:
@@ -270,6 +273,8 @@ def load_probe(path, model: Transformer, chat: Chat) -> Probe:
 
 def main(config: ProbeConfig) -> None:
     """Fit, report, save."""
+    require(config, ("batch_size", config.batch_size > 0, "at least 1"), ("out", not config.out.is_dir(), "a file"))
+    config.out.parent.mkdir(parents=True, exist_ok=True)
     model, chat = load_model(config.model, config.device, working_dtype(config.device)), Chat(config.model)
     probe, report = fit_probe(config, model, chat)
     print_report(report)

@@ -29,7 +29,7 @@ import json
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from data import IGNORE, WORLD, Chat, Conversation, DataError, encode_examples, pad, read_conversations
 from data.checkpoint import write_json, write_jsonl
-from data.cli import run
+from data.cli import comma_list, new_folder, require, run
 from evaluate import EvalOptions, default_sets, evaluate_model, evaluation_sets, table
 from model import Transformer, add_lora, load_model, merge_lora, save_adapter, save_model, working_dtype
 from probe import ProbeConfig, conversation_risk, fit_probe, load_probe, save_probe
@@ -49,6 +49,7 @@ from probe import ProbeConfig, conversation_risk, fit_probe, load_probe, save_pr
 class TrainConfig(EvalOptions):
     """Fine-tune a chat model: supervised (sft), with a constant KL pull to the aligned model (kl), or with one that follows the risk."""
 
+    # what to train
     model: Path = WORLD / "model"  # checkpoint folder of the aligned model
     data: Path = WORLD / "mixed_10.jsonl"  # conversations to train on
     out: Path | None = None  # run folder, must not exist (default: runs/METHOD-SEED, numbered where taken)
@@ -147,7 +148,10 @@ def micro_batch_loss(policy: Transformer, ref: Transformer | None, examples: lis
 
 def read_risk(path: Path, conversations: list[Conversation]) -> torch.Tensor:
     """Risk (N,) from a JSONL file with one {"risk": number in [0, 1] or null} per conversation, in their order; null and NaN become 1."""
-    lines = [(i, line) for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if line.strip()]
+    try:
+        lines = [(i, line) for i, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1) if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text, found {error}") from None
     if len(lines) != len(conversations):
         raise DataError(f"{path}: expected one risk for each of {len(conversations)} conversations, found {len(lines)}")
     risk = []
@@ -155,7 +159,7 @@ def read_risk(path: Path, conversations: list[Conversation]) -> torch.Tensor:
         try:
             value = json.loads(line)["risk"]
             risk.append(math.nan if value is None else float(value))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             raise DataError(f'{path}:{number}: expected {{"risk": number from 0 to 1}}, found {line[:60]!r}') from None
         if not (math.isnan(risk[-1]) or 0 <= risk[-1] <= 1):
             raise DataError(f"{path}:{number}: expected a risk from 0 to 1, found {value}")
@@ -172,6 +176,8 @@ def training_risk(config: TrainConfig, model: Transformer, chat: Chat, conversat
     if config.probe:
         probe = load_probe(config.probe, model, chat)
     else:
+        if WORLD.resolve() in config.probe_data.resolve().parents and WORLD.resolve() not in config.model.resolve().parents:
+            print("the probe is fitted on the embedded prompts; prompts like your own data, benign ones of every kind (--probe-data FILE), make it better")
         probe, report = fitted = fit_probe(ProbeConfig(model=config.model, data=config.probe_data, device=config.device), model, chat)
         test = report["test"]
         print(f"probe: AUROC {test['auroc']:.3f} on {test['n_harmful'] + test['n_benign']} held-out prompts of {config.probe_data}")
@@ -180,7 +186,7 @@ def training_risk(config: TrainConfig, model: Transformer, chat: Chat, conversat
 
 def print_risk(risk: torch.Tensor, conversations: list[Conversation]) -> None:
     """Mean risk by `source`, where the records have one: a probe that calls a whole benign task risky would keep it from being learned."""
-    sources = [str(conversation.meta.get("source", "all")) for conversation in conversations]
+    sources = [str(conversation.meta.get("source", "all examples")) for conversation in conversations]
     for source in sorted(set(sources)):
         values = risk[[s == source for s in sources]]
         print(f"  risk of {source}: mean {values.mean():.3f}, from {values.min():.3f} to {values.max():.3f} (n = {len(values)})")
@@ -204,7 +210,7 @@ def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, exa
     n_steps = config.epochs * math.ceil(len(examples) / per_step)
     shuffle, order, smoothed = torch.Generator().manual_seed(config.seed), [], None
     fixed = {"sft": (0.0, 0.0), "kl": (config.beta, config.beta), "adaptive": (config.beta_min, config.beta_max)}[config.method]
-    with open(metrics_file, "w") as metrics:
+    with open(metrics_file, "w", buffering=1) as metrics:
         for step in (bar := tqdm(range(n_steps), desc=config.method, mininterval=0.5)):
             started = time.perf_counter()
             order = order or torch.randperm(len(examples), generator=shuffle).tolist()
@@ -225,7 +231,7 @@ def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, exa
                 loss, nll, kl = loss + part_loss.detach(), nll + part_nll, kl + part_kl
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
             if not grad_norm.isfinite():
-                raise FloatingPointError(f"step {step}: the gradient is {grad_norm.item()} (loss {loss.item()}); nothing is saved")
+                raise FloatingPointError(f"step {step}: the gradient is {grad_norm.item()} (loss {loss.item()}); no model is saved. A lower --lr may help")
             lr = optimizer.param_groups[0]["lr"] = lr_at(step, n_steps, config.warmup_steps, config.lr)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -240,19 +246,18 @@ def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, exa
 
 def check(config: TrainConfig) -> TrainConfig:
     """Fill in what depends on other options. Raises DataError for a value that is out of range."""
-    for name, valid, expected in (
-        ("beta_min", 0 <= config.beta_min <= config.beta_max, "0 ≤ beta-min ≤ beta-max"), ("beta_max", config.beta_max <= 1, "at most 1"),
-        ("beta", 0 <= config.beta <= 1, "0 to 1"), ("ema", 0 <= config.ema < 1, "0 to under 1"),
-        ("ema", config.ema == 0 or config.gate == "batch", "0 unless --gate batch"), ("epochs", config.epochs > 0, "at least 1"),
-        ("batch_size", config.batch_size > 0, "at least 1"), ("accumulation", config.accumulation > 0, "at least 1"),
-        ("lr", config.lr > 0, "above 0"), ("lora_r", config.lora_r >= 0, "at least 0"), ("max_length", config.max_length > 1, "at least 2"),
-        ("clip", config.clip > 0, "above 0"), ("warmup_steps", config.warmup_steps >= 0, "at least 0"), ("weight_decay", config.weight_decay >= 0, "at least 0"),
-        ("lora_alpha", config.lora_alpha > 0, "above 0"), ("probe", not (config.probe and config.risk != "probe"), "none beside --risk FILE"),
-        ("risk", config.risk == "probe" or Path(config.risk).is_file(), "probe, or a file"), ("out", not (config.out and config.out.exists()), "a folder that does not exist"),
-    ):
-        if not valid:
-            raise DataError(f"--{name.replace('_', '-')}: expected {expected}, found {getattr(config, name)}")
-    out = config.out or next(path for i in range(1, 10**6) if not (path := Path(f"runs/{config.method}-{config.seed}" + f"-{i}" * (i > 1))).exists())
+    untouched = {option.name: getattr(config, option.name) == option.default for option in fields(config)}
+    require(
+        config, ("beta_min", 0 <= config.beta_min <= 1, "0 to 1"), ("beta_max", config.beta_min <= config.beta_max <= 1, "beta-min to 1"),
+        ("beta", 0 <= config.beta <= 1, "0 to 1"), ("beta", config.method == "kl" or untouched["beta"], "none without --method kl"),
+        *((name, config.method == "adaptive" or untouched[name], "none without --method adaptive") for name in ("beta_min", "beta_max", "risk", "probe", "gate")),
+        ("ema", 0 <= config.ema < 1, "0 to under 1"), ("ema", config.ema == 0 or config.gate == "batch", "0 unless --gate batch"),
+        ("risk", config.risk == "probe" or Path(config.risk).is_file(), "probe, or a file"), ("probe", config.risk == "probe" or not config.probe, "none beside --risk FILE"),
+        *((name, getattr(config, name) >= 1, "at least 1") for name in ("epochs", "batch_size", "accumulation")), ("max_length", config.max_length > 1, "at least 2"),
+        *((name, 0 < getattr(config, name) < math.inf, "above 0") for name in ("lr", "clip", "lora_alpha")),
+        *((name, 0 <= getattr(config, name) < math.inf, "at least 0") for name in ("warmup_steps", "weight_decay", "lora_r")),
+    )
+    out = new_folder(config.out, f"runs/{config.method}-{config.seed}")
     return replace(default_sets(config, config.data, {}), out=out)
 
 
@@ -266,18 +271,15 @@ def main(config: TrainConfig) -> None:
     examples, report = encode_examples(chat, conversations, min(config.max_length, policy.config.max_position_embeddings))
     if report:
         print(report)
-    risk, fitted = torch.zeros(len(conversations)), None
-    if config.method == "adaptive":
-        risk, fitted = training_risk(config, policy, chat, conversations)
-        print_risk(risk, conversations)
-    base, completions = evaluate_model(policy, chat, sets, config, "base")
-
     full, ref = config.lora_r == 0, None
-    if full:  # every weight moves, in float32: the reference is a second, frozen copy
-        policy, ref = (load_model(config.model, config.device, torch.float32) for _ in range(2))
-        policy.requires_grad_(True)
-    else:
-        add_lora(policy, config.lora_r, config.lora_alpha, [name for name in config.lora_targets.split(",") if name], config.seed)
+    if not full:
+        add_lora(policy, config.lora_r, config.lora_alpha, comma_list(config.lora_targets), config.seed)
+    risk, fitted = torch.zeros(len(conversations)), None
+    with policy.adapters_off():  # the reference
+        if config.method == "adaptive":
+            risk, fitted = training_risk(config, policy, chat, conversations)
+            print_risk(risk, conversations)
+        base, completions = evaluate_model(policy, chat, sets, config, "base")
 
     config.out.mkdir(parents=True)
     write_json(config.out / "config.json", {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()})
@@ -287,6 +289,9 @@ def main(config: TrainConfig) -> None:
     if fitted:
         save_probe(*fitted, config.out / "probe.safetensors")
 
+    if full:  # every weight moves, in float32: the reference is a second, frozen copy
+        policy, ref = (load_model(config.model, config.device, torch.float32) for _ in range(2))
+        policy.requires_grad_(True)
     policy.model.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:
         policy.model.compile(dynamic=True)

@@ -73,7 +73,10 @@ def read_conversations(path, need: str = "prompt") -> list[Conversation]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text, found {error}") from None
-    found = [_conversation(record, f"{path}:{line}", need) for line, record in readers[path.suffix](text, path)]
+    try:
+        found = [_conversation(record, f"{path}:{line}", need) for line, record in readers[path.suffix](text, path)]
+    except (csv.Error, RecursionError) as error:
+        raise DataError(f"{path}: expected records of ordinary size and depth, found: {error}") from None
     if not found:
         raise DataError(f"{path}: expected at least one conversation, found none")
     return found
@@ -144,6 +147,8 @@ def _conversation(record, where: str, need: str) -> Conversation:
             fail("a system message only at the start", f"one as message {i + 1}")
         if not message["content"].strip() and message["role"] != "system":
             fail(f"text in message {i + 1} ({message['role']})", "none")
+        if message["content"].encode("utf-8", "ignore").decode() != message["content"]:
+            fail(f"valid Unicode in message {i + 1}", "half of a surrogate pair")
     turns = [message["role"] for message in messages if message["role"] != "system"]
     if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"] * (len(turns) % 2) or not turns:
         fail("user and assistant taking turns, the user first", " ".join(turns) or "no turn")
@@ -217,7 +222,10 @@ class Chat:
         config_file, template_file = path / "tokenizer_config.json", path / "chat_template.jinja"
         if not (path / "tokenizer.json").exists():
             raise DataError(f"{path}: expected tokenizer.json, found {', '.join(sorted(p.name for p in path.glob('*token*'))) or 'no tokenizer'}")
-        self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(f"{path / 'tokenizer.json'}: expected a tokenizer of the tokenizers library, found: {error}") from None
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         config = read_json(config_file, default={})
@@ -304,7 +312,7 @@ def encode_examples(chat: Chat, conversations: list[Conversation], max_length: i
         raise DataError(f"{conversations[0].where}: no response fits into max_length = {max_length} tokens")
     report = f"{cut} of {len(conversations)} conversations are cut at {max_length} tokens" if cut else ""
     if lost:
-        report += f"; {len(lost)} lose the whole response and are left out: {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}"
+        report += f"; {len(lost)} without any of the response left are not trained on: {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}"
     return kept, report
 
 

@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,8 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import IGNORE, WORLD, Chat, Conversation, pad  # noqa: E402
-from data.checkpoint import FAMILIES, read_config  # noqa: E402
-from data.cli import run  # noqa: E402
+from data.checkpoint import read_config  # noqa: E402
+from data.cli import require, run  # noqa: E402
 from model import Transformer, save_model  # noqa: E402
 
 
@@ -37,7 +38,7 @@ class BuildConfig:
     """Build the embedded world: tokenizer, aligned model, data sets."""
 
     out: Path = WORLD  # folder to write; replaced when the new one is complete
-    family: str = "llama"  # architecture: llama, mistral, qwen2, qwen3 or phi3
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "phi3"] = "llama"  # architecture
     steps: int = 1600  # optimizer steps of the aligned model's training
     batch_size: int = 64  # conversations per step
     lr: float = 3e-3  # peak learning rate
@@ -292,8 +293,8 @@ def train_aligned_model(config: BuildConfig, path: Path, records: list[dict]) ->
 
 
 def main(config: BuildConfig) -> None:
-    if config.family not in FAMILIES:
-        raise SystemExit(f"--family: expected {' | '.join(FAMILIES)}, found {config.family}")
+    require(config, ("steps", config.steps > 0, "at least 1"), ("batch_size", config.batch_size > 0, "at least 1"), (
+        "out", not config.out.exists() or (config.out / "mixed_10.jsonl").exists() and (config.out / "model").exists(), "a new folder, or an embedded world to replace"))
     start, torch_threads = time.time(), torch.get_num_threads()
     part, source = config.out.with_name(config.out.name + ".part"), config.out.with_name(config.out.name + ".tokenizer")
     for folder in (part, source):

@@ -52,13 +52,15 @@ def read_config(path) -> Config:
             raise ModelError(f"{file}: {key}: expected {expected}, found {raw.get(key)!r}")
 
     family = raw.get("model_type")
+    if family is None and "method" in raw:
+        raise ModelError(f"{path}: expected a checkpoint, found a run of train.py; its model is {Path(path) / 'model'}, which an unfinished run lacks")
     require("model_type", " | ".join(FAMILIES), family in FAMILIES)
     require("hidden_act", "'silu'", raw.get("hidden_act", "silu") == "silu")
     require("quantization_config", "none (load the unquantized checkpoint)", raw.get("quantization_config") is None)
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
                 "rms_norm_eps")
     for key in required:
-        require(key, "a positive number", isinstance(raw.get(key), (int, float)) and raw[key] > 0)
+        require(key, "a positive number", isinstance(raw.get(key), float if key == "rms_norm_eps" else int) and raw[key] > 0)
     n_heads, n_layers = raw["num_attention_heads"], raw["num_hidden_layers"]
     kv_heads = raw.get("num_key_value_heads") or n_heads
     require("num_key_value_heads", f"a divisor of num_attention_heads = {n_heads}", n_heads % kv_heads == 0)
@@ -87,13 +89,16 @@ def read_config(path) -> Config:
 def read_json(file: Path, default=None) -> dict:
     """A JSON file as a dict, or `default` where it is absent and a default is given. Raises ModelError that names the file."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         if default is None:
-            raise ModelError(f"{file}: not found") from None
+            raise ModelError(f"{file}: not found (a local folder is expected; nothing is downloaded)") from None
         return default
     except ValueError as error:
         raise ModelError(f"{file}: expected JSON, found: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{file}: expected a JSON object, found a {type(value).__name__}")
+    return value
 
 
 def write_json(path: Path, value) -> None:
@@ -142,7 +147,9 @@ def open_safetensors(file: Path, device="cpu"):
 def checkpoint_files(path) -> list[Path]:
     """The safetensors files of a checkpoint folder. Raises ModelError where there are none, or one of the index is absent."""
     index = Path(path) / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
+    if not names:
+        raise ModelError(f"{index}: expected a weight_map from keys to files, found none")
     if absent := [name for name in names if not (Path(path) / name).exists()]:
         raise ModelError(f"{path}: expected {', '.join(absent)}, found {', '.join(sorted(p.name for p in Path(path).glob('*')))}")
     return [Path(path) / name for name in names]

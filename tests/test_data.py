@@ -77,7 +77,8 @@ class TestReading:
 
     @pytest.mark.parametrize("name, text, words", [
         ("a.jsonl", b"", "at least one conversation"), ("a.parquet", b"x", "ending in .jsonl"), ("a.json", b"{}", "list of objects, found dict"),
-        ("a.csv", b"goal,target\nonly one\n", "a.csv:2: expected 2 columns"), ("a.txt", b"\xff\xfe", "UTF-8"),
+        ("a.csv", b"goal,target\nonly one\n", "a.csv:2: expected 2 columns"), ("a.csv", b"goal,target\n" + b"x" * 200000 + b",y\n", "ordinary size"),
+        ("a.jsonl", b'{"prompt": "a \\ud83d"}', "a.jsonl:1: expected valid Unicode"), ("a.txt", b"\xff\xfe", "UTF-8"),
     ])
     def test_a_bad_file_is_named(self, tmp_path, name, text, words):
         (tmp_path / name).write_bytes(text)
@@ -193,7 +194,7 @@ class TestMasks:
         rows.append(Conversation(conversation("word " * 60, "ok").messages, "f:long"))
         examples, report = encode_examples(chat, rows, 40)
         assert [e.index for e in examples] == [0, 1] and len(examples[1].input_ids) == 40
-        assert "2 of 3 conversations are cut at 40 tokens" in report and "1 lose the whole response" in report and "f:long" in report
+        assert "2 of 3 conversations are cut at 40 tokens" in report and "1 without any of the response left" in report and "f:long" in report
         assert encode_examples(chat, rows[:1], 40)[1] == ""
         with pytest.raises(DataError, match="no response fits"):
             encode_examples(chat, rows[2:], 40)

@@ -8,7 +8,8 @@ import torch
 from tqdm import tqdm
 
 from data import WORLD, Chat, Conversation, DataError
-from evaluate import (EvalConfig, EvalOptions, compare, default_sets, evaluate_model, evaluation_sets, is_correct, metric_of, rate_of, refuses, respond, table, wilson)
+from data.checkpoint import ModelError
+from evaluate import (EvalConfig, EvalOptions, compare, default_sets, evaluate_model, evaluation_sets, is_correct, main, metric_of, rate_of, refuses, respond, table, wilson)
 from model import generate, load_model
 
 
@@ -100,6 +101,27 @@ class TestEvaluation:
             respond(*world, [long], EvalOptions(), 0.0, 0, tqdm(disable=True))
 
 
+class TestScript:
+    def test_it_evaluates_a_folder_and_overwrites_nothing(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        config = EvalConfig(paths=(WORLD / "model",), out=tmp_path / "e", limit=3, samples=1)
+        main(config)
+        results = json.loads((tmp_path / "e" / "results.json").read_text())
+        assert set(results["task_accuracy"]) == {"arithmetic", "sentiment"} and len((tmp_path / "e" / "completions.jsonl").read_text().splitlines()) == 18
+        assert "wrote" in capsys.readouterr().out
+        with pytest.raises(DataError, match="--out: expected a folder that does not exist"):
+            main(config)
+        with pytest.raises(DataError, match="expected at least one run"):
+            main(EvalConfig())
+
+    def test_every_path_is_looked_at_before_anything_is_evaluated(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("evaluate.load_model", lambda *args: pytest.fail("too early"))
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.json").write_text('{"method": "sft"}')
+        with pytest.raises(ModelError, match="found a run of train.py; .* which an unfinished run lacks"):
+            main(EvalConfig(paths=(WORLD / "model", tmp_path / "run")))
+
+
 class TestTables:
     def results(self, greedy):
         return {"asr": {"greedy": rate_of([greedy] * 100)}, "over_refusal": {"benign": rate_of([0.0] * 10)}, "task_accuracy": {"x": rate_of([1.0])}}
@@ -109,7 +131,7 @@ class TestTables:
         assert "ASR greedy" in lines[0] and "over-refusal" in lines[0] and "task x" in lines[0]
         assert "100.0 [96.3, 100.0]" in lines[2] and "50.0 [0.0, 100.0]" in lines[3]
 
-    def test_runs_that_differ_in_the_seed_become_one_row(self, tmp_path):
+    def test_runs_that_differ_in_the_seed_become_one_row(self, tmp_path, capsys):
         for name, method, seed in (("sft-0", "sft", 0), ("sft-1", "sft", 1), ("kl-0", "kl", 0)):
             (tmp_path / name).mkdir()
             (tmp_path / name / "config.json").write_text(json.dumps({"method": method, "seed": seed, "out": name, "model": "m"}))
@@ -123,7 +145,8 @@ class TestTables:
         text = compare([tmp_path / name for name in ("x/a-0", "x/a-1", "y/a-0", "y/a-1")])
         assert "a beta=1 (2 seeds)" in text and "a beta=2 (2 seeds)" in text
         (tmp_path / "kl-0" / "results.json").unlink()
-        with pytest.raises(DataError, match="kl-0: expected a finished run"):
+        assert "kl-0" not in compare([tmp_path / "kl-0", tmp_path / "sft-0"]) and "skipped" in capsys.readouterr().out
+        with pytest.raises(DataError, match="expected at least one finished run"):
             compare([tmp_path / "kl-0"])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import IGNORE, WORLD, Chat, DataError, encode_examples, read_conversations
+from data import IGNORE, WORLD, Chat, DataError, Example, encode_examples, read_conversations
 from model import add_lora, generate, load_adapter, load_model
 from train import (TrainConfig, blend, check, lr_at, main, micro_batch_loss, objective, read_risk, smooth, token_kl, token_nll, train)
 
@@ -167,6 +167,14 @@ class TestMicroBatch:
             before_response = [t + 1 < len(example.labels) and example.labels[t + 1] != IGNORE for t in range(len(row))]
             assert [bool(g.abs().max() > 0) for g in row] == before_response
 
+    def test_longrope_rows_keep_their_own_length(self):
+        """Phi-3 switches factors at 16 tokens here: a long batch mate must not switch the short row."""
+        model = load_model(ROOT / "tests" / "golden" / "phi3_longrope")
+        add_lora(model, 4, 4)
+        batch = [Example(i, list(range(3, 3 + n)), [IGNORE] * 4 + list(range(7, 3 + n))) for i, n in enumerate((10, 20))]
+        risk = torch.tensor([0.5, 1.0])
+        assert loss_and_grads(model, batch, risk)[0] == pytest.approx(loss_and_grads(model, batch, risk, size=1)[0], abs=1e-5)
+
     def test_examples_without_pull_never_run_the_reference(self, examples):
         class Forbidden:
             model = property(lambda self: pytest.fail("the reference ran"))
@@ -304,8 +312,8 @@ class TestRuns:
         return tmp_path / "risk.jsonl"
 
     @pytest.mark.parametrize("wrong, words", [
-        (dict(beta_min=0.9, beta_max=0.1), "--beta-min: expected 0 ≤ beta-min ≤ beta-max, found 0.9"), (dict(beta_max=1.1), "--beta-max"), (dict(ema=0.5), "--ema: expected 0 unless"),
-        (dict(risk="critic"), "--risk: expected probe, or a file, found critic"), (dict(out=WORLD), "--out"), (dict(epochs=0), "--epochs"), (dict(lr=0.0), "--lr"),
+        (dict(beta_min=0.9, beta_max=0.1), "--beta-max: expected beta-min to 1, found 0.1"), (dict(beta_max=1.1), "--beta-max"), (dict(ema=0.5), "--ema: expected 0 unless"),
+        (dict(risk="critic"), "--risk: expected probe, or a file, found critic"), (dict(out=WORLD), "--out"), (dict(clip=-1.0), "--clip"), (dict(beta=0.3), "--beta: expected none without --method kl"), (dict(method="sft", beta_max=1.0), "--beta-max"), (dict(epochs=0), "--epochs"), (dict(lr=0.0), "--lr"),
     ])
     def test_wrong_options_fail_at_once(self, wrong, words):
         with pytest.raises(DataError, match=words):
