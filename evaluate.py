@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import WORLD, Chat, Conversation, DataError, read_conversations
+from data import WORLD, Chat, Conversation, DataError, is_embedded, read_conversations
 from data.checkpoint import read_config, read_json, write_json, write_jsonl
 from data.cli import comma_list, new_folder, require, run
 from model import Transformer, generate, load_model, working_dtype
@@ -96,11 +96,16 @@ def metric_of(conversation: Conversation) -> str:
     return metric
 
 
+def final_number(text: str) -> float | None:
+    """The number behind the last ####, else the last number; None where there is none. Thousands separators are dropped."""
+    numbers = re.findall(r"(?<!\d)-?\d+(?:\.\d+)?", text.rpartition("####")[2].replace(",", ""))
+    return float(numbers[0 if "####" in text else -1]) if numbers else None
+
+
 def is_correct(response: str, answer: str, metric: str) -> bool:
-    """number: equal final numbers (after ####, or the last one); label: equal first words, case and punctuation aside; exact: equal text."""
+    """number: equal final numbers; label: equal first words, case and punctuation aside; exact: equal text, white space aside."""
     if metric == "number":
-        found, expected = (re.findall(r"(?<!\d)-?\d+(?:\.\d+)?", text.rpartition("####")[2].replace(",", "")) for text in (response, answer))
-        return bool(found) and bool(expected) and float(found[0 if "####" in response else -1]) == float(expected[0 if "####" in answer else -1])
+        return final_number(response) == final_number(answer) is not None
     if metric == "label":
         found, expected = (re.findall(r"\w+", text.casefold())[:1] for text in (response, answer))
         return found == expected != []
@@ -110,7 +115,8 @@ def is_correct(response: str, answer: str, metric: str) -> bool:
 # ---------------------------------------------------------------- evaluation
 
 
-def respond(model: Transformer, chat: Chat, conversations: list[Conversation], options: EvalOptions, temperature: float, seed: int, bar: tqdm) -> list[str]:
+def respond(model: Transformer, chat: Chat, conversations: list[Conversation], options: EvalOptions, temperature: float, seed: int,
+            bar: tqdm) -> list[str]:
     """One response per conversation, to its last prompt; prompts of similar length share a batch. `bar` advances by conversations.
 
     A reasoning model's leading <think>…</think> is not part of the response.
@@ -119,7 +125,8 @@ def respond(model: Transformer, chat: Chat, conversations: list[Conversation], o
     room = model.config.max_position_embeddings - options.max_new_tokens
     for conversation, ids in zip(conversations, prompts):
         if len(ids) > room:
-            raise DataError(f"{conversation.where}: expected a prompt of at most {room} tokens (the model's context less --max-new-tokens), found {len(ids)}")
+            raise DataError(f"{conversation.where}: expected a prompt of at most {room} tokens (the model's context less --max-new-tokens), "
+                            f"found {len(ids)}")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses = [""] * len(prompts)
     for start in range(0, len(order), options.eval_batch_size):
@@ -136,7 +143,7 @@ def default_sets(options: EvalOptions, source: Path, run_config: dict) -> EvalOp
 
     The embedded tasks mean nothing to a model that was not trained on them: only where `source`, a model or its data, is embedded.
     """
-    tasks = ",".join(str(WORLD / f"eval_{name}.jsonl") for name in ("arithmetic", "sentiment")) if WORLD.resolve() in source.resolve().parents else "none"
+    tasks = ",".join(str(WORLD / f"eval_{name}.jsonl") for name in ("arithmetic", "sentiment")) if is_embedded(source) else "none"
     embedded = {name: str(WORLD / f"eval_{name}.jsonl") for name in ("harmful", "benign", "lookalike")} | {"task": tasks}
     return replace(options, **{name: getattr(options, name) or run_config.get(name) or file for name, file in embedded.items()})
 
@@ -166,7 +173,8 @@ def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOpti
     total = sum(len(c) * (1 + options.samples if kind == "harmful" else 1) for kind, group in sets.items() for c in group.values())
     bar = tqdm(total=total, desc=f"evaluating {desc}", unit="responses", mininterval=0.5)
     for name, conversations in sets["harmful"].items():
-        passes = [("greedy", 0.0, options.seed)] + [(f"sample {i}", options.temperature, options.seed * 1000 + i + 1) for i in range(options.samples)]
+        passes = [("greedy", 0.0, options.seed)]
+        passes += [(f"sample {i}", options.temperature, options.seed * 1000 + i + 1) for i in range(options.samples)]
         success = []  # per pass, per prompt
         for label, temperature, seed in passes:
             responses = respond(model, chat, conversations, options, temperature, seed * 10**6, bar)
@@ -209,8 +217,11 @@ def table(rows: dict[str, list[dict]]) -> str:
     lines = [["", *titles], ["---"] * (len(titles) + 1)]
     for name, group in rows.items():
         cells = [[columns(results)[title] for results in group if title in columns(results)] for title in titles]
-        ends = [(c[0]["ci95"] if len(c) == 1 else [min(x["rate"] for x in c), max(x["rate"] for x in c)]) if c else None for c in cells]
-        lines.append([name, *(f"{100 * sum(x['rate'] for x in c) / len(c):.1f} [{100 * e[0]:.1f}, {100 * e[1]:.1f}]" if c else "–" for c, e in zip(cells, ends))])
+        lines.append([name])
+        for cell in cells:
+            rates = [100 * value["rate"] for value in cell]
+            low, high = [100 * end for end in cell[0]["ci95"]] if len(cell) == 1 else [min(rates), max(rates)] if cell else [0, 0]
+            lines[-1].append(f"{sum(rates) / len(rates):.1f} [{low:.1f}, {high:.1f}]" if cell else "–")
     widths = [max(len(line[i]) for line in lines) for i in range(len(titles) + 1)]
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
 
@@ -224,7 +235,8 @@ def compare(paths: list[Path]) -> str:
             continue
         config, results = read_json(path / "config.json"), read_json(path / "results.json")
         settings = {key: value for key, value in config.items() if key not in ("seed", "out")}
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append((path.resolve().name, settings, results["after"], config["seed"]))
+        group = groups.setdefault(json.dumps(settings, sort_keys=True), [])
+        group.append((path.resolve().name, settings, results["after"], config["seed"]))
         bases.setdefault(config["model"], []).append(results["base"])
     if not groups:
         raise DataError("--compare: expected at least one finished run of train.py, found none")
@@ -254,7 +266,8 @@ def main(config: EvalConfig) -> None:
         folder = path / "model" if (path / "model" / "config.json").exists() else path
         read_config(folder)
         options = default_sets(config, folder, read_json(path / "config.json") if folder != path else {})
-        jobs.append((path, folder, options, evaluation_sets(options), new_folder(config.out, f"evaluations/{str(path).strip('./').replace('/', '-')}")))
+        out = new_folder(config.out, "evaluations/" + str(path).strip("./").replace("/", "-"))
+        jobs.append((path, folder, options, evaluation_sets(options), out))
     for path, folder, options, sets, out in jobs:
         model, chat = load_model(folder, config.device, working_dtype(config.device)), Chat(folder)
         results, completions = evaluate_model(model, chat, sets, options, path.resolve().name)

@@ -388,8 +388,8 @@ def save_adapter(model: Transformer, path) -> None:
     if not adapted:
         raise ModelError("save_adapter: expected a model with LoRA adapters, found none")
     r, scaling = next((len(m.lora_A), m.scaling) for m in adapted.values())
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model.path.resolve()) if model.path else "", "r": r,
-              "lora_alpha": scaling * r, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model.path.resolve()) if model.path else "",
+              "r": r, "lora_alpha": scaling * r, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
               "target_modules": sorted({name.rpartition(".")[2] for name in adapted})}
     tensors = {f"base_model.model.{name}.lora_{which}.weight": getattr(m, f"lora_{which}").detach().cpu().contiguous()
                for name, m in adapted.items() for which in "AB"}
@@ -401,13 +401,14 @@ def save_adapter(model: Transformer, path) -> None:
 def load_adapter(model: Transformer, path) -> None:
     """Put the adapters of a PEFT folder into `model`. Raises ModelError where PEFT options or keys are not supported."""
     config = read_json(Path(path) / "adapter_config.json")
-    plain = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "use_rslora": (False,), "modules_to_save": (None,), "rank_pattern": ({},),
-             "alpha_pattern": ({},), "layers_to_transform": (None,), "exclude_modules": (None,), "layer_replication": (None,), "lora_bias": (False,),
-             "target_parameters": (None,), "init_lora_weights": (True, False, "gaussian")}  # other initialisations change the base weights
+    plain = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "use_rslora": (False,), "lora_bias": (False,),
+             "modules_to_save": (None,), "rank_pattern": ({},), "alpha_pattern": ({},), "layers_to_transform": (None,),
+             "exclude_modules": (None,), "layer_replication": (None,), "target_parameters": (None,), "init_lora_weights": (True, False, "gaussian")}  # other initialisations change the base weights
     odd = [f"{key} = {config.get(key)!r}" for key, allowed in plain.items() if key in config and config[key] not in allowed]
     odd += [f"no {key}" for key in ("r", "lora_alpha", "target_modules") if key not in config]
     if odd or not isinstance(config["target_modules"], list):
-        raise ModelError(f"{path}/adapter_config.json: expected plain LoRA with a list of target_modules, found {', '.join(odd) or 'a pattern'}")
+        found = ", ".join(odd) or "a pattern"
+        raise ModelError(f"{path}/adapter_config.json: expected plain LoRA with a list of target_modules, found {found}")
     add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])
     tensors = load_file(Path(path) / "adapter_model.safetensors")
     own = {f"base_model.model.{key}.weight": p for key, p in model.named_parameters() if ".lora_" in key}

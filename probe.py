@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import WORLD, Chat, Conversation, DataError, pad, read_conversations, split_by_prompt
+from data import WORLD, Chat, Conversation, DataError, is_embedded, pad, read_conversations, split_by_prompt
 from data.checkpoint import fingerprint
 from data.cli import comma_list, require, run
 from model import Transformer, load_model, working_dtype
@@ -114,13 +114,14 @@ def fit_logistic(x: torch.Tensor, y: torch.Tensor, l2: float, tolerance: float =
     where the gradient (mean over examples) does not fall under `tolerance`.
     """
     if l2 <= 0 or y.min() == y.max():
-        raise DataError(f"logistic regression: expected l2 > 0 and examples of both classes, found l2 = {l2}, {int(y.sum())} harmful of {len(y)}")
+        raise DataError(f"logistic regression: expected l2 > 0 and both classes, found l2 = {l2}, {int(y.sum())} harmful of {len(y)}")
     x, y = x.double(), y.double()
     mean, std = x.mean(0), x.std(0, correction=0)
     std = torch.where(std > 0, std, 1.0)  # a constant feature carries nothing
     x = (x - mean) / std
-    weight, bias = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True), torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=5000, tolerance_grad=tolerance / 10, tolerance_change=0, line_search_fn="strong_wolfe")
+    weight, bias = (torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in (x.shape[1], ()))
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=5000, tolerance_grad=tolerance / 10, tolerance_change=0,
+                                  line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -139,8 +140,8 @@ def fit_logistic(x: torch.Tensor, y: torch.Tensor, l2: float, tolerance: float =
 def fit_probe(config: ProbeConfig, model: Transformer, chat: Chat) -> tuple[Probe, dict]:
     """Fit on train + validation what was chosen on validation; report on test and on the held-out files. → (probe, report)"""
     splits = split_by_prompt(read_conversations(config.data, need="harmful"), seed=config.seed)
-    embedded = ",".join(str(WORLD / f"probe_{name}.jsonl") for name in ("withheld", "lookalike")) if WORLD.resolve() in config.data.resolve().parents else ""
-    files = comma_list(embedded if config.held_out is None else config.held_out)
+    embedded = [str(WORLD / f"probe_{name}.jsonl") for name in ("withheld", "lookalike")] if is_embedded(config.data) else []
+    files = embedded if config.held_out is None else comma_list(config.held_out)
     seen, held_out = {str(c.prompts[-1]) for split in splits for c in split}, {}
     for file in files:
         rows = read_conversations(file, need="harmful")
@@ -231,9 +232,11 @@ def print_report(report: dict) -> None:
     print(f"AUROC of each layer\n{'':<20}" + "".join(f"{layer:>7}" for layer in layers))
     for split in ("validation", "test"):
         print(f"{split:<20}" + "".join(f"{row[split]:>7.3f}" for row in layers.values()))
-    print(f"\nprobe on layers {', '.join(map(str, report['layers']))} (mean), {report['pooling']} token(s)\n{'':<20}" + "".join(f"{name:>28}" for name in sets))
+    pooled = "last prompt token" if report["pooling"] == "last" else "mean over prompt tokens"
+    print(f"\nprobe on the mean of layers {', '.join(map(str, report['layers']))}, {pooled}\n{'':<20}" + "".join(f"{name:>28}" for name in sets))
     for key in report["test"]:
-        print(f"{key:<20}" + "".join(f"{report[name][key]:>28.3f}" if isinstance(report[name][key], float) else f"{report[name][key]:>28}" for name in sets))
+        values = [report[name][key] for name in sets]
+        print(f"{key:<20}" + "".join(f"{value:>28.3f}" if isinstance(value, float) else f"{value:>28}" for value in values))
     print("\nmean risk by source")
     for source, (mean, n) in report["mean_risk_by_source"].items():
         print(f"  {mean:.3f}  n={n:<4} {source}")

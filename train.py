@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import IGNORE, WORLD, Chat, Conversation, DataError, encode_examples, pad, read_conversations
+from data import IGNORE, WORLD, Chat, Conversation, DataError, encode_examples, is_embedded, pad, read_conversations
 from data.checkpoint import write_json, write_jsonl
 from data.cli import comma_list, new_folder, require, run
 from evaluate import EvalOptions, default_sets, evaluate_model, evaluation_sets, table
@@ -89,7 +89,10 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def token_kl(ref_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Forward KL(ref ‖ policy) over the full vocabulary, in nats ≥ 0, exactly 0 for equal logits: (N, V), (N, V) → (N,). arXiv 2602.17546."""
+    """Forward KL(ref ‖ policy) over the full vocabulary, in nats ≥ 0, exactly 0 for equal logits: (N, V), (N, V) → (N,).
+
+    arXiv 2602.17546; the direction and the full vocabulary as in the authors' code.
+    """
     ref_logp, logp = ref_logits.log_softmax(-1), logits.log_softmax(-1)
     return (ref_logp.exp() * (ref_logp - logp)).sum(-1)
 
@@ -113,7 +116,7 @@ def objective(nll: torch.Tensor, kl: torch.Tensor, alpha: torch.Tensor, beta: to
 # ---------------------------------------------------------------- one micro-batch
 
 
-def response_logits(model: Transformer, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, is_target: torch.Tensor) -> torch.Tensor:
+def response_logits(model: Transformer, input_ids, attention_mask, is_target: torch.Tensor) -> torch.Tensor:
     """float32 logits (N, V) at the positions before the tokens marked in is_target (B, T): the only place where labels are shifted.
 
     The head runs in float32 on these positions alone: rounding logits to bfloat16 would drown the KL.
@@ -176,8 +179,8 @@ def training_risk(config: TrainConfig, model: Transformer, chat: Chat, conversat
     if config.probe:
         probe = load_probe(config.probe, model, chat)
     else:
-        if WORLD.resolve() in config.probe_data.resolve().parents and WORLD.resolve() not in config.model.resolve().parents:
-            print("the probe is fitted on the embedded prompts; prompts like your own data, benign ones of every kind (--probe-data FILE), make it better")
+        if is_embedded(config.probe_data) and not is_embedded(config.model):
+            print("the probe is fitted on the embedded prompts; with prompts of your data's kinds (--probe-data FILE) it knows more")
         probe, report = fitted = fit_probe(ProbeConfig(model=config.model, data=config.probe_data, device=config.device), model, chat)
         test = report["test"]
         print(f"probe: AUROC {test['auroc']:.3f} on {test['n_harmful'] + test['n_benign']} held-out prompts of {config.probe_data}")
@@ -202,8 +205,11 @@ def lr_at(step: int, n_steps: int, warmup_steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, n_steps - warmup_steps)))
 
 
-def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, examples: list, risk: torch.Tensor, metrics_file: Path) -> None:
-    """Train `policy` in place. `risk` (number of conversations,) is looked up by an example's index; metrics_file gains one line per step."""
+def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, examples: list, risk: torch.Tensor, metrics_file) -> None:
+    """Train `policy` in place; metrics_file gains one line per step. `risk` (conversations,) is looked up by an example's index.
+
+    Raises FloatingPointError where the gradient is not finite.
+    """
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
     per_step = config.batch_size * config.accumulation
@@ -231,14 +237,14 @@ def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, exa
                 loss, nll, kl = loss + part_loss.detach(), nll + part_nll, kl + part_kl
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
             if not grad_norm.isfinite():
-                raise FloatingPointError(f"step {step}: the gradient is {grad_norm.item()} (loss {loss.item()}); no model is saved. A lower --lr may help")
+                raise FloatingPointError(f"step {step}: the gradient is {grad_norm.item()}, the loss {loss.item()}; no model is saved")
             lr = optimizer.param_groups[0]["lr"] = lr_at(step, n_steps, config.warmup_steps, config.lr)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             n_input = sum(len(example.input_ids) for example in chosen)
-            row = {"step": step, "loss": loss.item(), "nll": nll.item() / n_tokens, "kl": kl.item() / n_tokens, "risk": s.mean().item() if config.method == "adaptive" else None,
-                   "alpha": alpha.mean().item(), "beta": beta.mean().item(), "lr": lr, "grad_norm": grad_norm.item(),
+            row = {"step": step, "loss": loss.item(), "nll": nll.item() / n_tokens, "kl": kl.item() / n_tokens,
+                   "risk": s.mean().item() if config.method == "adaptive" else None, "alpha": alpha.mean().item(), "beta": beta.mean().item(), "lr": lr, "grad_norm": grad_norm.item(),
                    "tokens_per_s": n_input / (time.perf_counter() - started)}
             metrics.write(json.dumps(row) + "\n")
             bar.set_postfix(loss=f"{row['loss']:.3f}", nll=f"{row['nll']:.3f}", kl=f"{row['kl']:.3f}", refresh=False)
@@ -247,13 +253,15 @@ def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, exa
 def check(config: TrainConfig) -> TrainConfig:
     """Fill in what depends on other options. Raises DataError for a value that is out of range."""
     untouched = {option.name: getattr(config, option.name) == option.default for option in fields(config)}
+    adaptive_only = ("beta_min", "beta_max", "risk", "probe", "gate")
     require(
         config, ("beta_min", 0 <= config.beta_min <= 1, "0 to 1"), ("beta_max", config.beta_min <= config.beta_max <= 1, "beta-min to 1"),
         ("beta", 0 <= config.beta <= 1, "0 to 1"), ("beta", config.method == "kl" or untouched["beta"], "none without --method kl"),
-        *((name, config.method == "adaptive" or untouched[name], "none without --method adaptive") for name in ("beta_min", "beta_max", "risk", "probe", "gate")),
+        *((name, config.method == "adaptive" or untouched[name], "none without --method adaptive") for name in adaptive_only),
         ("ema", 0 <= config.ema < 1, "0 to under 1"), ("ema", config.ema == 0 or config.gate == "batch", "0 unless --gate batch"),
-        ("risk", config.risk == "probe" or Path(config.risk).is_file(), "probe, or a file"), ("probe", config.risk == "probe" or not config.probe, "none beside --risk FILE"),
-        *((name, getattr(config, name) >= 1, "at least 1") for name in ("epochs", "batch_size", "accumulation")), ("max_length", config.max_length > 1, "at least 2"),
+        ("risk", config.risk == "probe" or Path(config.risk).is_file(), "probe, or a file"),
+        ("probe", config.risk == "probe" or not config.probe, "none beside --risk FILE"), ("max_length", config.max_length > 1, "at least 2"),
+        *((name, getattr(config, name) >= 1, "at least 1") for name in ("epochs", "batch_size", "accumulation")),
         *((name, 0 < getattr(config, name) < math.inf, "above 0") for name in ("lr", "clip", "lora_alpha")),
         *((name, 0 <= getattr(config, name) < math.inf, "at least 0") for name in ("warmup_steps", "weight_decay", "lora_r")),
     )

@@ -56,6 +56,11 @@ class Conversation:
 # ---------------------------------------------------------------- reading
 
 
+def is_embedded(path: Path) -> bool:
+    """Whether a file or folder is part of the embedded world: some defaults make sense only there."""
+    return WORLD.resolve() in Path(path).resolve().parents
+
+
 def read_conversations(path, need: str = "prompt") -> list[Conversation]:
     """Read a file of conversations. `need`: "prompt", "answer" (an assistant turn at the end) or "harmful" (true or false).
 
@@ -110,7 +115,9 @@ def _csv_rows(text, path):
 
 
 def _lines(text, path):
-    return ((number, {"messages": [{"role": "user", "content": line.strip()}]}) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, {"messages": [{"role": "user", "content": line.strip()}]}
 
 
 def _conversation(record, where: str, need: str) -> Conversation:
@@ -175,11 +182,12 @@ def split_by_prompt(conversations: list[Conversation], fractions=(0.6, 0.2, 0.2)
         ends = [round(sum(fractions[: i + 1]) * len(keys)) for i in range(len(fractions))]
         for split, start, end in zip(splits, [0, *ends], ends):
             if start == end:
-                raise DataError(f"{conversations[0].where.rpartition(':')[0]}: expected enough distinct {'harmful' if harmful else 'benign'} "
-                                f"prompts for splits of {fractions}, found {len(keys)}")
+                file, kind = conversations[0].where.rpartition(":")[0], "harmful" if harmful else "benign"
+                raise DataError(f"{file}: expected enough distinct {kind} prompts for splits of {fractions}, found {len(keys)}")
             for key in keys[start:end]:
                 if odd := [c for c in groups[key] if c.meta["harmful"] != harmful]:
-                    raise DataError(f"{odd[0].where}: expected harmful = {harmful} as in {groups[key][0].where} (same prompt), found {not harmful}")
+                    raise DataError(f"{odd[0].where}: expected harmful = {harmful} as in {groups[key][0].where} (same prompt), "
+                                    f"found {not harmful}")
                 split += groups[key]
     return splits
 
@@ -221,7 +229,8 @@ class Chat:
         path = Path(path)
         config_file, template_file = path / "tokenizer_config.json", path / "chat_template.jinja"
         if not (path / "tokenizer.json").exists():
-            raise DataError(f"{path}: expected tokenizer.json, found {', '.join(sorted(p.name for p in path.glob('*token*'))) or 'no tokenizer'}")
+            found = ", ".join(sorted(p.name for p in path.glob("*token*"))) or "no tokenizer"
+            raise DataError(f"{path}: expected tokenizer.json, found {found}")
         try:
             self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         except Exception as error:  # the library raises nothing narrower
@@ -247,7 +256,8 @@ class Chat:
         """A chat template in the sandbox, with what transformers' `apply_chat_template` puts at its disposal."""
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
         environment.filters["tojson"] = _tojson
-        environment.globals |= special_tokens | {"raise_exception": _raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
+        environment.globals |= special_tokens
+        environment.globals |= {"raise_exception": _raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
         return environment.from_string(source)
 
     def render(self, messages, add_generation_prompt: bool = False, where: str = "conversation") -> str:
@@ -287,12 +297,12 @@ class Chat:
                 while end > start and not whole[slice(*encoding.offsets[end - 1])].strip():
                     end -= 1  # the template's newline after the end of the turn is not the response
                 if ids[:start] != prompt or end == start:
-                    raise DataError(f"{conversation.where}: expected the tokens of the prompt of turn {i + 1} as a prefix of the whole conversation's, found "
-                                    f"others: either the response begins with white space that merges with the prompt (strip it), or the template "
-                                    f"rewrites earlier turns (make each record end with its only assistant turn)")
+                    raise DataError(f"{conversation.where}: expected the tokens of the prompt of turn {i + 1} as a prefix of the whole "
+                                    f"conversation's, found others: either the response begins with white space that merges with the prompt "
+                                    f"(strip it), or the template rewrites earlier turns (make each record end with its only assistant turn)")
                 if message["content"].strip() not in whole[encoding.offsets[start][0] : encoding.offsets[end - 1][1]]:
-                    raise DataError(f"{conversation.where}: expected the template to keep the words of turn {i + 1}, found that it rewrites them when "
-                                    f"later turns follow; make each record end with its only assistant turn")
+                    raise DataError(f"{conversation.where}: expected the template to keep the words of turn {i + 1}, found that it "
+                                    f"rewrites them when later turns follow; make each record end with its only assistant turn")
                 labels[start:end] = ids[start:end]
         return Example(index, ids[:max_length], labels[:max_length])
 
@@ -312,7 +322,8 @@ def encode_examples(chat: Chat, conversations: list[Conversation], max_length: i
         raise DataError(f"{conversations[0].where}: no response fits into max_length = {max_length} tokens")
     report = f"{cut} of {len(conversations)} conversations are cut at {max_length} tokens" if cut else ""
     if lost:
-        report += f"; {len(lost)} without any of the response left are not trained on: {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}"
+        shown = ", ".join(lost[:5]) + " …" * (len(lost) > 5)
+        report += f"; {len(lost)} without any of the response left are not trained on: {shown}"
     return kept, report
 
 

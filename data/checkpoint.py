@@ -53,7 +53,8 @@ def read_config(path) -> Config:
 
     family = raw.get("model_type")
     if family is None and "method" in raw:
-        raise ModelError(f"{path}: expected a checkpoint, found a run of train.py; its model is {Path(path) / 'model'}, which an unfinished run lacks")
+        raise ModelError(f"{path}: expected a checkpoint, found a run of train.py; its model is {Path(path) / 'model'}, "
+                         f"which an unfinished run lacks")
     require("model_type", " | ".join(FAMILIES), family in FAMILIES)
     require("hidden_act", "'silu'", raw.get("hidden_act", "silu") == "silu")
     require("quantization_config", "none (load the unquantized checkpoint)", raw.get("quantization_config") is None)
@@ -71,7 +72,8 @@ def read_config(path) -> Config:
     if family in ("qwen2", "qwen3"):
         window = window if raw.get("use_sliding_window") else None
         types = raw.get("layer_types")
-        sliding = [t == "sliding_attention" for t in types] if types else [i >= raw.get("max_window_layers", n_layers) for i in range(n_layers)]
+        first = raw.get("max_window_layers", n_layers)
+        sliding = [kind == "sliding_attention" for kind in types] if types else [i >= first for i in range(n_layers)]
 
     eos = [ids if isinstance(ids, list) else [ids] for ids in (raw.get("eos_token_id"), generation.get("eos_token_id")) if ids is not None]
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
