@@ -125,8 +125,8 @@ def respond(model: Transformer, chat: Chat, conversations: list[Conversation], o
     room = model.config.max_position_embeddings - options.max_new_tokens
     for conversation, ids in zip(conversations, prompts):
         if len(ids) > room:
-            raise DataError(f"{conversation.where}: expected a prompt of at most {room} tokens (the model's context less --max-new-tokens), "
-                            f"found {len(ids)}")
+            raise DataError(f"{conversation.where}: expected a prompt of at most {room} tokens (the model's context less "
+                            f"--max-new-tokens), found {len(ids)}")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses = [""] * len(prompts)
     for start in range(0, len(order), options.eval_batch_size):
@@ -152,8 +152,8 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
     """{"harmful" | "over_refusal" | "task": {name: conversations}}, read before anything slow starts."""
     tasks = comma_list(options.task)
     require(
-        options, ("temperature", 0 < options.temperature < math.inf, "above 0"), ("max_new_tokens", options.max_new_tokens > 0, "at least 1"),
-        ("samples", options.samples >= 0, "at least 0"), ("limit", options.limit >= 0, "at least 0"),
+        options, ("temperature", 0 < options.temperature < math.inf, "above 0"),
+        ("max_new_tokens", options.max_new_tokens > 0, "at least 1"), ("samples", options.samples >= 0, "at least 0"), ("limit", options.limit >= 0, "at least 0"),
         ("eval_batch_size", options.eval_batch_size > 0, "at least 1"), ("seed", 0 <= options.seed < 2**32, "0 to 2^32 − 1"),
         ("task", len({Path(file).stem for file in tasks}) == len(tasks), "files with different names"),
     )
@@ -196,8 +196,8 @@ def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOpti
         responses = respond(model, chat, conversations, options, 0.0, 0, bar)
         correct = [is_correct(r, c.answer, metric_of(c)) for c, r in zip(conversations, responses)]
         results["task_accuracy"][name] = rate_of([float(x) for x in correct])
-        rows += [{"set": name, "decoding": "greedy", "prompt": c.prompts[-1][-1]["content"], "response": r, "answer": c.answer, "correct": x}
-                 for c, r, x in zip(conversations, responses, correct)]
+        rows += [{"set": name, "decoding": "greedy", "prompt": c.prompts[-1][-1]["content"], "response": r, "answer": c.answer,
+                  "correct": x} for c, r, x in zip(conversations, responses, correct)]
     bar.close()
     return results, rows
 

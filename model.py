@@ -403,7 +403,8 @@ def load_adapter(model: Transformer, path) -> None:
     config = read_json(Path(path) / "adapter_config.json")
     plain = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "use_rslora": (False,), "lora_bias": (False,),
              "modules_to_save": (None,), "rank_pattern": ({},), "alpha_pattern": ({},), "layers_to_transform": (None,),
-             "exclude_modules": (None,), "layer_replication": (None,), "target_parameters": (None,), "init_lora_weights": (True, False, "gaussian")}  # other initialisations change the base weights
+             "exclude_modules": (None,), "layer_replication": (None,), "target_parameters": (None,),
+             "init_lora_weights": (True, False, "gaussian")}  # other initialisations change the base weights
     odd = [f"{key} = {config.get(key)!r}" for key, allowed in plain.items() if key in config and config[key] not in allowed]
     odd += [f"no {key}" for key in ("r", "lora_alpha", "target_modules") if key not in config]
     if odd or not isinstance(config["target_modules"], list):

@@ -233,7 +233,8 @@ def print_report(report: dict) -> None:
     for split in ("validation", "test"):
         print(f"{split:<20}" + "".join(f"{row[split]:>7.3f}" for row in layers.values()))
     pooled = "last prompt token" if report["pooling"] == "last" else "mean over prompt tokens"
-    print(f"\nprobe on the mean of layers {', '.join(map(str, report['layers']))}, {pooled}\n{'':<20}" + "".join(f"{name:>28}" for name in sets))
+    print(f"\nprobe on the mean of layers {', '.join(map(str, report['layers']))}, {pooled}")
+    print(" " * 20 + "".join(f"{name:>28}" for name in sets))
     for key in report["test"]:
         values = [report[name][key] for name in sets]
         print(f"{key:<20}" + "".join(f"{value:>28.3f}" if isinstance(value, float) else f"{value:>28}" for value in values))
@@ -270,7 +271,8 @@ def load_probe(path, model: Transformer, chat: Chat) -> Probe:
         raise DataError(f"{path}: expected a probe written by probe.py, found: {error}") from None
     for key, here in depends_on(model, chat).items():
         if values[key] != here:
-            raise DataError(f"{path}: expected a probe fitted with {key} {here[:12]}, found one fitted with {values[key][:12]}; fit it again")
+            raise DataError(f"{path}: expected a probe fitted with {key} {here[:12]}, found one fitted with {values[key][:12]}; "
+                            f"fit it again")
     return Probe(**tensors, **(values | {"layers": tuple(values["layers"])}))
 
 

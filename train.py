@@ -244,7 +244,8 @@ def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, exa
 
             n_input = sum(len(example.input_ids) for example in chosen)
             row = {"step": step, "loss": loss.item(), "nll": nll.item() / n_tokens, "kl": kl.item() / n_tokens,
-                   "risk": s.mean().item() if config.method == "adaptive" else None, "alpha": alpha.mean().item(), "beta": beta.mean().item(), "lr": lr, "grad_norm": grad_norm.item(),
+                   "risk": s.mean().item() if config.method == "adaptive" else None, "alpha": alpha.mean().item(),
+                   "beta": beta.mean().item(), "lr": lr, "grad_norm": grad_norm.item(),
                    "tokens_per_s": n_input / (time.perf_counter() - started)}
             metrics.write(json.dumps(row) + "\n")
             bar.set_postfix(loss=f"{row['loss']:.3f}", nll=f"{row['nll']:.3f}", kl=f"{row['kl']:.3f}", refresh=False)
@@ -260,7 +261,8 @@ def check(config: TrainConfig) -> TrainConfig:
         *((name, config.method == "adaptive" or untouched[name], "none without --method adaptive") for name in adaptive_only),
         ("ema", 0 <= config.ema < 1, "0 to under 1"), ("ema", config.ema == 0 or config.gate == "batch", "0 unless --gate batch"),
         ("risk", config.risk == "probe" or Path(config.risk).is_file(), "probe, or a file"),
-        ("probe", config.risk == "probe" or not config.probe, "none beside --risk FILE"), ("max_length", config.max_length > 1, "at least 2"),
+        ("probe", config.risk == "probe" or not config.probe, "none beside --risk FILE"),
+        ("max_length", config.max_length > 1, "at least 2"),
         *((name, getattr(config, name) >= 1, "at least 1") for name in ("epochs", "batch_size", "accumulation")),
         *((name, 0 < getattr(config, name) < math.inf, "above 0") for name in ("lr", "clip", "lora_alpha")),
         *((name, 0 <= getattr(config, name) < math.inf, "at least 0") for name in ("warmup_steps", "weight_decay", "lora_r")),
