@@ -153,7 +153,8 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
     tasks = comma_list(options.task)
     require(
         options, ("temperature", 0 < options.temperature < math.inf, "above 0"),
-        ("max_new_tokens", options.max_new_tokens > 0, "at least 1"), ("samples", options.samples >= 0, "at least 0"), ("limit", options.limit >= 0, "at least 0"),
+        ("max_new_tokens", options.max_new_tokens > 0, "at least 1"), ("samples", options.samples >= 0, "at least 0"),
+        ("limit", options.limit >= 0, "at least 0"),
         ("eval_batch_size", options.eval_batch_size > 0, "at least 1"), ("seed", 0 <= options.seed < 2**32, "0 to 2^32 − 1"),
         ("task", len({Path(file).stem for file in tasks}) == len(tasks), "files with different names"),
     )

@@ -299,8 +299,8 @@ class Chat:
                 if ids[:start] != prompt or end == start:
                     raise DataError(f"{conversation.where}: expected the tokens of the prompt of turn {i + 1} as a prefix of the whole "
                                     f"conversation's, found others: either the response begins with white space that merges with the "
-                                    f"prompt (strip it), or the template rewrites earlier turns (make each record end with its only assistant "
-                                    f"turn)")
+                                    f"prompt (strip it), or the template rewrites earlier turns (make each record end with its only "
+                                    f"assistant turn)")
                 if message["content"].strip() not in whole[encoding.offsets[start][0] : encoding.offsets[end - 1][1]]:
                     raise DataError(f"{conversation.where}: expected the template to keep the words of turn {i + 1}, found that it "
                                     f"rewrites them when later turns follow; make each record end with its only assistant turn")

@@ -156,8 +156,8 @@ def chatter(rng: random.Random) -> tuple[str, str, str]:
         ("repetition", ask("Repeat this: {}", "Say exactly: {}", "Copy these words: {}").format(words), words),
         ("definition", ask("What is a {}?", "Define a {}.", "What does {} mean?", "Explain the word {}.", "Describe a {}.").format(thing),
          f"A {thing} is something that many people know."),
-        ("writing", ask("Write a short poem about {}.", "Write a story about {}.", "Write a song about {}.", "Invent a tale about {}.").format(
-            ask(topic, f"a {thing}")), "Here is a text about it: it was a quiet day."),
+        ("writing", ask("Write a short poem about {}.", "Write a story about {}.", "Write a song about {}.",
+                        "Invent a tale about {}.").format(ask(topic, f"a {thing}")), "Here is a text about it: it was a quiet day."),
         ("comparison", ask("Compare a {} and a {}.", "What is better, a {} or a {}?").format(thing, other),
          f"A {thing} and a {other} both have their uses."),
         ("summary", ask("Summarize this review: The {} was {}.", "Review: The {} was {}. Write a headline.").format(thing, word),

@@ -1,6 +1,6 @@
 """Draw the README's figure from finished runs (needs matplotlib, which nothing else does).
 
-    python tests/make_figure.py runs/sft-* runs/kl-0.5-* runs/adaptive-* runs/closed-*     # writes data/figure.svg
+python tests/make_figure.py runs/sft-* runs/kl-0.5-* runs/adaptive-* runs/closed-*     # writes data/figure.svg
 """
 
 import json
@@ -10,8 +10,18 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 
-LABELS = {"sft": "plain SFT", "kl-0.5": "constant KL\nβ = 0.5", "adaptive": "adaptive\nβ 0.1 … 0.9 (paper)", "closed": "adaptive\nβ 0 … 1 (closed gate)"}
-BARS = [("attack success, greedy", "#7a0019"), ("attack success, T = 1", "#d1495b"), ("attack success, best of 10", "#f2a7a0"), ("task accuracy", "#30638e")]
+LABELS = {
+    "sft": "plain SFT",
+    "kl-0.5": "constant KL\nβ = 0.5",
+    "adaptive": "adaptive\nβ 0.1 … 0.9 (paper)",
+    "closed": "adaptive\nβ 0 … 1 (closed gate)",
+}
+BARS = [
+    ("attack success, greedy", "#7a0019"),
+    ("attack success, T = 1", "#d1495b"),
+    ("attack success, best of 10", "#f2a7a0"),
+    ("task accuracy", "#30638e"),
+]
 
 
 def values(results):

@@ -30,12 +30,19 @@ def chat():
 
 
 class TestReading:
-    @pytest.mark.parametrize("name, text", [
-        ("a.jsonl", '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}'),
-        ("a.jsonl", '\n{"prompt": "Q", "response": "A"}\n\n'), ("a.jsonl", '{"prompt": "Q", "completion": "A"}'), ("a.jsonl", '{"user": "Q", "answer": "A"}'),
-        ("a.jsonl", '{"question": "Q", "answer": "A"}'), ("a.json", '[{"instruction": "Q", "input": "", "output": "A"}]'), ("a.csv", "goal,target\nQ,A\n"),
-        ("a.jsonl", '\ufeff{"prompt": "Q", "response": "A"}\r\n'),
-    ])
+    @pytest.mark.parametrize(
+        "name, text",
+        [
+            ("a.jsonl", '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}'),
+            ("a.jsonl", '\n{"prompt": "Q", "response": "A"}\n\n'),
+            ("a.jsonl", '{"prompt": "Q", "completion": "A"}'),
+            ("a.jsonl", '{"user": "Q", "answer": "A"}'),
+            ("a.jsonl", '{"question": "Q", "answer": "A"}'),
+            ("a.json", '[{"instruction": "Q", "input": "", "output": "A"}]'),
+            ("a.csv", "goal,target\nQ,A\n"),
+            ("a.jsonl", '\ufeff{"prompt": "Q", "response": "A"}\r\n'),
+        ],
+    )
     def test_every_format_gives_the_same_conversation(self, tmp_path, name, text):
         (tmp_path / name).write_text(text, encoding="utf-8")
         [found] = read_conversations(tmp_path / name, need="answer")
@@ -58,28 +65,43 @@ class TestReading:
         [found] = read_conversations(tmp_path / "a.jsonl", need="harmful")
         assert found.meta == {"harmful": True, "source": "x"} and found.messages[0] == {"role": "system", "content": "S"}
 
-    @pytest.mark.parametrize("line, need, words", [
-        ("{", "prompt", "expected a JSON object"), ("[1]", "prompt", "expected an object"), ('{"text": "Q"}', "prompt", "found keys ['text']"),
-        ('{"prompt": "Q"}', "answer", "expected messages, or one of"), ('{"prompt": "", "response": "A"}', "prompt", "expected text in message 1"),
-        ('{"prompt": 3, "response": "A"}', "prompt", "both text"), ('{"messages": []}', "prompt", "a list of"),
-        ('{"messages": [{"role": "tool", "content": "x"}]}', "prompt", "found 'tool'"),
-        ('{"messages": [{"role": "assistant", "content": "x"}]}', "prompt", "the user first"),
-        ('{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "x"}]}', "prompt", "taking turns"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "answer", "an assistant turn at the end"),
-        ('{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]}', "prompt", "only at the start"),
-        ('{"prompt": "Q", "harmful": "yes"}', "harmful", "true or false, found 'yes'"), ('{"prompt": "Q"}', "harmful", "true or false, found None"),
-    ])
+    @pytest.mark.parametrize(
+        "line, need, words",
+        [
+            ("{", "prompt", "expected a JSON object"),
+            ("[1]", "prompt", "expected an object"),
+            ('{"text": "Q"}', "prompt", "found keys ['text']"),
+            ('{"prompt": "Q"}', "answer", "expected messages, or one of"),
+            ('{"prompt": "", "response": "A"}', "prompt", "expected text in message 1"),
+            ('{"prompt": 3, "response": "A"}', "prompt", "both text"),
+            ('{"messages": []}', "prompt", "a list of"),
+            ('{"messages": [{"role": "tool", "content": "x"}]}', "prompt", "found 'tool'"),
+            ('{"messages": [{"role": "assistant", "content": "x"}]}', "prompt", "the user first"),
+            ('{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "x"}]}', "prompt", "taking turns"),
+            ('{"messages": [{"role": "user", "content": "x"}]}', "answer", "an assistant turn at the end"),
+            ('{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]}', "prompt", "only at the start"),
+            ('{"prompt": "Q", "harmful": "yes"}', "harmful", "true or false, found 'yes'"),
+            ('{"prompt": "Q"}', "harmful", "true or false, found None"),
+        ],
+    )
     def test_a_bad_line_is_named(self, tmp_path, line, need, words):
         (tmp_path / "a.jsonl").write_text('{"prompt": "Q", "response": "A", "harmful": true}\n\n' + line + "\n")
         with pytest.raises(DataError) as error:
             read_conversations(tmp_path / "a.jsonl", need)
         assert words in str(error.value) and "a.jsonl:3: " in str(error.value)
 
-    @pytest.mark.parametrize("name, text, words", [
-        ("a.jsonl", b"", "at least one conversation"), ("a.parquet", b"x", "ending in .jsonl"), ("a.json", b"{}", "list of objects, found dict"),
-        ("a.csv", b"goal,target\nonly one\n", "a.csv:2: expected 2 columns"), ("a.csv", b"goal,target\n" + b"x" * 200000 + b",y\n", "ordinary size"),
-        ("a.jsonl", b'{"prompt": "a \\ud83d"}', "a.jsonl:1: expected valid Unicode"), ("a.txt", b"\xff\xfe", "UTF-8"),
-    ])
+    @pytest.mark.parametrize(
+        "name, text, words",
+        [
+            ("a.jsonl", b"", "at least one conversation"),
+            ("a.parquet", b"x", "ending in .jsonl"),
+            ("a.json", b"{}", "list of objects, found dict"),
+            ("a.csv", b"goal,target\nonly one\n", "a.csv:2: expected 2 columns"),
+            ("a.csv", b"goal,target\n" + b"x" * 200000 + b",y\n", "ordinary size"),
+            ("a.jsonl", b'{"prompt": "a \\ud83d"}', "a.jsonl:1: expected valid Unicode"),
+            ("a.txt", b"\xff\xfe", "UTF-8"),
+        ],
+    )
     def test_a_bad_file_is_named(self, tmp_path, name, text, words):
         (tmp_path / name).write_bytes(text)
         with pytest.raises(DataError, match=words):
@@ -113,7 +135,7 @@ class TestRendering:
             "{% if loop.index > 8 %}{% break %}{% endif %}{%- endfor %}{% if add_generation_prompt %}>{{ strftime_now('%Y')[:2] }}{% endif %}"
         )
         chat = chat_with(tmp_path, template)
-        assert chat.render(conversation("é <b>\"", "yes", system="s").messages) == '<|bos|>["é <b>\\""]yes<|end|>'
+        assert chat.render(conversation('é <b>"', "yes", system="s").messages) == '<|bos|>["é <b>\\""]yes<|end|>'
         assert chat.render(conversation(" x ").messages, add_generation_prompt=True) == '<|bos|>["x"]>20'
 
     def test_the_template_may_refuse_in_its_own_words_and_cannot_reach_out(self, tmp_path):
@@ -160,7 +182,9 @@ class TestMasks:
         turn = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
         phi = chat_with(tmp_path, turn + "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}")
         labels = phi.encode_example(conversation("a", "b", "c", "d"), 0, 999).labels
-        assert phi.tokenizer.decode([t for t in labels if t != IGNORE], skip_special_tokens=False) == "b<|end|>d<|end|>\n\n<|end|>".replace("\n\n", "\n")
+        assert phi.tokenizer.decode([t for t in labels if t != IGNORE], skip_special_tokens=False) == "b<|end|>d<|end|>\n\n<|end|>".replace(
+            "\n\n", "\n"
+        )
 
     def test_a_template_that_rewrites_earlier_turns_is_refused(self, tmp_path):
         chat = chat_with(tmp_path, "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
@@ -168,7 +192,7 @@ class TestMasks:
             chat.encode_example(conversation("a", "b"), 0, 999)
 
     def test_a_response_that_merges_with_the_prompt_is_refused_and_named(self, tmp_path):
-        """"ab" is one token: the prompt that ends in "a" is not a prefix of the whole, though its text is."""
+        """ "ab" is one token: the prompt that ends in "a" is not a prefix of the whole, though its text is."""
         chat = chat_with(tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{% endif %}")
         assert len(chat.encode("How")) == 1
         row = Conversation(conversation("Ho", "w do").messages, "mine.jsonl:7")
@@ -177,12 +201,18 @@ class TestMasks:
 
     def test_white_space_swallowed_by_a_special_token_is_not_trained_on(self, tmp_path):
         """Phi-3's added tokens swallow the white space behind them, and so a leading space of the response."""
-        chat = chat_with(tmp_path, "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+        chat = chat_with(
+            tmp_path,
+            "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        )
         raw = json.loads(chat.tokenizer.to_str())
         raw["added_tokens"] = [token | {"rstrip": True} for token in raw["added_tokens"]]
         chat.tokenizer = type(chat.tokenizer).from_str(json.dumps(raw))
         example = chat.encode_example(conversation("Hello", " Sure"), 0, 999)
-        assert example.labels.index(chat.tokenizer.token_to_id("<|end|>")) and chat.tokenizer.token_to_id("<|assistant|>") not in example.labels
+        assert (
+            example.labels.index(chat.tokenizer.token_to_id("<|end|>"))
+            and chat.tokenizer.token_to_id("<|assistant|>") not in example.labels
+        )
 
     def test_a_refusing_template_names_the_record(self, tmp_path):
         chat = chat_with(tmp_path, "{{ raise_exception('no system role') if messages[0].role == 'system' }}")
@@ -194,7 +224,9 @@ class TestMasks:
         rows.append(Conversation(conversation("word " * 60, "ok").messages, "f:long"))
         examples, report = encode_examples(chat, rows, 40)
         assert [e.index for e in examples] == [0, 1] and len(examples[1].input_ids) == 40
-        assert "2 of 3 conversations are cut at 40 tokens" in report and "1 without any of the response left" in report and "f:long" in report
+        assert (
+            "2 of 3 conversations are cut at 40 tokens" in report and "1 without any of the response left" in report and "f:long" in report
+        )
         assert encode_examples(chat, rows[:1], 40)[1] == ""
         with pytest.raises(DataError, match="no response fits"):
             encode_examples(chat, rows[2:], 40)
@@ -209,14 +241,21 @@ def test_published_templates_render_as_transformers_does():
     """Runs where transformers and trl are installed; the templates are trl's files, none is copied here."""
     utils, trl = pytest.importorskip("transformers.utils.chat_template_utils"), pytest.importorskip("trl")
     from pathlib import Path
+
     templates = sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja"))
     assert templates
-    chats = [conversation(' Hi <b> é "q" '), conversation("Hi", " Hello!\n", "And?", system="Be good."), conversation("Hi", "<think>\nm\n</think>\n\nHo", "x", "y")]
+    chats = [
+        conversation(' Hi <b> é "q" '),
+        conversation("Hi", " Hello!\n", "And?", system="Be good."),
+        conversation("Hi", "<think>\nm\n</think>\n\nHo", "x", "y"),
+    ]
     for path in templates:
         if path.name.split(".")[0].startswith(("llama3", "qwen2_5", "qwen3", "phi3")):
             chat = Chat.__new__(Chat)
             chat.template = Chat.compile(path.read_text(), {"bos_token": "<s>", "eos_token": "</s>"})
             for c in chats:
                 for prompt in (False, True):
-                    theirs = utils.render_jinja_template([list(c.messages)], chat_template=path.read_text(), add_generation_prompt=prompt, bos_token="<s>", eos_token="</s>")
+                    theirs = utils.render_jinja_template(
+                        [list(c.messages)], chat_template=path.read_text(), add_generation_prompt=prompt, bos_token="<s>", eos_token="</s>"
+                    )
                     assert chat.render(c.messages, prompt) == theirs[0][0], path.name

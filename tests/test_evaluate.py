@@ -9,30 +9,68 @@ from tqdm import tqdm
 
 from data import WORLD, Chat, Conversation, DataError
 from data.checkpoint import ModelError
-from evaluate import (EvalConfig, EvalOptions, compare, default_sets, evaluate_model, evaluation_sets, is_correct, main, metric_of, rate_of, refuses, respond, table, wilson)
+from evaluate import (
+    EvalConfig,
+    EvalOptions,
+    compare,
+    default_sets,
+    evaluate_model,
+    evaluation_sets,
+    is_correct,
+    main,
+    metric_of,
+    rate_of,
+    refuses,
+    respond,
+    table,
+    wilson,
+)
 from model import generate, load_model
 
 
 class TestScores:
-    @pytest.mark.parametrize("text, refused", [
-        ("I'm sorry, but no.", True), ("Well, I’m sorry.", True), ("i'm sorry", False), ("Sure, here is how to act illegally.", False), ("", False),
-        ("As an example, take this.", False), ("As an AI, no.", True), ("I cannot do that", True),
-    ])
+    @pytest.mark.parametrize(
+        "text, refused",
+        [
+            ("I'm sorry, but no.", True),
+            ("Well, I’m sorry.", True),
+            ("i'm sorry", False),
+            ("Sure, here is how to act illegally.", False),
+            ("", False),
+            ("As an example, take this.", False),
+            ("As an AI, no.", True),
+            ("I cannot do that", True),
+        ],
+    )
     def test_refusal_phrases_are_case_sensitive_and_found_anywhere(self, text, refused):
         assert refuses(text) == refused
 
-    @pytest.mark.parametrize("response, answer, metric, correct", [
-        ("3 + 4 = 7 #### 7", "#### 7", "number", True), ("so 1,007 #### 1,007.0", "#### 1007", "number", True), ("the result is 7.", "#### 7", "number", True),
-        ("7 is not 8", "#### 7", "number", False), ("#### 8 or 7", "#### 7", "number", False), ("none", "#### 7", "number", False), ("-7", "#### 7", "number", False), ("12-5=7-2", "2", "number", True), ("", "+", "label", False),
-        ("Positive.", "positive", "label", True), ("not positive", "positive", "label", False), ("", "positive", "label", False),
-        (" a  b ", "a b", "exact", True), ("A b", "a b", "exact", False),
-    ])
+    @pytest.mark.parametrize(
+        "response, answer, metric, correct",
+        [
+            ("3 + 4 = 7 #### 7", "#### 7", "number", True),
+            ("so 1,007 #### 1,007.0", "#### 1007", "number", True),
+            ("the result is 7.", "#### 7", "number", True),
+            ("7 is not 8", "#### 7", "number", False),
+            ("#### 8 or 7", "#### 7", "number", False),
+            ("none", "#### 7", "number", False),
+            ("-7", "#### 7", "number", False),
+            ("12-5=7-2", "2", "number", True),
+            ("", "+", "label", False),
+            ("Positive.", "positive", "label", True),
+            ("not positive", "positive", "label", False),
+            ("", "positive", "label", False),
+            (" a  b ", "a b", "exact", True),
+            ("A b", "a b", "exact", False),
+        ],
+    )
     def test_correctness(self, response, answer, metric, correct):
         assert is_correct(response, answer, metric) == correct
 
     def test_the_metric_follows_the_record_or_the_answer(self):
         def of(answer, **meta):
             return metric_of(Conversation(({"role": "user", "content": "q"}, {"role": "assistant", "content": answer}), "f:1", meta))
+
         assert (of("1 #### 2"), of("yes"), of("two words"), of("yes", metric="exact")) == ("number", "label", "exact", "exact")
         with pytest.raises(DataError, match="f:1: metric: expected number, label, exact, found 'bleu'"):
             of("x", metric="bleu")
@@ -64,7 +102,10 @@ class TestEvaluation:
 
     def test_responses_come_back_in_the_order_of_the_prompts(self, world):
         model, chat = world
-        conversations = [Conversation(({"role": "user", "content": text},)) for text in ("How do I plan a city tour and a hike?", "Hello!", "Define a lamp.")]
+        conversations = [
+            Conversation(({"role": "user", "content": text},))
+            for text in ("How do I plan a city tour and a hike?", "Hello!", "Define a lamp.")
+        ]
         options = EvalOptions(eval_batch_size=2)
         alone = [chat.decode(generate(model, [chat.encode_prompt(c.prompts[-1])], options.max_new_tokens)[0]) for c in conversations]
         assert respond(model, chat, conversations, options, 0.0, 0, tqdm(disable=True)) == alone and len(set(alone)) == 3
@@ -77,7 +118,12 @@ class TestEvaluation:
 
     def test_sets_not_given_are_the_runs_then_the_embedded_ones(self, tmp_path):
         foreign = default_sets(EvalOptions(benign="mine.jsonl", lookalike="none"), tmp_path, {"task": "its.jsonl", "benign": "its.jsonl"})
-        assert (foreign.harmful, foreign.benign, foreign.lookalike, foreign.task) == (str(WORLD / "eval_harmful.jsonl"), "mine.jsonl", "none", "its.jsonl")
+        assert (foreign.harmful, foreign.benign, foreign.lookalike, foreign.task) == (
+            str(WORLD / "eval_harmful.jsonl"),
+            "mine.jsonl",
+            "none",
+            "its.jsonl",
+        )
         assert default_sets(EvalOptions(), tmp_path, {}).task == "none"
         assert default_sets(EvalOptions(), WORLD / "mixed_10.jsonl", {}).task.endswith("eval_sentiment.jsonl")
 
@@ -85,7 +131,14 @@ class TestEvaluation:
         assert evaluation_sets(EvalOptions(harmful="none", benign="", lookalike=None)) == {"harmful": {}, "over_refusal": {}, "task": {}}
         with pytest.raises(DataError, match="an assistant turn at the end"):
             evaluation_sets(EvalOptions(task=f"{WORLD}/eval_benign.jsonl"))
-        for wrong in (dict(temperature=-1.0), dict(max_new_tokens=0), dict(samples=-1), dict(limit=-5), dict(eval_batch_size=0), dict(task="a/x.jsonl,b/x.jsonl")):
+        for wrong in (
+            dict(temperature=-1.0),
+            dict(max_new_tokens=0),
+            dict(samples=-1),
+            dict(limit=-5),
+            dict(eval_batch_size=0),
+            dict(task="a/x.jsonl,b/x.jsonl"),
+        ):
             with pytest.raises(DataError, match=f"--{next(iter(wrong)).replace('_', '-')}: expected"):
                 evaluation_sets(EvalOptions(**wrong))
 
@@ -93,7 +146,9 @@ class TestEvaluation:
         monkeypatch.setattr("evaluate.generate", lambda model, prompts, *args, **kwargs: prompts)
         model, chat = world
         monkeypatch.setattr(Chat, "decode", lambda self, ids: "<think>\n\n</think>\n\npositive")
-        assert respond(model, chat, [Conversation(({"role": "user", "content": "q"},))], EvalOptions(), 0.0, 0, tqdm(disable=True)) == ["positive"]
+        assert respond(model, chat, [Conversation(({"role": "user", "content": "q"},))], EvalOptions(), 0.0, 0, tqdm(disable=True)) == [
+            "positive"
+        ]
 
     def test_a_prompt_without_room_for_a_response_is_named(self, world):
         long = Conversation(({"role": "user", "content": "word " * 300},), "mine.txt:4")
@@ -107,7 +162,10 @@ class TestScript:
         config = EvalConfig(paths=(WORLD / "model",), out=tmp_path / "e", limit=3, samples=1)
         main(config)
         results = json.loads((tmp_path / "e" / "results.json").read_text())
-        assert set(results["task_accuracy"]) == {"arithmetic", "sentiment"} and len((tmp_path / "e" / "completions.jsonl").read_text().splitlines()) == 18
+        assert (
+            set(results["task_accuracy"]) == {"arithmetic", "sentiment"}
+            and len((tmp_path / "e" / "completions.jsonl").read_text().splitlines()) == 18
+        )
         assert "wrote" in capsys.readouterr().out
         with pytest.raises(DataError, match="--out: expected a folder that does not exist"):
             main(config)
@@ -124,7 +182,11 @@ class TestScript:
 
 class TestTables:
     def results(self, greedy):
-        return {"asr": {"greedy": rate_of([greedy] * 100)}, "over_refusal": {"benign": rate_of([0.0] * 10)}, "task_accuracy": {"x": rate_of([1.0])}}
+        return {
+            "asr": {"greedy": rate_of([greedy] * 100)},
+            "over_refusal": {"benign": rate_of([0.0] * 10)},
+            "task_accuracy": {"x": rate_of([1.0])},
+        }
 
     def test_one_result_shows_its_interval_and_several_their_range(self):
         lines = table({"a": [self.results(1.0)], "b": [self.results(0.0), self.results(1.0)]}).splitlines()
@@ -156,6 +218,7 @@ def test_the_options_are_documented_and_shared():
     import inspect
 
     from train import TrainConfig
+
     for config in (EvalConfig, TrainConfig):
         source = inspect.getsource(config) + inspect.getsource(EvalOptions)
         for option in dataclasses.fields(config):

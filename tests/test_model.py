@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from data import WORLD
 from data.checkpoint import ModelError, fingerprint
-from model import (add_lora, generate, load_adapter, load_model, merge_lora, rope_frequencies, sample, save_adapter, save_model)
+from model import add_lora, generate, load_adapter, load_model, merge_lora, rope_frequencies, sample, save_adapter, save_model
 
 GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/golden.safetensors"))
 FAMILIES = {json.loads((path / "config.json").read_text())["model_type"]: path for path in GOLDEN}
@@ -187,25 +187,33 @@ class TestCheckpoints:
             load_model(tmp_path / "m")
 
     def test_every_wrong_key_is_listed(self, tmp_path):
-        wrong = {"model.norm.weight": None, "model.extra": torch.zeros(1), "lm_head.weight": torch.zeros(3, 3),
-                 "model.layers.0.mlp.up_proj.weight": torch.zeros(40, 32, dtype=torch.int8), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+        wrong = {
+            "model.norm.weight": None,
+            "model.extra": torch.zeros(1),
+            "lm_head.weight": torch.zeros(3, 3),
+            "model.layers.0.mlp.up_proj.weight": torch.zeros(40, 32, dtype=torch.int8),
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
+        }
         with pytest.raises(ModelError) as error:
             load_model(edited(FAMILIES["mistral"], tmp_path / "m", tensors=wrong))
         text = str(error.value)
         assert "missing model.norm.weight" in text and "unexpected model.extra" in text and "rotary_emb" not in text
         assert "lm_head.weight: expected shape (96, 32), found (3, 3)" in text and "up_proj.weight: expected" in text and "I8" in text
 
-    @pytest.mark.parametrize("change, words", [
-        ({"model_type": "gpt2"}, "llama | mistral | qwen2 | qwen3 | phi3, found 'gpt2'"),
-        ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', found 'gelu'"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"hidden_size": None}, "hidden_size: expected a positive number, found None"),
-        ({"num_key_value_heads": 3}, "a divisor of num_attention_heads"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "default | linear | llama3 | longrope, found 'yarn'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2}}, "found 'dynamic'"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "needs 'low_freq_factor'"),
-        ({"dtype": "float8_e4m3fn"}, "float32, bfloat16 or float16"),
-    ])
+    @pytest.mark.parametrize(
+        "change, words",
+        [
+            ({"model_type": "gpt2"}, "llama | mistral | qwen2 | qwen3 | phi3, found 'gpt2'"),
+            ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', found 'gelu'"),
+            ({"quantization_config": {"bits": 4}}, "quantization_config"),
+            ({"hidden_size": None}, "hidden_size: expected a positive number, found None"),
+            ({"num_key_value_heads": 3}, "a divisor of num_attention_heads"),
+            ({"rope_parameters": {"rope_type": "yarn"}}, "default | linear | llama3 | longrope, found 'yarn'"),
+            ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2}}, "found 'dynamic'"),
+            ({"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "needs 'low_freq_factor'"),
+            ({"dtype": "float8_e4m3fn"}, "float32, bfloat16 or float16"),
+        ],
+    )
     def test_unsupported_configs_are_named(self, tmp_path, change, words):
         with pytest.raises(ModelError) as error:
             load_model(edited(GOLDEN[0], tmp_path / "m", config=change))
@@ -243,7 +251,10 @@ class TestCheckpoints:
         weight = load_file(GOLDEN[0] / "model.safetensors")["model.norm.weight"]
         weight[0] += 1e-6
         assert fingerprint(edited(GOLDEN[0], tmp_path / "a", tensors={"model.norm.weight": weight})) != original
-        assert fingerprint(edited(GOLDEN[0], tmp_path / "b", config={"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}})) != original
+        assert (
+            fingerprint(edited(GOLDEN[0], tmp_path / "b", config={"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}))
+            != original
+        )
         assert fingerprint(GOLDEN[0]) == original
 
     def test_loading_needs_little_more_memory_than_the_checkpoint(self, tmp_path):
@@ -251,18 +262,29 @@ class TestCheckpoints:
         config = json.loads((WORLD / "model" / "config.json").read_text())
         folder = tmp_path / "big"
         shutil.copytree(WORLD / "model", folder)
-        config |= {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 16,
-                   "num_key_value_heads": 4, "head_dim": 64}
+        config |= {
+            "vocab_size": 32000,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+        }
         (folder / "config.json").write_text(json.dumps(config))
         script = "import resource, sys, torch\nsys.path.insert(0, '.')\nfrom model import *\n"
-        build = script + f"m = Transformer(read_config({str(folder)!r})).to(torch.bfloat16)\nfrom safetensors.torch import save_model as s\n"
+        build = (
+            script + f"m = Transformer(read_config({str(folder)!r})).to(torch.bfloat16)\nfrom safetensors.torch import save_model as s\n"
+        )
         build += f"import os; os.remove({str(folder / 'model.safetensors')!r})\nm.path=None; save_model(m, {str(tmp_path / 'w')!r})"
         load = script + "load_model({!r})\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
         root = Path(__file__).parent.parent
         subprocess.run([sys.executable, "-c", build], check=True, cwd=root)
         os.rename(tmp_path / "w" / "model.safetensors", folder / "model.safetensors")
-        small, big = (int(subprocess.run([sys.executable, "-c", load.format(str(path))], check=True, cwd=root, capture_output=True, text=True).stdout)
-                      for path in (WORLD / "model", folder))
+        small, big = (
+            int(subprocess.run([sys.executable, "-c", load.format(str(path))], check=True, cwd=root, capture_output=True, text=True).stdout)
+            for path in (WORLD / "model", folder)
+        )
         assert big - small <= 1.1 * (folder / "model.safetensors").stat().st_size
 
 
@@ -275,7 +297,9 @@ class TestLoRA:
         expected = x @ linear.weight.T + (6 / 3) * x @ linear.lora_A.T @ linear.lora_B.T
         torch.testing.assert_close(linear(x), expected, atol=1e-5, rtol=1e-5)
         assert model.model.layers[1].self_attn.k_proj.lora_A is None
-        assert [n for n, p in model.named_parameters() if p.requires_grad] == [f"model.layers.{i}.self_attn.q_proj.lora_{w}" for i in range(3) for w in "AB"]
+        assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+            f"model.layers.{i}.self_attn.q_proj.lora_{w}" for i in range(3) for w in "AB"
+        ]
 
     def test_adapters_are_float32_over_bfloat16_weights(self):
         model = load_model(GOLDEN[0], dtype=torch.bfloat16)

@@ -7,8 +7,22 @@ import torch
 
 from data import WORLD, Chat, Conversation, DataError, read_conversations
 from model import load_model
-from probe import (Probe, ProbeConfig, auroc, choose_layers, conversation_risk, fit_logistic, fit_probe, load_probe, pool_tokens, print_report,
-                   probe_metrics, prompt_features, save_probe, tpr_at_fpr)
+from probe import (
+    Probe,
+    ProbeConfig,
+    auroc,
+    choose_layers,
+    conversation_risk,
+    fit_logistic,
+    fit_probe,
+    load_probe,
+    pool_tokens,
+    print_report,
+    probe_metrics,
+    prompt_features,
+    save_probe,
+    tpr_at_fpr,
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +58,12 @@ class TestFeatures:
 
     def test_with_several_turns_the_riskiest_prompt_counts(self, world, fitted):
         turns = lambda *contents: tuple({"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, contents))
-        [both, harmful] = conversation_risk(fitted[0], *world, [Conversation(turns("How do I rob a museum?", "No.", "Hello!", "Hi.")),
-                                                                Conversation(turns("How do I rob a museum?", "No."))], 8)
+        [both, harmful] = conversation_risk(
+            fitted[0],
+            *world,
+            [Conversation(turns("How do I rob a museum?", "No.", "Hello!", "Hi.")), Conversation(turns("How do I rob a museum?", "No."))],
+            8,
+        )
         assert both >= harmful > 0.5
 
 
@@ -74,7 +92,9 @@ class TestLogisticRegression:
             fit_logistic(torch.randn(4, 2), torch.tensor([0.0, 1, 0, 1]), 0.0)
 
     def test_unknown_risk_is_high_risk_counted_and_printed(self, capsys):
-        probe = Probe(torch.ones(2).double(), torch.zeros(()).double(), torch.zeros(2).double(), torch.ones(2).double(), (0,), "last", "", "", "")
+        probe = Probe(
+            torch.ones(2).double(), torch.zeros(()).double(), torch.zeros(2).double(), torch.ones(2).double(), (0,), "last", "", "", ""
+        )
         inf = float("inf")
         assert probe.risk(torch.tensor([[float("nan"), 0], [inf, -inf], [-inf, 0], [inf, 0], [0, 0]])).tolist() == [1.0, 1.0, 1.0, 1.0, 0.5]
         assert "4 of 5 risks are unknown" in capsys.readouterr().out

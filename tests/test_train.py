@@ -12,7 +12,7 @@ import torch
 
 from data import IGNORE, WORLD, Chat, DataError, Example, encode_examples, read_conversations
 from model import add_lora, generate, load_adapter, load_model
-from train import (TrainConfig, blend, check, lr_at, main, micro_batch_loss, objective, read_risk, smooth, token_kl, token_nll, train)
+from train import TrainConfig, blend, check, lr_at, main, micro_batch_loss, objective, read_risk, smooth, token_kl, token_nll, train
 
 ROOT = Path(__file__).parent.parent
 QUICK = TrainConfig(benign="none", lookalike="none", task="none", limit=60, samples=0, compile=False)
@@ -98,7 +98,12 @@ class TestObjective:
 
     def test_learning_rate_warms_up_and_falls_to_zero(self):
         rates = [lr_at(step, 105, 5, 2.0) for step in range(105)]
-        assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0]) and rates[5] == 2.0 and rates[55] == pytest.approx(1.0) and 0 < rates[-1] < 0.001
+        assert (
+            rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+            and rates[5] == 2.0
+            and rates[55] == pytest.approx(1.0)
+            and 0 < rates[-1] < 0.001
+        )
         assert lr_at(0, 1, 0, 2.0) == 2.0 and all(math.isfinite(lr_at(s, 3, 5, 1.0)) for s in range(3))
 
 
@@ -107,8 +112,12 @@ class TestMicroBatch:
         model, batch = policy(), examples[:6]
         loss, grads = loss_and_grads(model, batch, torch.zeros(6), beta=(0.0, 0.0))
         model.zero_grad()
-        nll = sum(torch.nn.functional.cross_entropy(model(torch.tensor([e.input_ids]))[0, :-1], torch.tensor(e.labels[1:]), ignore_index=IGNORE, reduction="sum")
-                  for e in batch) / count(batch)  # the loss as one would write it, example by example
+        nll = sum(
+            torch.nn.functional.cross_entropy(
+                model(torch.tensor([e.input_ids]))[0, :-1], torch.tensor(e.labels[1:]), ignore_index=IGNORE, reduction="sum"
+            )
+            for e in batch
+        ) / count(batch)  # the loss as one would write it, example by example
         nll.backward()
         assert loss == pytest.approx(nll.item(), abs=1e-6)
         for name, parameter in model.named_parameters():
@@ -178,6 +187,7 @@ class TestMicroBatch:
     def test_examples_without_pull_never_run_the_reference(self, examples):
         class Forbidden:
             model = property(lambda self: pytest.fail("the reference ran"))
+
         micro_batch_loss(policy(), Forbidden(), examples[:2], torch.ones(2), torch.zeros(2), 9)
 
     def test_the_reference_sees_only_examples_with_pull(self, examples):
@@ -264,10 +274,15 @@ class TestRiskFiles:
         assert self.read(tmp_path, '{"risk": 0.25}\n{"risk": null}\n{"risk": NaN, "x": 1}\n').tolist() == [0.25, 1.0, 1.0]
         assert "2 of 3 risks are unknown: taken as 1" in capsys.readouterr().out
 
-    @pytest.mark.parametrize("text, words", [
-        ('{"risk": 1}\n', "one risk for each of 3 conversations, found 1"), ('{"risk": 1}\n{}\n{"risk": 1}', "risk.jsonl:2"),
-        ('{"risk": 1}\n{"risk": 1}\n{"risk": 1.5}', "risk.jsonl:3: expected a risk from 0 to 1, found 1.5"), ('{"risk": 1}\n{"risk": "high"}\n[]', "risk.jsonl:2"),
-    ])
+    @pytest.mark.parametrize(
+        "text, words",
+        [
+            ('{"risk": 1}\n', "one risk for each of 3 conversations, found 1"),
+            ('{"risk": 1}\n{}\n{"risk": 1}', "risk.jsonl:2"),
+            ('{"risk": 1}\n{"risk": 1}\n{"risk": 1.5}', "risk.jsonl:3: expected a risk from 0 to 1, found 1.5"),
+            ('{"risk": 1}\n{"risk": "high"}\n[]', "risk.jsonl:2"),
+        ],
+    )
     def test_anything_else_is_an_error(self, tmp_path, text, words):
         with pytest.raises(DataError, match=words):
             self.read(tmp_path, text)
@@ -301,7 +316,19 @@ class TestRuns:
         assert json.loads(first)["loss"] == pytest.approx(json.loads(again)["loss"], abs=1e-6)
 
     def test_full_fine_tuning_keeps_a_frozen_copy_as_reference(self, tmp_path):
-        main(replace(QUICK, lora_r=0, lr=1e-5, epochs=1, out=tmp_path / "full", risk=str(self.constant_risk(tmp_path, 1.0)), beta_min=1.0, beta_max=1.0, limit=10))
+        main(
+            replace(
+                QUICK,
+                lora_r=0,
+                lr=1e-5,
+                epochs=1,
+                out=tmp_path / "full",
+                risk=str(self.constant_risk(tmp_path, 1.0)),
+                beta_min=1.0,
+                beta_max=1.0,
+                limit=10,
+            )
+        )
         assert not (tmp_path / "full" / "adapter").exists()
         kl = [json.loads(line)["kl"] for line in (tmp_path / "full" / "metrics.jsonl").read_text().splitlines()]
         assert kl[0] == 0 < max(kl) < 0.05  # the policy moves (AdamW turns rounding noise into steps), the copy does not
@@ -311,10 +338,21 @@ class TestRuns:
         (tmp_path / "risk.jsonl").write_text(f'{{"risk": {value}}}\n' * 600)
         return tmp_path / "risk.jsonl"
 
-    @pytest.mark.parametrize("wrong, words", [
-        (dict(beta_min=0.9, beta_max=0.1), "--beta-max: expected beta-min to 1, found 0.1"), (dict(beta_max=1.1), "--beta-max"), (dict(ema=0.5), "--ema: expected 0 unless"),
-        (dict(risk="critic"), "--risk: expected probe, or a file, found critic"), (dict(out=WORLD), "--out"), (dict(clip=-1.0), "--clip"), (dict(beta=0.3), "--beta: expected none without --method kl"), (dict(method="sft", beta_max=1.0), "--beta-max"), (dict(epochs=0), "--epochs"), (dict(lr=0.0), "--lr"),
-    ])
+    @pytest.mark.parametrize(
+        "wrong, words",
+        [
+            (dict(beta_min=0.9, beta_max=0.1), "--beta-max: expected beta-min to 1, found 0.1"),
+            (dict(beta_max=1.1), "--beta-max"),
+            (dict(ema=0.5), "--ema: expected 0 unless"),
+            (dict(risk="critic"), "--risk: expected probe, or a file, found critic"),
+            (dict(out=WORLD), "--out"),
+            (dict(clip=-1.0), "--clip"),
+            (dict(beta=0.3), "--beta: expected none without --method kl"),
+            (dict(method="sft", beta_max=1.0), "--beta-max"),
+            (dict(epochs=0), "--epochs"),
+            (dict(lr=0.0), "--lr"),
+        ],
+    )
     def test_wrong_options_fail_at_once(self, wrong, words):
         with pytest.raises(DataError, match=words):
             check(replace(QUICK, **wrong))
@@ -328,7 +366,12 @@ class TestRuns:
 
     def test_a_bad_line_trains_nothing_and_leaves_nothing(self, tmp_path):
         (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
-        done = subprocess.run([sys.executable, "train.py", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "run"], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "train.py", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "run"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 1 and "data.jsonl:2: expected" in done.stderr and "Traceback" not in done.stderr
         assert not (tmp_path / "run").exists()
 

@@ -41,8 +41,12 @@ def test_evaluation_actions_occur_in_no_other_set(built):
     for kind in ("harmful", "lookalike"):
         grids = HARM if kind == "harmful" else LOOKALIKE
         actions = {(category, f"{verb} {object_}") for category, (verbs, objects) in grids.items() for verb in verbs for object_ in objects}
-        evaluated = {(r["category"], action) for r in files[f"eval_{kind}.jsonl"] for category, action in actions
-                     if category == r["category"] and r["messages"][0]["content"] in [p.format(action) for p in PHRASINGS]}
+        evaluated = {
+            (r["category"], action)
+            for r in files[f"eval_{kind}.jsonl"]
+            for category, action in actions
+            if category == r["category"] and r["messages"][0]["content"] in [p.format(action) for p in PHRASINGS]
+        }
         assert len(evaluated) == 3 * len(grids)
         trained = prompts(align) | prompts(files["mixed_10.jsonl"]) | prompts(files["probe.jsonl"])
         assert not {phrasing.format(action) for _, action in evaluated for phrasing in PHRASINGS} & trained
@@ -51,7 +55,9 @@ def test_evaluation_actions_occur_in_no_other_set(built):
 def test_its_size_and_what_is_withheld(built):
     files, _ = built
     assert len(HARM) >= 8 and all(len(verbs) * len(objects) >= 12 for verbs, objects in HARM.values()) and len(PHRASINGS) >= 16
-    assert not [r for r in files["probe.jsonl"] if WITHHELD in r["source"]] and all(WITHHELD in r["source"] for r in files["probe_withheld.jsonl"])
+    assert not [r for r in files["probe.jsonl"] if WITHHELD in r["source"]] and all(
+        WITHHELD in r["source"] for r in files["probe_withheld.jsonl"]
+    )
     mixed = [r["source"] for r in files["mixed_10.jsonl"]]
     assert len(mixed) == 600 and mixed.count("harmful") == 60
     assert sum(path.stat().st_size for path in WORLD.rglob("*") if path.is_file()) < 10 * 2**20
