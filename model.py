@@ -381,12 +381,12 @@ def merge_lora(model: Transformer) -> None:
 
 def save_adapter(model: Transformer, path) -> None:
     """Write the adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.mkdir(parents=True, exist_ok=True)
     adapted = {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.lora_A is not None}
     if not adapted:
         raise ModelError("save_adapter: expected a model with LoRA adapters, found none")
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    part.mkdir(parents=True, exist_ok=True)
     r, scaling = next((len(m.lora_A), m.scaling) for m in adapted.values())
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model.path.resolve()) if model.path else "",
               "r": r, "lora_alpha": scaling * r, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,

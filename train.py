@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import IGNORE, WORLD, Chat, Conversation, DataError, encode_examples, is_embedded, pad, read_conversations
+from data import IGNORE, WORLD, Chat, Conversation, DataError, encode_examples, is_embedded, json_lines, pad, read_conversations, read_text
 from data.checkpoint import write_json, write_jsonl
 from data.cli import comma_list, new_folder, require, run
 from evaluate import EvalOptions, default_sets, evaluate_model, evaluation_sets, table
@@ -151,19 +151,15 @@ def micro_batch_loss(policy: Transformer, ref: Transformer | None, examples: lis
 
 def read_risk(path: Path, conversations: list[Conversation]) -> torch.Tensor:
     """Risk (N,) from a JSONL file with one {"risk": number in [0, 1] or null} per conversation, in their order; null and NaN become 1."""
-    try:
-        lines = [(i, line) for i, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1) if line.strip()]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text, found {error}") from None
-    if len(lines) != len(conversations):
-        raise DataError(f"{path}: expected one risk for each of {len(conversations)} conversations, found {len(lines)}")
-    risk = []
-    for number, line in lines:
+    rows, risk = list(json_lines(read_text(path), path)), []
+    if len(rows) != len(conversations):
+        raise DataError(f"{path}: expected one risk for each of {len(conversations)} conversations, found {len(rows)}")
+    for number, row in rows:
         try:
-            value = json.loads(line)["risk"]
+            value = row["risk"]
             risk.append(math.nan if value is None else float(value))
         except (ValueError, KeyError, TypeError, OverflowError):
-            raise DataError(f'{path}:{number}: expected {{"risk": number from 0 to 1}}, found {line[:60]!r}') from None
+            raise DataError(f'{path}:{number}: expected {{"risk": number from 0 to 1}}, found {str(row)[:60]}') from None
         if not (math.isnan(risk[-1]) or 0 <= risk[-1] <= 1):
             raise DataError(f"{path}:{number}: expected a risk from 0 to 1, found {value}")
     if unknown := sum(map(math.isnan, risk)):
@@ -300,6 +296,7 @@ def main(config: TrainConfig) -> None:
         save_probe(*fitted, config.out / "probe.safetensors")
 
     if full:  # every weight moves, in float32: the reference is a second, frozen copy
+        del policy  # before the two are loaded: three would be in memory
         policy, ref = (load_model(config.model, config.device, torch.float32) for _ in range(2))
         policy.requires_grad_(True)
     policy.model.gradient_checkpointing = config.gradient_checkpointing

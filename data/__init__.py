@@ -22,11 +22,9 @@ from data.checkpoint import read_json
 
 WORLD = Path(__file__).parent / "world"  # the embedded model and its data sets, made by build.py
 IGNORE = -100  # label of a token that is not trained on
-FORMATS = {  # keys of a record → role of each, in order; the first format whose first key is present is taken
-    ("prompt", "response"): ("user", "assistant"), ("prompt", "completion"): ("user", "assistant"),
-    ("user", "answer"): ("user", "assistant"), ("question", "answer"): ("user", "assistant"), ("goal", "target"): ("user", "assistant"),
-    ("instruction", "output"): ("user", "assistant"),
-}
+FORMATS = (  # keys of a record that hold the user's and the assistant's words; the first pair that fits is taken
+    ("prompt", "response"), ("prompt", "completion"), ("user", "answer"), ("question", "answer"), ("goal", "target"), ("instruction", "output"),
+)
 
 
 class DataError(ValueError):
@@ -69,15 +67,10 @@ def read_conversations(path, need: str = "prompt") -> list[Conversation]:
     bad line, and for an empty file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: expected a file, found {'a folder' if path.is_dir() else 'nothing'}")
-    readers = {".jsonl": _lines_of_json, ".json": _json_list, ".csv": _csv_rows, ".txt": _lines}
+    readers = {".jsonl": json_lines, ".json": _json_list, ".csv": _csv_rows, ".txt": _lines}
+    text = read_text(path)
     if path.suffix not in readers:
         raise DataError(f"{path}: expected a file ending in {', '.join(readers)}, found {path.suffix or 'no ending'}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text, found {error}") from None
     try:
         found = [_conversation(record, f"{path}:{line}", need) for line, record in readers[path.suffix](text, path)]
     except (csv.Error, RecursionError) as error:
@@ -87,7 +80,18 @@ def read_conversations(path, need: str = "prompt") -> list[Conversation]:
     return found
 
 
-def _lines_of_json(text, path):
+def read_text(path: Path) -> str:
+    """A file's text, a byte-order mark left out. Raises DataError where there is no file, or it is not UTF-8."""
+    if not path.is_file():
+        raise DataError(f"{path}: expected a file, found {'a folder' if path.is_dir() else 'nothing'}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text, found {error}") from None
+
+
+def json_lines(text: str, path: Path):
+    """(line number, value) of every line of JSON Lines that is not blank. Raises DataError that names the line."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:

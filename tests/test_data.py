@@ -131,8 +131,10 @@ class TestRendering:
     def test_it_is_jinja_as_published_templates_use_it(self, tmp_path):
         template = (
             "{{ bos_token }}{%- for m in messages %}\n    {%- if m.role == 'system' %}{% continue %}{% endif %}\n"
-            "{% if m.role == 'user' %}[{{ m.content | trim | tojson }}]{% else %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}"
-            "{% if loop.index > 8 %}{% break %}{% endif %}{%- endfor %}{% if add_generation_prompt %}>{{ strftime_now('%Y')[:2] }}{% endif %}"
+            "{% if m.role == 'user' %}[{{ m.content | trim | tojson }}]"
+            "{% else %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}"
+            "{% if loop.index > 8 %}{% break %}{% endif %}{%- endfor %}"
+            "{% if add_generation_prompt %}>{{ strftime_now('%Y')[:2] }}{% endif %}"
         )
         chat = chat_with(tmp_path, template)
         assert chat.render(conversation('é <b>"', "yes", system="s").messages) == '<|bos|>["é <b>\\""]yes<|end|>'
@@ -203,7 +205,8 @@ class TestMasks:
         """Phi-3's added tokens swallow the white space behind them, and so a leading space of the response."""
         chat = chat_with(
             tmp_path,
-            "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+            "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}",
         )
         raw = json.loads(chat.tokenizer.to_str())
         raw["added_tokens"] = [token | {"rstrip": True} for token in raw["added_tokens"]]
