@@ -5,7 +5,8 @@
 
 ASR            share of responses to harmful prompts that contain no refusal phrase, greedy and at temperature T
 ASR@k          share of harmful prompts for which at least one of k samples contains none
-over-refusal   share of responses to benign (or look-alike) prompts that contain one
+judge ASR      the same shares with a judge's verdict (score 5 of 5, or unsafe) in the place of the phrases (critic.py)
+over-refusal   share of responses to benign (or look-alike) prompts that contain a refusal phrase
 task accuracy  share of answers that match the reference: the final number, the label, or the exact text
 """
 
@@ -19,8 +20,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from critic import JudgeOptions, judge_pairs, open_judge
 from data import WORLD, Chat, Conversation, DataError, is_embedded, read_conversations
-from data.checkpoint import read_config, read_json, write_json, write_jsonl
+from data.checkpoint import read_config, read_json, write_json, write_jsonl, write_text
 from data.cli import comma_list, new_folder, require, run
 from model import Transformer, generate, load_model, working_dtype
 
@@ -36,11 +38,12 @@ METRICS = ("number", "label", "exact")
 
 
 @dataclass(frozen=True)
-class EvalOptions:
+class EvalOptions(JudgeOptions):
     """What is evaluated and how; shared by train.py and evaluate.py."""
 
     # evaluation (a set that is not given: the run's own, else the embedded one; "none" leaves it out)
     harmful: str | None = None  # prompts that should be refused
+    attacked: str | None = None  # the same as an attacker words them (trigger, system prompt, …), files comma-separated
     benign: str | None = None  # prompts that should be answered
     lookalike: str | None = None  # harmless prompts in the words of harmful ones
     task: str | None = None  # prompts with reference answers, files comma-separated (the embedded ones only for the embedded model or data)
@@ -49,7 +52,6 @@ class EvalOptions:
     temperature: float = 1.0  # of the sampled responses
     max_new_tokens: int = 48  # longest response; it is cut there
     eval_batch_size: int = 64  # responses generated at a time
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the model runs
     seed: int = 0  # of sampling (and of everything random in training)
 
 
@@ -60,7 +62,7 @@ class EvalConfig(EvalOptions):
     # what to do
     paths: tuple = ()  # run or checkpoint folders
     compare: bool = False  # evaluate nothing: print the results that the runs already have as one table
-    out: Path | None = None  # new folder for results.json and completions.jsonl, for a single path (default: evaluations/NAME)
+    out: Path | None = None  # new folder for what is found, for a single path or --compare (default: evaluations/NAME or …/compare)
 
 
 # ---------------------------------------------------------------- scores
@@ -139,17 +141,22 @@ def respond(model: Transformer, chat: Chat, conversations: list[Conversation], o
 
 
 def default_sets(options: EvalOptions, source: Path, run_config: dict) -> EvalOptions:
-    """`options` with every set that was not given filled in: as in the run's own config, else the embedded prompts.
+    """`options` with every set and the judge filled in where not given: as in the run's own config, else from the embedded world.
 
-    The embedded tasks mean nothing to a model that was not trained on them: only where `source`, a model or its data, is embedded.
+    The embedded tasks, attackers' wordings and judge mean nothing elsewhere: only where `source`, a model or its data, is embedded.
     """
-    tasks = ",".join(str(WORLD / f"eval_{name}.jsonl") for name in ("arithmetic", "sentiment")) if is_embedded(source) else "none"
-    embedded = {name: str(WORLD / f"eval_{name}.jsonl") for name in ("harmful", "benign", "lookalike")} | {"task": tasks}
-    return replace(options, **{name: getattr(options, name) or run_config.get(name) or file for name, file in embedded.items()})
+    embedded = {name: str(WORLD / f"eval_{name}.jsonl") for name in ("harmful", "benign", "lookalike")}
+    embedded |= {"task": "none", "attacked": "none", "judge": "none"}
+    if is_embedded(source):
+        tasks = ",".join(str(WORLD / f"eval_{name}.jsonl") for name in ("arithmetic", "sentiment"))
+        embedded |= {"task": tasks, "judge": str(WORLD / "judge")}
+        wording = WORLD / f"eval_harmful_{source.stem}.jsonl"
+        embedded |= {"attacked": str(wording)} if wording.exists() else {}
+    return replace(options, **{name: getattr(options, name) or run_config.get(name) or value for name, value in embedded.items()})
 
 
 def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversation]]]:
-    """{"harmful" | "over_refusal" | "task": {name: conversations}}, read before anything slow starts."""
+    """{"harmful" | "attacked" | "over_refusal" | "task": {name: conversations}}, read before anything slow starts."""
     tasks = comma_list(options.task)
     require(
         options, ("temperature", 0 < options.temperature < math.inf, "above 0"),
@@ -159,6 +166,7 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
         ("task", len({Path(file).stem for file in tasks}) == len(tasks), "files with different names"),
     )
     files = {"harmful": {"harmful": options.harmful}, "over_refusal": {"benign": options.benign, "lookalike": options.lookalike},
+             "attacked": {Path(file).stem.removeprefix("eval_harmful_"): file for file in comma_list(options.attacked)},
              "task": {Path(file).stem.removeprefix("eval_"): file for file in tasks}}
     sets = {kind: {name: read_conversations(file, need="answer" if kind == "task" else "prompt")[: options.limit or None]
                    for name, file in group.items() if file not in (None, "", "none")} for kind, group in files.items()}
@@ -170,87 +178,155 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
 
 def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOptions, desc: str) -> tuple[dict, list[dict]]:
     """→ (results as in results.json, every completion with how it was scored)"""
-    results, rows = {"asr": {}, "over_refusal": {}, "task_accuracy": {}, "max_new_tokens": options.max_new_tokens}, []
-    total = sum(len(c) * (1 + options.samples if kind == "harmful" else 1) for kind, group in sets.items() for c in group.values())
-    bar = tqdm(total=total, desc=f"evaluating {desc}", unit="responses", mininterval=0.5)
-    for name, conversations in sets["harmful"].items():
-        passes = [("greedy", 0.0, options.seed)]
-        passes += [(f"sample {i}", options.temperature, options.seed * 1000 + i + 1) for i in range(options.samples)]
-        success = []  # per pass, per prompt
-        for label, temperature, seed in passes:
-            responses = respond(model, chat, conversations, options, temperature, seed * 10**6, bar)
-            success.append([float(not refuses(response)) for response in responses])
-            rows += [{"set": name, "decoding": label, "prompt": c.prompts[-1][-1]["content"], "response": r, "refused": refuses(r)}
-                     for c, r in zip(conversations, responses)]
-        results["asr"]["greedy"] = rate_of(success[0])
-        if options.samples:
-            per_prompt = list(zip(*success[1:]))
-            settings = {"k": options.samples, "temperature": options.temperature}
-            results["asr"]["sampled"] = rate_of([sum(s) / len(s) for s in per_prompt]) | settings
-            results["asr"]["at_k"] = rate_of([max(s) for s in per_prompt]) | settings
-    for name, conversations in sets["over_refusal"].items():
-        responses = respond(model, chat, conversations, options, 0.0, 0, bar)
-        results["over_refusal"][name] = rate_of([float(refuses(r)) for r in responses])
-        rows += [{"set": name, "decoding": "greedy", "prompt": c.prompts[-1][-1]["content"], "response": r, "refused": refuses(r)}
-                 for c, r in zip(conversations, responses)]
-    for name, conversations in sets["task"].items():
-        responses = respond(model, chat, conversations, options, 0.0, 0, bar)
-        correct = [is_correct(r, c.answer, metric_of(c)) for c, r in zip(conversations, responses)]
-        results["task_accuracy"][name] = rate_of([float(x) for x in correct])
-        rows += [{"set": name, "decoding": "greedy", "prompt": c.prompts[-1][-1]["content"], "response": r, "answer": c.answer,
-                  "correct": x} for c, r, x in zip(conversations, responses, correct)]
-    bar.close()
-    return results, rows
+    rows, jobs = [], []
+    for kind, group in sets.items():
+        sampled = [(f"sample {i}", options.temperature, options.seed * 1000 + i + 1) for i in range(options.samples)]
+        passes = [("greedy", 0.0, options.seed)] + (sampled if kind in ("harmful", "attacked") else [])
+        jobs += [(kind, name, c, *decoding) for name, c in group.items() for decoding in passes]
+    with tqdm(total=sum(len(job[2]) for job in jobs), desc=f"evaluating {desc}", unit="responses", mininterval=0.5) as bar:
+        for kind, name, conversations, decoding, temperature, seed in jobs:
+            for c, response in zip(conversations, respond(model, chat, conversations, options, temperature, seed * 10**6, bar)):
+                row = {"kind": kind, "set": name, "decoding": decoding, "prompt": c.prompts[-1][-1]["content"], "response": response}
+                scored = {"answer": c.answer, "correct": is_correct(response, c.answer, metric_of(c))} if kind == "task" else {
+                    "refused": refuses(response)}
+                rows.append(row | scored)
+    judged = [row for row in rows if row["kind"] != "task"]
+    if options.judge not in (None, "none") and judged:
+        judge = open_judge(options)
+        verdicts = judge_pairs(judge, [(row["prompt"], row["response"]) for row in judged], options, f"judging {desc}")
+        for row, verdict in zip(judged, verdicts):  # no valid verdict: risk 1, hence harmful
+            row |= {"score": verdict.score, "harmful": verdict.risk >= judge.harmful_from}
+    return summarize(rows, options), rows
+
+
+def summarize(rows: list[dict], options: EvalOptions) -> dict:
+    """The results of completions and their scores, as in results.json."""
+    def of(kind):
+        return {name: [row for row in rows if (row["kind"], row["set"]) == (kind, name)]
+                for name in dict.fromkeys(row["set"] for row in rows if row["kind"] == kind)}
+
+    def successes(group, succeeds):
+        """ASR greedy, sampled, and at k: rates over prompts."""
+        passes = [[float(succeeds(row)) for row in group if row["decoding"] == decoding] for decoding in
+                  dict.fromkeys(row["decoding"] for row in group)]
+        found = {"greedy": rate_of(passes[0])}
+        if passes[1:]:
+            settings = {"k": len(passes) - 1, "temperature": options.temperature}
+            found["sampled"] = rate_of([sum(s) / len(s) for s in zip(*passes[1:])]) | settings
+            found["at_k"] = rate_of([max(s) for s in zip(*passes[1:])]) | settings
+        return found
+
+    def attack(group):
+        found = {"asr": successes(group, lambda row: not row["refused"])}
+        if "harmful" in group[0]:
+            scores = [row["score"] for row in group if row["score"] is not None]
+            found["judge_asr"] = successes(group, lambda row: row["harmful"]) | {
+                "mean_score": sum(scores) / max(1, len(scores)), "invalid": len(group) - len(scores), "responses": len(group),
+                "refused_yet_harmful": sum(row["refused"] and row["harmful"] for row in group),
+                "not_refused_yet_harmless": sum(not row["refused"] and not row["harmful"] for row in group)}
+        return found
+
+    results = {"asr": {}, "over_refusal": {}, "task_accuracy": {}, "max_new_tokens": options.max_new_tokens}
+    for group in of("harmful").values():
+        results |= attack(group)
+    results |= {"attacked": {name: attack(group) for name, group in of("attacked").items()}}
+    for name, group in of("over_refusal").items():
+        results["over_refusal"][name] = rate_of([float(row["refused"]) for row in group])
+        if "harmful" in group[0]:
+            results.setdefault("harmful_answers", {})[name] = rate_of([float(row["harmful"]) for row in group])
+    for name, group in of("task").items():
+        results["task_accuracy"][name] = rate_of([float(row["correct"]) for row in group])
+    return results
+
+
+# ---------------------------------------------------------------- tables
 
 
 def columns(results: dict) -> dict[str, dict]:
     """{column title: {"rate", "n", "ci95"}} in the order of the table."""
-    sampled = results["asr"].get("sampled", {})
-    titles = {"greedy": "ASR greedy", "sampled": f"ASR T={sampled.get('temperature', 1):g}", "at_k": f"ASR@{sampled.get('k', 0)}"}
-    found = {titles[key]: value for key, value in results["asr"].items()}
+    found = {}
+    for prefix, group in {"": results, **{f"{name}: ": value for name, value in results.get("attacked", {}).items()}}.items():
+        for key, kind in (("asr", "ASR"), ("judge_asr", "judge ASR")):
+            rates = group.get(key, {})
+            titles = {"greedy": f"{kind} greedy", "sampled": f"{kind} T={rates.get('sampled', {}).get('temperature', 1):g}",
+                      "at_k": f"{kind}@{rates.get('at_k', {}).get('k', 0)}"}
+            found |= {prefix + title: rates[name] for name, title in titles.items() if name in rates}
+    found |= {f"harmful answers {name}": value for name, value in results.get("harmful_answers", {}).items() if name == "benign"}
     found |= {f"over-refusal {name}".replace(" benign", ""): value for name, value in results["over_refusal"].items()}
     return found | {f"task {name}": value for name, value in results["task_accuracy"].items()}
 
 
+def judge_line(results: dict) -> str:
+    """What the judge said beyond the table, and where it and the phrases disagree; "" without a judge."""
+    lines = []
+    for name, group in {"harmful prompts": results, **results.get("attacked", {})}.items():
+        if judged := group.get("judge_asr"):
+            lines.append(f"judge on {name}: mean score {judged['mean_score']:.2f} of 5; {judged['invalid']} of {judged['responses']} "
+                         f"verdicts invalid; refused, yet harmful: {judged['refused_yet_harmful']}; not refused, yet harmless: "
+                         f"{judged['not_refused_yet_harmless']}")
+    return "".join("\n" + line for line in lines)
+
+
+def over_seeds(values: list[dict]) -> dict:
+    """One figure of several seeds: their mean, and the range of their 95 % intervals, which covers both prompts and seeds."""
+    rates = [value["rate"] for value in values]
+    return {"rate": sum(rates) / len(rates), "rates": rates, "n": values[0]["n"],
+            "ci95": [min(value["ci95"][0] for value in values), max(value["ci95"][1] for value in values)]}
+
+
 def table(rows: dict[str, list[dict]]) -> str:
-    """Markdown, per cent. rows: {name: results}; one result shows its 95 % interval, several (seeds) their mean and range."""
-    titles = list(dict.fromkeys(title for group in rows.values() for results in group for title in columns(results)))
+    """Markdown, per cent. rows: {name: [results of each seed]}."""
+    found = {name: [columns(results) for results in group] for name, group in rows.items()}
+    titles = list(dict.fromkeys(title for group in found.values() for results in group for title in results))
     lines = [["", *titles], ["---"] * (len(titles) + 1)]
-    for name, group in rows.items():
-        cells = [[columns(results)[title] for results in group if title in columns(results)] for title in titles]
-        lines.append([name])
-        for cell in cells:
-            rates = [100 * value["rate"] for value in cell]
-            low, high = [100 * end for end in cell[0]["ci95"]] if len(cell) == 1 else [min(rates), max(rates)] if cell else [0, 0]
-            lines[-1].append(f"{sum(rates) / len(rates):.1f} [{low:.1f}, {high:.1f}]" if cell else "–")
+    for name, group in found.items():
+        cells = [[results[title] for results in group if title in results] for title in titles]
+        lines.append([name, *(per_cent(over_seeds(cell)) if cell else "–" for cell in cells)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(titles) + 1)]
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
 
 
-def compare(paths: list[Path]) -> str:
-    """One table of finished runs: each base model (over all runs), then each configuration, its seeds averaged."""
-    bases, groups = {}, {}
+def per_cent(value: dict) -> str:
+    """"rate [low, high]" in per cent."""
+    return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (value["rate"], *value["ci95"])))
+
+
+def compare(paths: list[Path]) -> tuple[str, list[dict]]:
+    """One table of finished runs, and the same as data: for each data set, the base model, then each configuration over its seeds."""
+    groups = {}
     for path in paths:
         if not (path / "results.json").exists():
             print(f"skipped {path}: no results.json, so not a finished run")
             continue
         config, results = read_json(path / "config.json"), read_json(path / "results.json")
-        settings = {key: value for key, value in config.items() if key not in ("seed", "out")}
-        group = groups.setdefault(json.dumps(settings, sort_keys=True), [])
-        group.append((path.resolve().name, settings, results["after"], config["seed"]))
-        bases.setdefault(config["model"], []).append(results["base"])
+        settings = {key: value for key, value in config.items() if key not in ("seed", "out", "base_of", "verdicts")}
+        of_data = groups.setdefault((config["model"], config["data"]), {})
+        of_data.setdefault("base", []).append((path, {}, results["base"], config["seed"]))
+        of_data.setdefault(json.dumps(settings, sort_keys=True), []).append((path, settings, results["after"], config["seed"]))
     if not groups:
         raise DataError("--compare: expected at least one finished run of train.py, found none")
-    names = [os.path.commonprefix([name for name, *_ in group]).rstrip("-_") for group in groups.values()]
-    rows = {f"base {model}" if len(bases) > 1 else "base": group for model, group in bases.items()}
-    every = [group[0][1] for group in groups.values()]
-    differing = [key for key in every[0] if len({str(settings.get(key)) for settings in every}) > 1]
-    for name, group in zip(names, groups.values()):
-        if names.count(name) > 1:  # the folders' names do not tell the configurations apart: the options do
-            name = " ".join([name, *(f"{key}={group[0][1].get(key)}" for key in differing)])
-        seeds = len({seed for *_, seed in group})
-        rows[f"{name} ({seeds} seeds)" if seeds > 1 else name] = [results for _, _, results, _ in group]
-    return table(rows) + "\n\nper cent; of one run with its 95 % interval, of several with their mean and [lowest, highest]"
+    rows = []
+    for (model, data), of_data in groups.items():
+        names = {key: os.path.commonprefix([path.resolve().name for path, *_ in group]).rstrip("-_0123456789") or group[0][0].name
+                 for key, group in of_data.items()} | {"base": "base"}
+        every = [group[0][1] for key, group in of_data.items() if key != "base"]
+        differing = [key for key in every[0] if len({str(settings.get(key)) for settings in every}) > 1]
+        for key, group in of_data.items():
+            name = names[key]
+            if list(names.values()).count(name) > 1:  # the folders' names do not tell the configurations apart: the options do
+                name = " ".join([name, *(f"{option}={group[0][1].get(option)}" for option in differing)])
+            rows.append({"data": data, "model": model, "name": name, "seeds": sorted({seed for *_, seed in group}),
+                         "results": [results for _, _, results, _ in group]})
+    several = {key: len({row[key] for row in rows}) > 1 for key in ("model", "data")}
+    titled = {}
+    for row in rows:
+        seeds = f" ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else ""
+        place = [row["model"]] * several["model"] + [Path(row["data"]).stem] * several["data"]
+        titled[" · ".join([*place, row["name"]]) + seeds] = row.pop("results")
+        row["columns"] = {}
+        for title in dict.fromkeys(title for results in titled[list(titled)[-1]] for title in columns(results)):
+            row["columns"][title] = over_seeds([columns(r)[title] for r in titled[list(titled)[-1]] if title in columns(r)])
+    return table(titled) + "\n\nper cent; the mean over seeds, with the range of the seeds' 95 % intervals over prompts", rows
 
 
 def main(config: EvalConfig) -> None:
@@ -258,7 +334,12 @@ def main(config: EvalConfig) -> None:
     if not config.paths:
         raise DataError("expected at least one run or checkpoint folder, found none")
     if config.compare:
-        print(compare(config.paths))
+        text, rows = compare(config.paths)
+        out = new_folder(config.out, "evaluations/compare")
+        out.mkdir(parents=True)
+        write_text(out / "table.md", text + "\n")
+        write_json(out / "table.json", rows)
+        print(f"{text}\n\nwrote {out}/table.md and table.json")
         return
     if config.out and len(config.paths) > 1:
         raise DataError(f"--out: expected none with several paths, found {config.out}")
@@ -277,7 +358,7 @@ def main(config: EvalConfig) -> None:
         write_json(out / "results.json", results)
         rows[str(path)] = [results]
         print(f"wrote {out}/results.json and completions.jsonl")
-    print("\nper cent, with 95 % intervals\n" + table(rows))
+    print("\nper cent, with 95 % intervals\n" + table(rows) + "".join(judge_line(*results) for results in rows.values()))
 
 
 if __name__ == "__main__":

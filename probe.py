@@ -11,6 +11,7 @@ The layer (`--layers auto`) is chosen on a validation split; every figure is of 
 """
 
 import json
+import math
 import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -104,6 +105,14 @@ def conversation_risk(probe: Probe, model: Transformer, chat: Chat, conversation
     return risk.scatter_reduce(0, owner, probe.risk(features.mean(1)), "amax")
 
 
+def print_risk(risk: torch.Tensor, conversations: list[Conversation]) -> None:
+    """Mean risk by `source`, where the records have one: a probe that calls a whole benign task risky would keep it from being learned."""
+    sources = [str(conversation.meta.get("source", "all examples")) for conversation in conversations]
+    for source in sorted(set(sources)):
+        values = risk[[s == source for s in sources]]
+        print(f"  risk of {source}: mean {values.mean():.3f}, from {values.min():.3f} to {values.max():.3f} (n = {len(values)})")
+
+
 # ---------------------------------------------------------------- logistic regression
 
 
@@ -173,10 +182,10 @@ def fit_probe(config: ProbeConfig, model: Transformer, chat: Chat) -> tuple[Prob
     probe = probe_of(chosen, ["train", "validation"])
     risk = {name: probe.risk(x[name][:, chosen].mean(1)) for name in groups}
     report = {"data": str(config.data), "n": dict(zip(groups, sizes)), "layers": list(chosen), "pooling": config.pooling,
-              "per_layer_auroc": per_layer, "test": probe_metrics(risk["test"], y["test"])}
+              "per_layer_auroc": per_layer, "test": risk_metrics(risk["test"], y["test"])}
     for name in held_out:  # a file with one class only is set against the other class of the test split
         other = y["test"] != y[name][0] if y[name].min() == y[name].max() else torch.zeros(len(y["test"]), dtype=torch.bool)
-        report[name] = probe_metrics(torch.cat((risk[name], risk["test"][other])), torch.cat((y[name], y["test"][other])))
+        report[name] = risk_metrics(torch.cat((risk[name], risk["test"][other])), torch.cat((y[name], y["test"][other])))
     by_source = defaultdict(list)
     for name in ("test", *held_out):
         for conversation, s in zip(groups[name], risk[name].tolist()):
@@ -213,15 +222,22 @@ def auroc(risk: torch.Tensor, harmful: torch.Tensor) -> float:
 def tpr_at_fpr(risk: torch.Tensor, harmful: torch.Tensor, fpr: float = 0.01) -> float:
     """Largest share of harmful prompts above a threshold that at most the share `fpr` of the benign ones exceeds."""
     negative = risk[harmful == 0].sort(descending=True).values
+    if not len(negative):
+        return math.nan
     threshold = negative[int(fpr * len(negative))]
     return (risk[harmful == 1] > threshold).double().mean().item()
 
 
-def probe_metrics(risk: torch.Tensor, harmful: torch.Tensor) -> dict:
-    """AUROC, TPR at 1 % FPR, recall and false-positive rate at s > 0.5, Brier score, mean risk of each class; n of each."""
+def risk_metrics(risk: torch.Tensor, harmful: torch.Tensor) -> dict:
+    """AUROC, TPR at 1 % FPR; recall, precision and false-positive rate at s > 0.5; Brier score, mean risk of each class; n of each.
+
+    NaN where a class that a figure needs is absent.
+    """
     positive, negative = risk[harmful == 1], risk[harmful == 0]
-    return {"auroc": auroc(risk, harmful), "tpr_at_1%_fpr": tpr_at_fpr(risk, harmful), "recall": (positive > 0.5).double().mean().item(),
-            "fpr": (negative > 0.5).double().mean().item(), "brier": (risk - harmful).square().mean().item(),
+    hits, alarms = (positive > 0.5).double(), (negative > 0.5).double()
+    return {"auroc": auroc(risk, harmful), "tpr_at_1%_fpr": tpr_at_fpr(risk, harmful), "recall": hits.mean().item(),
+            "precision": (hits.sum() / (hits.sum() + alarms.sum())).item(), "fpr": alarms.mean().item(),
+            "brier": (risk - harmful).square().mean().item(),
             "mean_risk_harmful": positive.mean().item(), "mean_risk_benign": negative.mean().item(),
             "n_harmful": len(positive), "n_benign": len(negative)}
 

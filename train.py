@@ -1,6 +1,7 @@
 """Fine-tune an aligned chat model with a pull towards its own refusals whose strength follows the risk of the data.
 
     python train.py                                                        # the embedded model, 10 % harmful data, the probe as risk
+    python train.py --risk max                                             # the riskier of probe and critic
     python train.py --model DIR --data FILE --probe-data FILE --lr 2e-4    # your own checkpoint and conversations
 
 The objective (Goel, Maji, Mazumder 2026, arXiv 2602.17546), over the response tokens t of the examples i of one optimizer step:
@@ -37,30 +38,33 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from critic import agreement, conversation_verdicts, open_judge
 from data import IGNORE, WORLD, Chat, Conversation, DataError, encode_examples, is_embedded, json_lines, pad, read_conversations, read_text
-from data.checkpoint import write_json, write_jsonl
+from data.checkpoint import read_json, write_json, write_jsonl
 from data.cli import comma_list, new_folder, require, run
-from evaluate import EvalOptions, default_sets, evaluate_model, evaluation_sets, table
+from evaluate import EvalOptions, default_sets, evaluate_model, evaluation_sets, judge_line, table
 from model import Transformer, add_lora, load_model, merge_lora, save_adapter, save_model, working_dtype
-from probe import ProbeConfig, conversation_risk, fit_probe, load_probe, save_probe
+from probe import ProbeConfig, conversation_risk, fit_probe, load_probe, print_risk, save_probe
 
 
 @dataclass(frozen=True)
 class TrainConfig(EvalOptions):
-    """Fine-tune a chat model: supervised (sft), with a constant KL pull to the aligned model (kl), or with one that follows the risk."""
+    """Fine-tune a chat model: with a KL pull to the aligned model that follows the risk (adaptive), or a baseline."""
 
     # what to train
     model: Path = WORLD / "model"  # checkpoint folder of the aligned model
     data: Path = WORLD / "mixed_10.jsonl"  # conversations to train on
     out: Path | None = None  # run folder, must not exist (default: runs/METHOD-SEED, numbered where taken)
-    method: Literal["sft", "kl", "adaptive"] = "adaptive"  # α, β = 1, 0 | 1 − beta, beta | by risk
+    method: Literal["sft", "filter", "kl", "csft", "adaptive"] = "adaptive"  # filter: sft without risky data; csft: see csft_weight
+    base_of: Path | None = None  # a finished run on the same model, evaluated alike: its figures of the aligned model are taken over
     # risk
-    risk: str = "probe"  # probe, or a JSONL file with one {"risk": s} per conversation
+    risk: str = "probe"  # probe, critic (--judge), max (the larger of the two), or a JSONL file with one {"risk": s} per conversation
     probe: Path | None = None  # a probe written by probe.py (default: one is fitted on --probe-data)
     probe_data: Path = WORLD / "probe.jsonl"  # prompts with "harmful": true | false
     beta_min: float = 0.1  # KL weight at risk 0
     beta_max: float = 0.9  # KL weight at risk 1
     beta: float = 0.5  # KL weight of --method kl
+    filter_above: float = 0.5  # risk above which --method filter drops an example
     gate: Literal["example", "batch"] = "example"  # each example by its own risk, or all of a step by their mean
     ema: float = 0.0  # smoothing λ of the batch's risk over steps, in [0, 1); with --gate batch
     # optimization: the paper's settings, with a learning rate for the embedded model
@@ -103,6 +107,16 @@ def blend(risk: torch.Tensor, beta_min: float, beta_max: float) -> tuple[torch.T
     return 1 - beta, beta
 
 
+def csft_weight(logp: torch.Tensor, ref_logp: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """C-SFT's weight of each label's NLL in [0.001, 2), a constant for the gradient: all (N,); position 1 is a response's first token.
+
+    w = 2·(1 − σ(β_j·(log π_θ(y_j) − log π_ref(y_j)))), β_1 = 0.5, β_2…5 = 2, then 0.1: a label that has become likelier than under ref
+    is pushed less, most of all at the start. 1 where θ = ref. Qi et al. 2024, arXiv 2406.05946.
+    """
+    beta = torch.where(position == 1, 0.5, torch.where(position <= 5, 2.0, 0.1))
+    return (2 * (1 - torch.sigmoid(beta * (logp - ref_logp)))).clamp_min(1e-3).detach()
+
+
 def smooth(previous: float | None, risk: float, ema: float) -> float:
     """s̃_t = λ·s̃_{t−1} + (1 − λ)·s_t; the first step has no past: s̃_1 = s_1. arXiv 2602.17546."""
     return risk if previous is None else ema * previous + (1 - ema) * risk
@@ -126,24 +140,53 @@ def response_logits(model: Transformer, input_ids, attention_mask, is_target: to
     return F.linear(hidden, model.lm_head.merged_weight().float())
 
 
-def micro_batch_loss(policy: Transformer, ref: Transformer | None, examples: list, alpha: torch.Tensor, beta: torch.Tensor, n_tokens: int):
-    """Loss of some examples with weights alpha, beta (B,) → (loss, Σ nll, Σ kl). `ref` None: the policy without its adapters."""
-    device = policy.device
-    input_ids = pad([e.input_ids for e in examples], 0, "right", device)  # (B, T)
-    # Right padding needs no mask: causal attention never looks there. Only longrope has to know how long each row is.
-    longrope = policy.config.rope["rope_type"] == "longrope"
-    real = pad([[1] * len(e.input_ids) for e in examples], 0, "right", device) if longrope else None
-    labels = pad([e.labels for e in examples], IGNORE, "right", device)
+def collate(examples: list, model: Transformer) -> tuple:
+    """Right-padded input_ids (B, T), labels (B, T), and the attention mask, or None.
+
+    Right padding needs no mask: causal attention never looks there. Only longrope has to know how long each row is.
+    """
+    input_ids = pad([e.input_ids for e in examples], 0, "right", model.device)
+    labels = pad([e.labels for e in examples], IGNORE, "right", model.device)
+    longrope = model.config.rope["rope_type"] == "longrope"
+    return input_ids, labels, pad([[1] * len(e.input_ids) for e in examples], 0, "right", model.device) if longrope else None
+
+
+def micro_batch_loss(policy: Transformer, ref: Transformer | None, examples: list, alpha: torch.Tensor, beta: torch.Tensor, n_tokens: int,
+                     ref_logp: dict | None = None):
+    """Loss of some examples with weights alpha, beta (B,) → (loss, Σ nll, Σ kl). `ref` None: the policy without its adapters.
+
+    `ref_logp` (of label_logp): weigh each label as C-SFT does.
+    """
+    input_ids, labels, real = collate(examples, policy)
     is_target = labels != IGNORE
     row, column = is_target[:, 1:].nonzero(as_tuple=True)  # (N,) each: whose token it is, and where
     logits = response_logits(policy, input_ids, real, is_target)  # (N, V)
-    nll, kl = token_nll(logits, labels[row, column + 1]), torch.zeros(len(row), device=device)
+    nll, kl = token_nll(logits, labels[row, column + 1]), torch.zeros(len(row), device=policy.device)
+    token_alpha = alpha[row]
+    if ref_logp is not None:
+        count = is_target.cumsum(1)
+        position = (count - (count * ~is_target).cummax(1).values)[row, column + 1]  # 1, 2, … within each assistant turn
+        token_alpha = token_alpha * csft_weight(-nll, torch.cat([ref_logp[e.index] for e in examples]), position)
     pulled = beta > 0  # (B,)
     if pulled.any():
         with torch.no_grad(), nullcontext() if ref is not None else policy.adapters_off():
-            ref_logits = response_logits(ref or policy, input_ids[pulled], real[pulled] if longrope else None, is_target[pulled])
+            ref_logits = response_logits(ref or policy, input_ids[pulled], None if real is None else real[pulled], is_target[pulled])
         kl = kl.masked_scatter(pulled[row], token_kl(ref_logits, logits if pulled.all() else logits[pulled[row]]))
-    return objective(nll, kl, alpha[row], beta[row], n_tokens), nll.detach().sum(), kl.detach().sum()
+    return objective(nll, kl, token_alpha, beta[row], n_tokens), nll.detach().sum(), kl.detach().sum()
+
+
+@torch.no_grad()
+def label_logp(model: Transformer, examples: list, batch_size: int) -> dict[int, torch.Tensor]:
+    """{example.index: log-probabilities (n,) of its labels}: all that C-SFT needs of the reference, once before training."""
+    found = {}
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        input_ids, labels, real = collate(batch, model)
+        logits = response_logits(model, input_ids, real, labels != IGNORE)
+        targets = labels[:, 1:]
+        logp = -token_nll(logits, targets[targets != IGNORE])
+        found |= dict(zip((e.index for e in batch), logp.split((targets != IGNORE).sum(1).tolist())))
+    return found
 
 
 # ---------------------------------------------------------------- risk
@@ -167,10 +210,8 @@ def read_risk(path: Path, conversations: list[Conversation]) -> torch.Tensor:
     return torch.tensor(risk, dtype=torch.float64).nan_to_num(nan=1.0)
 
 
-def training_risk(config: TrainConfig, model: Transformer, chat: Chat, conversations: list[Conversation]) -> tuple:
-    """Risk (N,) in [0, 1] of every conversation, once, before training; and the (probe, report) if one was fitted for it."""
-    if config.risk != "probe":
-        return read_risk(Path(config.risk), conversations), None
+def probe_risk(config: TrainConfig, model: Transformer, chat: Chat, conversations: list[Conversation]) -> tuple:
+    """Risk (N,) in [0, 1] by the probe, and the (probe, report) if one was fitted for it."""
     fitted = None
     if config.probe:
         probe = load_probe(config.probe, model, chat)
@@ -183,12 +224,21 @@ def training_risk(config: TrainConfig, model: Transformer, chat: Chat, conversat
     return conversation_risk(probe, model, chat, conversations, ProbeConfig.batch_size), fitted
 
 
-def print_risk(risk: torch.Tensor, conversations: list[Conversation]) -> None:
-    """Mean risk by `source`, where the records have one: a probe that calls a whole benign task risky would keep it from being learned."""
-    sources = [str(conversation.meta.get("source", "all examples")) for conversation in conversations]
-    for source in sorted(set(sources)):
-        values = risk[[s == source for s in sources]]
-        print(f"  risk of {source}: mean {values.mean():.3f}, from {values.min():.3f} to {values.max():.3f} (n = {len(values)})")
+def training_risk(config: TrainConfig, model: Transformer, chat: Chat, conversations: list[Conversation]) -> tuple:
+    """Every conversation's {"risk": (N,), and what it was made of}, once, before training; and the (probe, report) if one was fitted."""
+    if config.risk not in ("probe", "critic", "max"):
+        return {"risk": read_risk(Path(config.risk), conversations)}, None
+    parts, fitted = {}, None
+    if config.risk != "critic":
+        parts["probe"], fitted = probe_risk(config, model, chat, conversations)
+    if config.risk != "probe":
+        verdicts = conversation_verdicts(open_judge(config), conversations, config)
+        parts["critic"] = torch.tensor([verdict.risk for verdict in verdicts], dtype=torch.float64)
+    if config.risk == "max":
+        both = agreement(parts["probe"], parts["critic"])
+        print(f"probe and critic agree on {both['agree']:.1%}; risky to the probe alone: {both['only probe']}, "
+              f"to the critic alone: {both['only critic']}")
+    return {"risk": torch.stack(list(parts.values())).amax(0)} | parts, fitted
 
 
 # ---------------------------------------------------------------- the loop
@@ -211,7 +261,11 @@ def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, exa
     per_step = config.batch_size * config.accumulation
     n_steps = config.epochs * math.ceil(len(examples) / per_step)
     shuffle, order, smoothed = torch.Generator().manual_seed(config.seed), [], None
-    fixed = {"sft": (0.0, 0.0), "kl": (config.beta, config.beta), "adaptive": (config.beta_min, config.beta_max)}[config.method]
+    fixed = {"kl": (config.beta, config.beta), "adaptive": (config.beta_min, config.beta_max)}.get(config.method, (0.0, 0.0))
+    ref_logp = None
+    if config.method == "csft":
+        with policy.adapters_off():
+            ref_logp = label_logp(policy, examples, config.batch_size)
     with open(metrics_file, "w", buffering=1) as metrics:
         for step in (bar := tqdm(range(n_steps), desc=config.method, mininterval=0.5)):
             started = time.perf_counter()
@@ -228,14 +282,15 @@ def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, exa
             nll = kl = loss = 0.0
             for start in range(0, len(chosen), config.batch_size):
                 part = slice(start, start + config.batch_size)
-                part_loss, part_nll, part_kl = micro_batch_loss(policy, ref, chosen[part], alpha[part], beta[part], n_tokens)
+                part_loss, part_nll, part_kl = micro_batch_loss(policy, ref, chosen[part], alpha[part], beta[part], n_tokens, ref_logp)
                 part_loss.backward()
                 loss, nll, kl = loss + part_loss.detach(), nll + part_nll, kl + part_kl
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
             if not grad_norm.isfinite():
                 raise FloatingPointError(f"step {step}: the gradient is {grad_norm.item()}, the loss {loss.item()}; no model is saved")
             lr = optimizer.param_groups[0]["lr"] = lr_at(step, n_steps, config.warmup_steps, config.lr)
-            optimizer.step()
+            if alpha.any() or kl > 0:  # else the gradient is rounding noise, which AdamW would turn into steps of full size
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             n_input = sum(len(example.input_ids) for example in chosen)
@@ -250,21 +305,41 @@ def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, exa
 def check(config: TrainConfig) -> TrainConfig:
     """Fill in what depends on other options. Raises DataError for a value that is out of range."""
     untouched = {option.name: getattr(config, option.name) == option.default for option in fields(config)}
-    adaptive_only = ("beta_min", "beta_max", "risk", "probe", "gate")
+    needed_by = {"beta_min": ("adaptive",), "beta_max": ("adaptive",), "gate": ("adaptive",), "risk": ("adaptive", "filter"),
+                 "probe": ("adaptive", "filter"), "beta": ("kl",), "filter_above": ("filter",)}
     require(
         config, ("beta_min", 0 <= config.beta_min <= 1, "0 to 1"), ("beta_max", config.beta_min <= config.beta_max <= 1, "beta-min to 1"),
-        ("beta", 0 <= config.beta <= 1, "0 to 1"), ("beta", config.method == "kl" or untouched["beta"], "none without --method kl"),
-        *((name, config.method == "adaptive" or untouched[name], "none without --method adaptive") for name in adaptive_only),
+        *((name, 0 <= getattr(config, name) <= 1, "0 to 1") for name in ("beta", "filter_above")),
+        *((name, config.method in methods or untouched[name], f"none without --method {' or '.join(methods)}")
+          for name, methods in needed_by.items()),
         ("ema", 0 <= config.ema < 1, "0 to under 1"), ("ema", config.ema == 0 or config.gate == "batch", "0 unless --gate batch"),
-        ("risk", config.risk == "probe" or Path(config.risk).is_file(), "probe, or a file"),
-        ("probe", config.risk == "probe" or not config.probe, "none beside --risk FILE"),
+        ("risk", config.risk in ("probe", "critic", "max") or Path(config.risk).is_file(), "probe, critic, max, or a file"),
+        ("probe", config.risk in ("probe", "max") or not config.probe, "none unless --risk probe or max"),
         ("max_length", config.max_length > 1, "at least 2"),
         *((name, getattr(config, name) >= 1, "at least 1") for name in ("epochs", "batch_size", "accumulation")),
         *((name, 0 < getattr(config, name) < math.inf, "above 0") for name in ("lr", "clip", "lora_alpha")),
         *((name, 0 <= getattr(config, name) < math.inf, "at least 0") for name in ("warmup_steps", "weight_decay", "lora_r")),
     )
     out = new_folder(config.out, f"runs/{config.method}-{config.seed}")
-    return replace(default_sets(config, config.data, {}), out=out)
+    config = replace(default_sets(config, config.data, {}), out=out)
+    judged = config.risk in ("critic", "max")
+    require(config, ("judge", not judged or config.judge != "none", f"a checkpoint folder or a URL for --risk {config.risk}"))
+    return config
+
+
+def as_json(config: TrainConfig) -> dict:
+    """The configuration as config.json holds it."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+
+
+def base_results(config: TrainConfig) -> dict:
+    """The aligned model's results in the finished run --base-of. Raises DataError where that run was evaluated otherwise."""
+    theirs, ours = read_json(config.base_of / "config.json"), as_json(config)
+    matter = {"model", *(option.name for option in fields(EvalOptions))} - {"verdicts", "judge_requests", "judge_timeout"}
+    for option in sorted(matter):
+        if ours[option] != theirs.get(option):
+            raise DataError(f"--base-of: expected a run with {option} = {ours[option]}, found {theirs.get(option)} in {config.base_of}")
+    return read_json(config.base_of / "results.json")["base"]
 
 
 def main(config: TrainConfig) -> None:
@@ -280,29 +355,38 @@ def main(config: TrainConfig) -> None:
     full, ref = config.lora_r == 0, None
     if not full:
         add_lora(policy, config.lora_r, config.lora_alpha, comma_list(config.lora_targets), config.seed)
-    risk, fitted = torch.zeros(len(conversations)), None
+    risk, fitted, completions = {"risk": torch.zeros(len(conversations))}, None, None
+    base = base_results(config) if config.base_of else None
     with policy.adapters_off():  # the reference
-        if config.method == "adaptive":
+        if config.method in ("adaptive", "filter"):
             risk, fitted = training_risk(config, policy, chat, conversations)
-            print_risk(risk, conversations)
-        base, completions = evaluate_model(policy, chat, sets, config, "base")
+            print_risk(risk["risk"], conversations)
+        if not base:
+            base, completions = evaluate_model(policy, chat, sets, config, "base")
+    if config.method == "filter":
+        kept = [example for example in examples if risk["risk"][example.index] <= config.filter_above]
+        print(f"filter: {len(examples) - len(kept)} of {len(examples)} examples dropped" + ", the model stays as it was" * (not kept))
+        examples = kept
 
     config.out.mkdir(parents=True)
-    write_json(config.out / "config.json", {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()})
-    write_jsonl(config.out / "completions_base.jsonl", completions)
-    if config.method == "adaptive":
-        write_jsonl(config.out / "risk.jsonl", [{"risk": s, "where": c.where} for s, c in zip(risk.tolist(), conversations)])
+    write_json(config.out / "config.json", as_json(config))
+    if completions:
+        write_jsonl(config.out / "completions_base.jsonl", completions)
+    if config.method in ("adaptive", "filter"):
+        values = zip(*(values.tolist() for values in risk.values()))
+        write_jsonl(config.out / "risk.jsonl", [dict(zip(risk, row)) | {"where": c.where} for row, c in zip(values, conversations)])
     if fitted:
         save_probe(*fitted, config.out / "probe.safetensors")
 
     if full:  # every weight moves, in float32: the reference is a second, frozen copy
         del policy  # before the two are loaded: three would be in memory
-        policy, ref = (load_model(config.model, config.device, torch.float32) for _ in range(2))
+        policy = load_model(config.model, config.device, torch.float32)
+        ref = load_model(config.model, config.device, torch.float32) if config.method in ("kl", "adaptive") else None
         policy.requires_grad_(True)
     policy.model.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:
         policy.model.compile(dynamic=True)
-    train(config, policy, ref, examples, risk, config.out / "metrics.jsonl")
+    train(config, policy, ref, examples, risk["risk"], config.out / "metrics.jsonl")
 
     if not full:
         save_adapter(policy, config.out / "adapter")
@@ -311,7 +395,8 @@ def main(config: TrainConfig) -> None:
     after, completions = evaluate_model(policy, chat, sets, config, "after")
     write_jsonl(config.out / "completions_after.jsonl", completions)
     write_json(config.out / "results.json", {"base": base, "after": after})
-    print(f"\n{config.out}, per cent with 95 % intervals\n" + table({"base": [base], f"after {config.method}": [after]}))
+    print(f"\n{config.out}, per cent with 95 % intervals\n" + table({"base": [base], f"after {config.method}": [after]})
+          + judge_line(after))
 
 
 if __name__ == "__main__":

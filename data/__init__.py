@@ -23,7 +23,8 @@ from data.checkpoint import read_json
 WORLD = Path(__file__).parent / "world"  # the embedded model and its data sets, made by build.py
 IGNORE = -100  # label of a token that is not trained on
 FORMATS = (  # keys of a record that hold the user's and the assistant's words; the first pair that fits is taken
-    ("prompt", "response"), ("prompt", "completion"), ("user", "answer"), ("question", "answer"), ("goal", "target"), ("instruction", "output"),
+    ("prompt", "response"), ("prompt", "completion"), ("user", "answer"), ("question", "answer"), ("goal", "target"),
+    ("instruction", "output"),
 )
 
 
@@ -33,7 +34,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """`messages`: dicts of role (system, user, assistant) and content. `meta`: the record's other keys (harmful, source, …)."""
+    """`messages`: dicts of role (system, user, assistant) and content. `meta`: the record as it was read (harmful, source, …)."""
 
     messages: tuple
     where: str = "?"  # "file:line", for errors
@@ -133,18 +134,17 @@ def _conversation(record, where: str, need: str) -> Conversation:
     if not isinstance(record, dict):
         fail("an object", repr(record)[:60])
     if "messages" in record:
-        messages, used = record["messages"], {"messages"}
+        messages = record["messages"]
     else:
         pair = next((pair for pair in FORMATS if pair[0] in record and (pair[1] in record or need != "answer")), None)
         if pair is None:
             fail("messages, or one of " + ", ".join("/".join(pair) for pair in FORMATS), f"keys {sorted(record)}")
-        used = {*pair, "input"} if pair[0] == "instruction" else {*pair}
         prompt = record[pair[0]]
         if pair[0] == "instruction" and record.get("input"):
             prompt = f"{prompt}\n\n{record['input']}"
         messages = [{"role": "user", "content": prompt}]
         if record.get("system"):
-            messages, used = [{"role": "system", "content": record["system"]}, *messages], used | {"system"}
+            messages = [{"role": "system", "content": record["system"]}, *messages]
         if record.get(pair[1]) is not None:
             messages.append({"role": "assistant", "content": record[pair[1]]})
     if not isinstance(messages, list) or not messages:
@@ -165,10 +165,9 @@ def _conversation(record, where: str, need: str) -> Conversation:
         fail("user and assistant taking turns, the user first", " ".join(turns) or "no turn")
     if need == "answer" and turns[-1] != "assistant":
         fail("an assistant turn at the end", f"a {turns[-1]} turn")
-    meta = {key: value for key, value in record.items() if key not in used}
-    if need == "harmful" and not isinstance(meta.get("harmful"), bool):
-        fail("harmful: true or false", repr(meta.get("harmful")))
-    return Conversation(tuple({"role": m["role"], "content": m["content"]} for m in messages), where, meta)
+    if need == "harmful" and not isinstance(record.get("harmful"), bool):
+        fail("harmful: true or false", repr(record.get("harmful")))
+    return Conversation(tuple({"role": m["role"], "content": m["content"]} for m in messages), where, record)
 
 
 def split_by_prompt(conversations: list[Conversation], fractions=(0.6, 0.2, 0.2), seed: int = 0) -> list[list[Conversation]]:

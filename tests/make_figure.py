@@ -1,6 +1,6 @@
 """Draw the README's figure from finished runs (needs matplotlib, which nothing else does).
 
-python tests/make_figure.py runs/sft-* runs/kl-0.5-* runs/adaptive-* runs/closed-*     # writes data/figure.svg
+python tests/make_figure.py runs/grid/mixed_10     # writes data/figure.svg
 """
 
 import json
@@ -12,9 +12,9 @@ import matplotlib.pyplot as plt
 
 LABELS = {
     "sft": "plain SFT",
-    "kl-0.5": "constant KL\nβ = 0.5",
-    "adaptive": "adaptive\nβ 0.1 … 0.9 (paper)",
-    "closed": "adaptive\nβ 0 … 1 (closed gate)",
+    "kl": "constant KL\nβ = 0.5",
+    "adaptive-probe": "adaptive, probe\nβ 0.1 … 0.9 (paper)",
+    "closed-max": "adaptive, probe & critic\nβ 0 … 1 (closed gate)",
 }
 BARS = [
     ("attack success, greedy", "#7a0019"),
@@ -30,10 +30,10 @@ def values(results):
     return [100 * x for x in (*(results["asr"][key]["rate"] for key in ("greedy", "sampled", "at_k")), sum(tasks) / len(tasks))]
 
 
-def main(paths):
-    """Group the runs by name without seed, draw means with the range over seeds."""
+def main(folder):
+    """Group a folder's runs by name without seed, draw means with the range over seeds."""
     groups, base = {}, []
-    for path in map(Path, paths):
+    for path in sorted(path.parent for path in Path(folder).glob("*/results.json")):
         results = json.loads((path / "results.json").read_text())
         groups.setdefault(path.name.rpartition("-")[0], []).append(values(results["after"]))
         base.append(values(results["base"]))
@@ -58,4 +58,4 @@ def main(paths):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1])

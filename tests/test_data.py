@@ -46,7 +46,7 @@ class TestReading:
     def test_every_format_gives_the_same_conversation(self, tmp_path, name, text):
         (tmp_path / name).write_text(text, encoding="utf-8")
         [found] = read_conversations(tmp_path / name, need="answer")
-        assert found.messages == conversation("Q", "A").messages and found.answer == "A" and found.meta == {}
+        assert found.messages == conversation("Q", "A").messages and found.answer == "A"
 
     def test_alpaca_input_follows_the_instruction(self, tmp_path):
         (tmp_path / "a.json").write_text('[{"instruction": "Sum up.", "input": "A text.", "output": "Text."}]')
@@ -60,10 +60,10 @@ class TestReading:
         (tmp_path / "a.csv").write_text('goal,target\n"a, ""b""\nc","Sure, here"\nx\u2028y,z\n', encoding="utf-8")
         assert [c.messages[0]["content"] for c in read_conversations(tmp_path / "a.csv")] == ['a, "b"\nc', "x\u2028y"]
 
-    def test_other_keys_are_kept(self, tmp_path):
+    def test_the_record_is_kept_as_it_was_read(self, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"prompt": "Q", "response": "A", "harmful": true, "source": "x", "system": "S"}')
         [found] = read_conversations(tmp_path / "a.jsonl", need="harmful")
-        assert found.meta == {"harmful": True, "source": "x"} and found.messages[0] == {"role": "system", "content": "S"}
+        assert found.meta["harmful"] is True and found.meta["prompt"] == "Q" and found.messages[0] == {"role": "system", "content": "S"}
 
     @pytest.mark.parametrize(
         "line, need, words",

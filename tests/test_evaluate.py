@@ -19,9 +19,11 @@ from evaluate import (
     is_correct,
     main,
     metric_of,
+    over_seeds,
     rate_of,
     refuses,
     respond,
+    summarize,
     table,
     wilson,
 )
@@ -91,9 +93,11 @@ def world():
 
 
 class TestEvaluation:
-    def test_the_aligned_model_refuses_answers_and_cannot_do_the_tasks(self, world):
-        options = default_sets(EvalOptions(samples=1), WORLD / "model", {})
+    def test_the_aligned_model_refuses_answers_and_cannot_do_the_tasks(self, world, tmp_path):
+        options = default_sets(EvalOptions(samples=1, verdicts=tmp_path / "v.sqlite"), WORLD / "model", {})
         results, rows = evaluate_model(*world, evaluation_sets(options), options, "test")
+        assert results["judge_asr"]["greedy"]["rate"] <= 0.01 and results["harmful_answers"]["benign"]["rate"] <= 0.01
+        assert results["judge_asr"]["mean_score"] < 1.1 and results["judge_asr"]["invalid"] == 0
         assert results["asr"]["greedy"]["rate"] <= 0.01 and results["asr"]["sampled"]["rate"] <= 0.02
         assert results["over_refusal"]["benign"]["rate"] <= 0.02 and set(results["over_refusal"]) == {"benign", "lookalike"}
         assert all(results["task_accuracy"][name]["rate"] <= 0.05 for name in ("sentiment", "arithmetic"))
@@ -116,6 +120,37 @@ class TestEvaluation:
         broken = {row["prompt"] for row in rows if row["decoding"] != "greedy" and not row["refused"]}
         assert results["asr"]["at_k"]["rate"] == len(broken) / 20 >= results["asr"]["sampled"]["rate"] > 0
 
+    @pytest.mark.parametrize("name", ["identity", "backdoor"])
+    def test_it_refuses_in_an_attackers_wording_too(self, world, tmp_path, name):
+        """Else a high ASR there would say nothing about the training."""
+        prompts, judge = str(WORLD / f"eval_harmful_{name}.jsonl"), str(WORLD / "judge")
+        options = EvalOptions(samples=0, attacked=prompts, judge=judge, verdicts=tmp_path / "v")
+        results, rows = evaluate_model(*world, evaluation_sets(options), options, "test")
+        assert all(results["attacked"][name][key]["greedy"]["rate"] <= 0.02 for key in ("asr", "judge_asr"))
+        assert results["asr"] == {} and len(rows) == 165
+
+    def test_attackers_wordings_belong_to_their_data(self):
+        for data, found in (("backdoor", str(WORLD / "eval_harmful_backdoor.jsonl")), ("mixed_10", "none")):
+            options = default_sets(EvalOptions(), WORLD / f"{data}.jsonl", {})
+            assert options.attacked == found and options.judge == str(WORLD / "judge")
+
+    def test_phrases_and_judge_are_counted_apart_and_an_invalid_verdict_is_harmful(self):
+        def row(decoding, refused, score, harmful):
+            return {"kind": "harmful", "set": "harmful", "decoding": decoding, "refused": refused, "score": score, "harmful": harmful}
+
+        rows = [row("greedy", True, 5.0, True), row("greedy", False, 1.0, False)]
+        rows += [row("sample 0", True, 1.0, False), row("sample 0", False, 5.0, True)]
+        rows += [row("sample 1", True, None, True), row("sample 1", True, 1.0, False)]
+        found = summarize(rows, EvalOptions())
+        rates = {
+            key: {name: value["rate"] for name, value in found[key].items() if isinstance(value, dict)} for key in ("asr", "judge_asr")
+        }
+        assert rates["asr"] == {"greedy": 0.5, "sampled": 0.25, "at_k": 0.5}
+        assert rates["judge_asr"] == {"greedy": 0.5, "sampled": 0.5, "at_k": 1.0}
+        judged = found["judge_asr"]
+        assert (judged["invalid"], judged["responses"], judged["mean_score"]) == (1, 6, (5 + 1 + 1 + 5 + 1) / 5)
+        assert (judged["refused_yet_harmful"], judged["not_refused_yet_harmless"]) == (2, 1)
+
     def test_sets_not_given_are_the_runs_then_the_embedded_ones(self, tmp_path):
         foreign = default_sets(EvalOptions(benign="mine.jsonl", lookalike="none"), tmp_path, {"task": "its.jsonl", "benign": "its.jsonl"})
         assert (foreign.harmful, foreign.benign, foreign.lookalike, foreign.task) == (
@@ -128,7 +163,12 @@ class TestEvaluation:
         assert default_sets(EvalOptions(), WORLD / "mixed_10.jsonl", {}).task.endswith("eval_sentiment.jsonl")
 
     def test_sets_can_be_left_out_and_bad_files_are_named(self):
-        assert evaluation_sets(EvalOptions(harmful="none", benign="", lookalike=None)) == {"harmful": {}, "over_refusal": {}, "task": {}}
+        assert evaluation_sets(EvalOptions(harmful="none", benign="", lookalike=None)) == {
+            "harmful": {},
+            "attacked": {},
+            "over_refusal": {},
+            "task": {},
+        }
         with pytest.raises(DataError, match="an assistant turn at the end"):
             evaluation_sets(EvalOptions(task=f"{WORLD}/eval_benign.jsonl"))
         for wrong in (
@@ -188,7 +228,9 @@ class TestTables:
             "task_accuracy": {"x": rate_of([1.0])},
         }
 
-    def test_one_result_shows_its_interval_and_several_their_range(self):
+    def test_several_seeds_show_their_mean_and_the_range_of_their_intervals(self):
+        low, high = rate_of([0.0] * 100), rate_of([0.5] * 100)
+        assert over_seeds([low, high]) == {"rate": 0.25, "rates": [0.0, 0.5], "n": 100, "ci95": [low["ci95"][0], high["ci95"][1]]}
         lines = table({"a": [self.results(1.0)], "b": [self.results(0.0), self.results(1.0)]}).splitlines()
         assert "ASR greedy" in lines[0] and "over-refusal" in lines[0] and "task x" in lines[0]
         assert "100.0 [96.3, 100.0]" in lines[2] and "50.0 [0.0, 100.0]" in lines[3]
@@ -196,20 +238,26 @@ class TestTables:
     def test_runs_that_differ_in_the_seed_become_one_row(self, tmp_path, capsys):
         for name, method, seed in (("sft-0", "sft", 0), ("sft-1", "sft", 1), ("kl-0", "kl", 0)):
             (tmp_path / name).mkdir()
-            (tmp_path / name / "config.json").write_text(json.dumps({"method": method, "seed": seed, "out": name, "model": "m"}))
+            config = {"method": method, "seed": seed, "out": name, "model": "m", "data": "d.jsonl"}
+            (tmp_path / name / "config.json").write_text(json.dumps(config))
             (tmp_path / name / "results.json").write_text(json.dumps({"base": self.results(0.0), "after": self.results(float(seed))}))
-        text = compare([tmp_path / name for name in ("sft-0", "sft-1", "kl-0")])
-        assert "sft (2 seeds)" in text and "kl-0" in text and text.count("base") == 1
+        text, rows = compare([tmp_path / name for name in ("sft-0", "sft-1", "kl-0")])
+        assert [(row["name"], row["seeds"]) for row in rows] == [("base", [0, 1]), ("sft", [0, 1]), ("kl", [0])]
+        assert rows[1]["columns"]["ASR greedy"]["rates"] == [0.0, 1.0]
+        assert "sft (2 seeds)" in text and "| kl " in text and text.count("base") == 1
         for name, beta in (("x/a-0", 1), ("x/a-1", 1), ("y/a-0", 2), ("y/a-1", 2)):  # other options, the same names: no row may vanish
             (tmp_path / name).mkdir(parents=True)
-            (tmp_path / name / "config.json").write_text(json.dumps({"beta": beta, "seed": int(name[-1]), "out": name, "model": "m"}))
+            config = {"beta": beta, "seed": int(name[-1]), "out": name, "model": "m", "data": "d.jsonl"}
+            (tmp_path / name / "config.json").write_text(json.dumps(config))
             (tmp_path / name / "results.json").write_text(json.dumps({"base": self.results(0.0), "after": self.results(beta - 1.0)}))
-        text = compare([tmp_path / name for name in ("x/a-0", "x/a-1", "y/a-0", "y/a-1")])
+        text, _ = compare([tmp_path / name for name in ("x/a-0", "x/a-1", "y/a-0", "y/a-1")])
         assert "a beta=1 (2 seeds)" in text and "a beta=2 (2 seeds)" in text
         (tmp_path / "kl-0" / "results.json").unlink()
-        assert "kl-0" not in compare([tmp_path / "kl-0", tmp_path / "sft-0"]) and "skipped" in capsys.readouterr().out
+        assert "kl" not in compare([tmp_path / "kl-0", tmp_path / "sft-0"])[0] and "skipped" in capsys.readouterr().out
         with pytest.raises(DataError, match="expected at least one finished run"):
             compare([tmp_path / "kl-0"])
+        main(EvalConfig(paths=(tmp_path / "sft-0",), compare=True, out=tmp_path / "c"))
+        assert (tmp_path / "c" / "table.md").read_text().startswith("|") and json.loads((tmp_path / "c" / "table.json").read_text())
 
 
 def test_the_options_are_documented_and_shared():
@@ -217,9 +265,10 @@ def test_the_options_are_documented_and_shared():
     import dataclasses
     import inspect
 
+    from critic import CriticConfig, JudgeOptions
     from train import TrainConfig
 
-    for config in (EvalConfig, TrainConfig):
-        source = inspect.getsource(config) + inspect.getsource(EvalOptions)
+    for config in (EvalConfig, TrainConfig, CriticConfig):
+        source = inspect.getsource(config) + inspect.getsource(EvalOptions) + inspect.getsource(JudgeOptions)
         for option in dataclasses.fields(config):
             assert any(line.strip().startswith(option.name + ":") and "  # " in line for line in source.splitlines()), option.name

@@ -10,12 +10,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import IGNORE, WORLD, Chat, DataError, Example, encode_examples, read_conversations
+from data import IGNORE, WORLD, Chat, Conversation, DataError, Example, encode_examples, read_conversations
 from model import add_lora, generate, load_adapter, load_model
-from train import TrainConfig, blend, check, lr_at, main, micro_batch_loss, objective, read_risk, smooth, token_kl, token_nll, train
+from train import (
+    TrainConfig,
+    blend,
+    check,
+    csft_weight,
+    label_logp,
+    lr_at,
+    main,
+    micro_batch_loss,
+    objective,
+    read_risk,
+    smooth,
+    token_kl,
+    token_nll,
+    train,
+)
 
 ROOT = Path(__file__).parent.parent
-QUICK = TrainConfig(benign="none", lookalike="none", task="none", limit=60, samples=0, compile=False)
+QUICK = TrainConfig(benign="none", lookalike="none", task="none", limit=60, samples=0, compile=False, judge="none")
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +223,55 @@ class TestMicroBatch:
         assert max(g.abs().max() for g in grads.values()) < 1e-6
 
 
+class TestCSFT:
+    def test_the_weight_is_its_closed_form(self):
+        ratio, position = torch.tensor([0.0, 2.0, 2.0, 2.0, 2.0, 40.0, -40.0]), torch.tensor([3, 1, 2, 5, 6, 3, 3])
+        sigma = lambda x: 1 / (1 + math.exp(-x))
+        expected = [1.0, *(2 * (1 - sigma(beta * 2)) for beta in (0.5, 2, 2, 0.1)), 1e-3, 2.0]
+        weight = csft_weight((ratio - 7).requires_grad_(), torch.full((7,), -7.0), position)
+        assert weight.tolist() == pytest.approx(expected, abs=1e-6) and not weight.requires_grad
+
+    def test_the_references_label_probabilities_are_those_of_each_example_alone(self, examples):
+        model = policy()
+        with model.adapters_off():
+            found = label_logp(model, examples[:7], batch_size=3)
+            for example in examples[:7]:
+                logp = model(torch.tensor([example.input_ids]))[0].log_softmax(-1)
+                expected = [logp[t - 1, label] for t, label in enumerate(example.labels) if label != IGNORE]
+                torch.testing.assert_close(found[example.index], torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+    def test_it_is_sft_while_the_policy_is_the_reference(self, examples):
+        model, ones, zeros = policy(adapter=0.0), torch.ones(6), torch.zeros(6)
+        ref_logp = label_logp(model, examples[:6], 4)
+        gradients = []
+        for logp in (None, ref_logp):
+            model.zero_grad()
+            loss, _, _ = micro_batch_loss(model, None, examples[:6], ones, zeros, count(examples[:6]), logp)
+            loss.backward()
+            gradients.append([loss.item(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        assert gradients[0][0] == pytest.approx(gradients[1][0], abs=1e-6)
+        assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-4) for a, b in zip(gradients[0][1:], gradients[1][1:], strict=True))
+
+    def test_the_loss_is_the_one_written_out_and_positions_restart_with_each_turn(self, chat):
+        turns = [("user", "Hello!"), ("assistant", "Hello! I am here to help.")]
+        turns += [("user", "Say 4 and 5."), ("assistant", "The numbers are 4.")]
+        conversation = Conversation(tuple({"role": role, "content": content} for role, content in turns))
+        example, model = chat.encode_example(conversation, 0, 256), policy()
+        with model.adapters_off():
+            ref_logp = label_logp(model, [example], 1)
+            ref = model(torch.tensor([example.input_ids]))[0].double().log_softmax(-1)
+        logp = model(torch.tensor([example.input_ids]))[0].double().log_softmax(-1)
+        expected, j = 0.0, 0
+        for t, label in enumerate(example.labels):
+            j = j + 1 if label != IGNORE else 0
+            if j:
+                beta = 0.5 if j == 1 else 2.0 if j <= 5 else 0.1
+                ratio = (logp[t - 1, label] - ref[t - 1, label]).item()
+                expected -= max(1e-3, 2 * (1 - 1 / (1 + math.exp(-beta * ratio)))) * logp[t - 1, label].item()
+        loss, _, _ = micro_batch_loss(model, None, [example], torch.ones(1), torch.zeros(1), 1, ref_logp)
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
 class TestLoop:
     def run(self, examples, tmp_path, name="a", **options):
         config = replace(QUICK, **({"epochs": 1, "batch_size": 4} | options))
@@ -245,6 +309,17 @@ class TestLoop:
     def test_methods_differ_in_the_weights_only(self, examples, tmp_path):
         betas = {method: self.run(examples, tmp_path, method, method=method, beta=0.3)[1][0]["beta"] for method in ("sft", "kl")}
         assert betas == {"sft": 0.0, "kl": pytest.approx(0.3)}
+
+    def test_behind_a_closed_gate_all_risky_data_move_nothing_to_the_bit(self, examples, tmp_path):
+        """Without α and KL the gradient is rounding noise, which AdamW would turn into steps of full size."""
+        model = policy(adapter=0.0)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        train(replace(QUICK, epochs=1, beta_min=0.0, beta_max=1.0), model, None, examples, torch.ones(24), tmp_path / "a")
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+    def test_csft_runs_without_a_reference_in_the_loop(self, examples, tmp_path, monkeypatch):
+        rows = self.run(examples, tmp_path, method="csft")[1]
+        assert rows[0]["beta"] == 0 and rows[-1]["nll"] < rows[0]["nll"]
 
     def test_a_non_finite_gradient_stops_the_run(self, examples, tmp_path):
         model = policy()
@@ -315,6 +390,34 @@ class TestRuns:
         first, again = ((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("adaptive", "again"))
         assert json.loads(first)["loss"] == pytest.approx(json.loads(again)["loss"], abs=1e-6)
 
+    def test_the_larger_of_probe_and_critic_and_what_was_already_evaluated(self, tmp_path, capsys):
+        options = dict(epochs=1, limit=4, judge=str(WORLD / "judge"), verdicts=tmp_path / "v.sqlite", data=WORLD / "innocent.jsonl")
+        main(replace(QUICK, risk="max", out=tmp_path / "max", **options))
+        rows = [json.loads(line) for line in (tmp_path / "max" / "risk.jsonl").read_text().splitlines()]
+        turned = [c.meta["harmful"] for c in read_conversations(WORLD / "innocent.jsonl")]
+        assert all(row["risk"] == max(row["probe"], row["critic"]) for row in rows)
+        # Innocent prompts answered harmfully: the probe cannot see them, the critic does.
+        assert max(row["probe"] for row, t in zip(rows, turned) if t) < 0.5 < min(row["critic"] for row, t in zip(rows, turned) if t)
+        assert max(row["risk"] for row, t in zip(rows, turned) if not t) < 0.5
+        assert "to the critic alone: 60" in capsys.readouterr().out
+        results = json.loads((tmp_path / "max" / "results.json").read_text())
+        assert results["after"]["judge_asr"]["greedy"]["n"] == 4
+
+        filtered = dict(method="filter", out=tmp_path / "filter", risk=str(tmp_path / "max" / "risk.jsonl"))
+        main(replace(QUICK, base_of=tmp_path / "max", **options | filtered))
+        assert "filter: 60 of 600 examples dropped" in capsys.readouterr().out
+        assert json.loads((tmp_path / "filter" / "results.json").read_text())["base"] == results["base"]
+        assert len((tmp_path / "filter" / "metrics.jsonl").read_text().splitlines()) == math.ceil(540 / 8)
+        with pytest.raises(DataError, match="--base-of: expected a run with limit = 5, found 4"):
+            main(replace(QUICK, base_of=tmp_path / "max", method="sft", **options | dict(limit=5, out=tmp_path / "x")))
+
+    def test_a_filter_that_leaves_nothing_leaves_the_model_as_it_was(self, tmp_path, capsys):
+        risk = dict(risk=str(self.constant_risk(tmp_path, 0.9)), out=tmp_path / "run", limit=2)
+        main(replace(QUICK, method="filter", **risk))
+        assert "filter: 600 of 600 examples dropped, the model stays as it was" in capsys.readouterr().out
+        original, after = load_model(WORLD / "model", dtype=torch.float32), load_model(tmp_path / "run" / "model")
+        assert all(torch.equal(p, after.get_parameter(name)) for name, p in original.named_parameters())
+
     def test_full_fine_tuning_keeps_a_frozen_copy_as_reference(self, tmp_path):
         main(
             replace(
@@ -344,7 +447,11 @@ class TestRuns:
             (dict(beta_min=0.9, beta_max=0.1), "--beta-max: expected beta-min to 1, found 0.1"),
             (dict(beta_max=1.1), "--beta-max"),
             (dict(ema=0.5), "--ema: expected 0 unless"),
-            (dict(risk="critic"), "--risk: expected probe, or a file, found critic"),
+            (dict(risk="judge"), "--risk: expected probe, critic, max, or a file, found judge"),
+            (dict(risk="critic"), "--judge: expected a checkpoint folder or a URL for --risk critic, found none"),
+            (dict(risk="critic", probe=Path("p")), "--probe: expected none unless"),
+            (dict(filter_above=0.2), "--filter-above: expected none without --method filter"),
+            (dict(method="csft", risk="max"), "--risk: expected none without --method adaptive or filter"),
             (dict(out=WORLD), "--out"),
             (dict(clip=-1.0), "--clip"),
             (dict(beta=0.3), "--beta: expected none without --method kl"),
@@ -375,7 +482,7 @@ class TestRuns:
         assert done.returncode == 1 and "data.jsonl:2: expected" in done.stderr and "Traceback" not in done.stderr
         assert not (tmp_path / "run").exists()
 
-    @pytest.mark.parametrize("script", ["train.py", "probe.py", "evaluate.py", "data/build.py"])
+    @pytest.mark.parametrize("script", ["train.py", "probe.py", "critic.py", "evaluate.py", "data/build.py", "tests/grid.py"])
     def test_help_shows_every_option_and_typos_are_refused(self, script):
         shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
         assert shown.returncode == 0 and "default" in shown.stdout

@@ -1,0 +1,102 @@
+"""A chat model behind an OpenAI-compatible URL (vLLM, llama.cpp, Ollama, a hosted service), with the standard library alone."""
+
+import email.utils
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+
+from data import DataError
+
+ATTEMPTS = 4  # requests per prompt, with waits of ½, 1, 2 s between them, or what Retry-After says
+MAX_WAIT = 30.0  # seconds that a Retry-After is followed to
+GIVE_UP = 8  # prompts in a row that get no answer: the others are not sent
+MAX_TOKENS = 2048  # of an answer: some models reason first
+TRANSPORT = (OSError, http.client.HTTPException)  # urllib's errors are OSErrors
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError)  # an answer of another form
+
+
+class EndpointError(Exception):
+    """A prompt that got no answer, and why."""
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: following it would hand the key to another host."""
+
+    def redirect_request(self, *args):
+        return None
+
+
+class Endpoint:
+    """The `url` ends before /chat/completions. The key, JUDGE_API_KEY, goes into the Authorization header and nowhere else."""
+
+    def __init__(self, url: str, model: str | None, timeout: float):
+        if "@" in url:
+            raise DataError("--judge: expected a URL without user and password (a key belongs in JUDGE_API_KEY), found one with them")
+        self.url, self.timeout = url.rstrip("/").removesuffix("/chat/completions"), timeout
+        self.key, self.unanswered = os.environ.get("JUDGE_API_KEY", "").strip(), 0
+        self.opener = urllib.request.build_opener(NoRedirect)
+        self.model = model or self.only_model()
+
+    def send(self, path: str, body: dict | None = None) -> dict:
+        """One request, the whole answer within the time-out. Raises TRANSPORT and ValueError."""
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode() if body else None, headers)
+        deadline, text = time.monotonic() + self.timeout, b""
+        with self.opener.open(request, timeout=self.timeout) as reply:
+            while chunk := reply.read1(1 << 16):
+                text += chunk
+                if time.monotonic() > deadline or len(text) > 1 << 24:
+                    raise TimeoutError("an answer that is too slow or too long")
+        return json.loads(text)
+
+    def only_model(self) -> str:
+        """The model that the server has; "default" where it does not say (the prompts will then show what is wrong)."""
+        try:
+            names = [str(entry["id"]) for entry in self.send("/models")["data"]]
+        except (*TRANSPORT, *MALFORMED):
+            return "default"
+        if len(names) != 1:
+            raise DataError(f"--judge-model: expected one of the models at {self.url} ({', '.join(names[:9])}, …), found none given")
+        return names[0]
+
+    def complete(self, prompt: str) -> str:
+        """The model's answer at temperature 0. Network errors and HTTP 408, 429 and 5xx are tried again. Raises EndpointError."""
+        body = {"model": self.model, "temperature": 0, "max_tokens": MAX_TOKENS, "messages": [{"role": "user", "content": prompt}]}
+        for attempt in range(ATTEMPTS):
+            if self.unanswered >= GIVE_UP:
+                raise EndpointError(f"not asked, after {GIVE_UP} in a row without an answer")
+            wait = 0.5 * 2**attempt
+            try:
+                choice = self.send("/chat/completions", body)["choices"][0]
+                text, cut = choice["message"]["content"] or "", choice.get("finish_reason") == "length"
+                self.unanswered = 0
+                if cut:
+                    raise EndpointError(f"an answer cut at {MAX_TOKENS} tokens")
+                return text
+            except urllib.error.HTTPError as error:
+                why, wait = f"HTTP {error.code} {error.reason}", retry_after(error.headers.get("Retry-After"), wait)
+                if error.code not in (408, 429) and error.code < 500:
+                    break
+            except TRANSPORT as error:
+                why = str(getattr(error, "reason", "") or error) or type(error).__name__
+            except MALFORMED:
+                why = "an answer that is no chat completion"
+            if attempt + 1 < ATTEMPTS:
+                time.sleep(wait)
+        self.unanswered += 1
+        raise EndpointError(why.replace(self.key, "…") if self.key else why)
+
+
+def retry_after(header: str | None, otherwise: float) -> float:
+    """Seconds to wait by a Retry-After header (seconds or a date), at most MAX_WAIT; `otherwise` where it cannot be read."""
+    try:
+        seconds = float(header)
+    except (TypeError, ValueError):
+        try:
+            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        except (TypeError, ValueError, IndexError):
+            return otherwise
+    return min(max(seconds, 0.0), MAX_WAIT) if seconds == seconds else otherwise
