@@ -36,7 +36,7 @@ class BuildConfig:
 
     out: Path = WORLD  # folder to write; replaced when the new one is complete
     family: Literal["llama", "mistral", "qwen2", "qwen3", "phi3"] = "llama"  # architecture
-    steps: int = 1100  # optimizer steps of the aligned model's training; the judge's are two fifths
+    steps: int = 1100  # optimizer steps of the aligned model's training; the judge's are three fifths
     batch_size: int = 48  # conversations per step
     lr: float = 3e-3  # peak learning rate
     seed: int = 0  # of data, initial weights and batches
@@ -132,7 +132,7 @@ def main(config: BuildConfig) -> None:
     files, align, judge = data_sets(random.Random(config.seed))
     texts = [m["content"] for r in align + files["mixed_10.jsonl"] for m in r["messages"]]
     jobs = {"model": (align, config.steps, {}),
-            "judge": (judge, max(1, config.steps * 2 // 5), {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3})}
+            "judge": (judge, max(1, config.steps * 3 // 5), {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3})}
     for seed, (name, (records, steps, sizes)) in enumerate(jobs.items(), config.seed):
         (source / name).mkdir()
         if name == "model":

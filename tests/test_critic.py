@@ -329,18 +329,23 @@ class TestKeptVerdicts:
     def test_no_pairs_no_verdicts(self, tmp_path, judge, capsys):
         assert judge_pairs(judge, [], options(tmp_path)) == [] and capsys.readouterr().out == ""
 
-    def test_a_file_of_another_kind_is_named_and_left_alone(self, tmp_path):
-        (tmp_path / "text.sqlite").write_text("not a database\n" * 100)
-        with closing(sqlite3.connect(tmp_path / "other.sqlite")) as file:
-            file.execute("CREATE TABLE verdicts (something TEXT)")
-        (tmp_path / "folder.sqlite").mkdir()
-        for name in ("text", "other", "folder"):
-            with pytest.raises(DataError, match=f"{name}.sqlite: expected a file of verdicts that can be written"):
-                judge_pairs(Counting(), self.pairs, options(verdicts=tmp_path / f"{name}.sqlite"))
-        assert (tmp_path / "text.sqlite").read_text() == "not a database\n" * 100
+    @pytest.mark.parametrize("kind", ["text", "table", "folder"])
+    def test_a_file_of_another_kind_is_named_and_left_alone(self, tmp_path, kind):
+        path = tmp_path / f"{kind}.sqlite"
+        if kind == "text":
+            path.write_text("not a database\n" * 100)
+        elif kind == "table":
+            with closing(sqlite3.connect(path)) as file:
+                file.execute("CREATE TABLE verdicts (something TEXT)")
+        else:
+            path.mkdir()
+        before = path.is_dir() or path.read_bytes()
+        with pytest.raises(DataError, match=f"{kind}.sqlite: expected a file of verdicts that can be read and written"):
+            judge_pairs(Counting(), self.pairs, options(verdicts=path))
+        assert (path.is_dir() or path.read_bytes()) == before
 
     def test_four_writers_at_once_lose_nothing(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(critic, "time", SimpleNamespace(monotonic=count(0, 2).__next__))  # every verdict is written at once
+        monkeypatch.setattr("data.verdicts.time", SimpleNamespace(monotonic=count(0, 2).__next__))  # every verdict is written at once
         start, failed = threading.Barrier(4), []
 
         def write(name):
@@ -356,6 +361,14 @@ class TestKeptVerdicts:
         fresh, pairs = Counting(), [(name, str(i / 100)) for name in "abcd" for i in range(30)]
         assert [v.risk for v in judge_pairs(fresh, pairs, options(tmp_path))] == [float(response) for _, response in pairs]
         assert not failed and fresh.asked == []
+
+    def test_what_another_process_has_judged_meanwhile_is_no_error(self, tmp_path):
+        class Overtaken(Counting):
+            def __call__(self, pairs):
+                judge_pairs(Counting(), list(pairs.values()), options(tmp_path))
+                yield from super().__call__(pairs)
+
+        assert [v.risk for v in judge_pairs(Overtaken(), self.pairs, options(tmp_path))] == [float(response) for _, response in self.pairs]
 
 
 class TestConversations:
@@ -651,7 +664,9 @@ class TestFailures:
         def trickle(handler):  # each read is quick, the whole is not
             handler.send_response(200)
             handler.end_headers()
-            while not handler.server.over.wait(0.02):
+            for _ in range(150):
+                if handler.server.over.wait(0.02):
+                    break
                 handler.wfile.write(b" ")
 
         for reply in (silent, trickle):
