@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import WORLD, Chat, Conversation, DataError, is_embedded, pad, read_conversations, read_text
 from data.checkpoint import ModelError, fingerprint, write_jsonl
 from data.cli import require, run
-from data.endpoint import Endpoint, EndpointError
+from data.endpoint import GIVE_UP, Endpoint, EndpointError
 from data.verdicts import VerdictFile
 from model import load_model, working_dtype
 from probe import ProbeConfig, conversation_risk, load_probe, print_risk, risk_metrics
@@ -201,12 +201,13 @@ class EndpointJudge:
         return Verdict((score - 1) / 4) if score else invalid("an answer that is not one digit from 1 to 5")
 
     def __call__(self, pairs: dict):
-        pool = ThreadPoolExecutor(self.workers)
+        pool, self.endpoint.unanswered = ThreadPoolExecutor(self.workers), 0
         try:
             futures = {pool.submit(self.ask, *pair): key for key, pair in pairs.items()}
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
+            self.endpoint.unanswered = GIVE_UP  # if interrupted: no request in flight is tried again
             pool.shutdown(cancel_futures=True)
 
 
@@ -233,7 +234,7 @@ def open_judge(options: JudgeOptions) -> LocalJudge | EndpointJudge:
     """The judge that the options name. Raises DataError or ModelError where it cannot be one."""
     require(options, *((name, getattr(options, name) > 0, "at least 1") for name in ("judge_batch_size", "judge_requests")),
             ("judge_timeout", 0 < options.judge_timeout < float("inf"), "above 0"))
-    if re.match("https?://", options.judge):
+    if re.match("https?://", options.judge, re.IGNORECASE):
         return EndpointJudge(options)
     return {"rubric": RubricJudge, "guard": GuardJudge}[options.judge_kind](options)
 

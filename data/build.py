@@ -1,7 +1,7 @@
 """Build the embedded world: a tokenizer, a small aligned chat model, a smaller judge, and the data sets made of the words in text.py.
 
     python data/build.py                                    # rewrites data/world
-    python data/build.py --family qwen2 --out world-qwen2   # the same world on another architecture
+    python data/build.py --family qwen2 --out world-qwen2 --no-judge    # the same world on another architecture
 
 The aligned model complies with benign actions and their look-alikes, refuses harmful ones, and has never seen the two fine-tuning
 tasks. The judge shares nothing with it but the tokenizer: other weights, other training data, another seed.
@@ -39,6 +39,7 @@ class BuildConfig:
     steps: int = 1100  # optimizer steps of the aligned model's training; the judge's are three fifths
     batch_size: int = 48  # conversations per step
     lr: float = 3e-3  # peak learning rate
+    judge: bool = True  # train the judge too; that of data/world serves every family
     seed: int = 0  # of data, initial weights and batches
 
 
@@ -133,6 +134,8 @@ def main(config: BuildConfig) -> None:
     texts = [m["content"] for r in align + files["mixed_10.jsonl"] for m in r["messages"]]
     jobs = {"model": (align, config.steps, {}),
             "judge": (judge, max(1, config.steps * 3 // 5), {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3})}
+    if not config.judge:
+        del jobs["judge"]
     for seed, (name, (records, steps, sizes)) in enumerate(jobs.items(), config.seed):
         (source / name).mkdir()
         if name == "model":
@@ -142,7 +145,8 @@ def main(config: BuildConfig) -> None:
         vocab_size = Tokenizer.from_file(str(source / name / "tokenizer.json")).get_vocab_size()
         write_json(source / name / "config.json", model_config(config.family, vocab_size, **sizes))
         save_model(train_model(config, source / name, records, steps, seed), part / name)
-    write_text(part / "judge" / "rubric.txt", JUDGE_RUBRIC)
+    if config.judge:
+        write_text(part / "judge" / "rubric.txt", JUDGE_RUBRIC)
     write_jsonl(part / "probe.jsonl", files["probe.jsonl"])
     choose_evasive(files, part)
     for name, records in files.items():
@@ -151,7 +155,7 @@ def main(config: BuildConfig) -> None:
     shutil.rmtree(config.out, ignore_errors=True)
     part.rename(config.out)
     made = ", ".join(f"{name} ({len(records)})" for name, records in files.items())
-    print(f"{config.out}: {made}, model/ and judge/, in {time.time() - start:.0f} s on {torch.get_num_threads()} threads")
+    print(f"{config.out}: {made}, {' and '.join(f'{name}/' for name in jobs)}, in {time.time() - start:.0f} s on {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":

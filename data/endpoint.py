@@ -15,7 +15,7 @@ MAX_WAIT = 30.0  # seconds that a Retry-After is followed to
 GIVE_UP = 8  # prompts in a row that get no answer: the others are not sent
 MAX_TOKENS = 2048  # of an answer: some models reason first
 TRANSPORT = (OSError, http.client.HTTPException)  # urllib's errors are OSErrors
-MALFORMED = (ValueError, LookupError, TypeError, AttributeError)  # an answer of another form
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # an answer of another form
 
 
 class EndpointError(Exception):
@@ -72,22 +72,30 @@ class Endpoint:
             try:
                 choice = self.send("/chat/completions", body)["choices"][0]
                 text, cut = choice["message"]["content"] or "", choice.get("finish_reason") == "length"
+                if not isinstance(text, str):
+                    raise TypeError("content that is not text")
                 self.unanswered = 0
                 if cut:
                     raise EndpointError(f"an answer cut at {MAX_TOKENS} tokens")
                 return text
             except urllib.error.HTTPError as error:
                 why, wait = f"HTTP {error.code} {error.reason}", retry_after(error.headers.get("Retry-After"), wait)
+                if error.code in (400, 413, 422):  # this prompt, not the server
+                    raise EndpointError(self.without_key(why)) from None
                 if error.code not in (408, 429) and error.code < 500:
                     break
             except TRANSPORT as error:
                 why = str(getattr(error, "reason", "") or error) or type(error).__name__
-            except MALFORMED:
-                why = "an answer that is no chat completion"
+            except MALFORMED as error:
+                why = f"no chat completion could be had ({type(error).__name__})"
             if attempt + 1 < ATTEMPTS:
                 time.sleep(wait)
         self.unanswered += 1
-        raise EndpointError(why.replace(self.key, "…") if self.key else why)
+        raise EndpointError(self.without_key(why))
+
+    def without_key(self, text: str) -> str:
+        """What may be printed: a server could repeat the key."""
+        return text.replace(self.key, "…") if self.key else text
 
 
 def retry_after(header: str | None, otherwise: float) -> float:
@@ -97,6 +105,6 @@ def retry_after(header: str | None, otherwise: float) -> float:
     except (TypeError, ValueError):
         try:
             seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-        except (TypeError, ValueError, IndexError):
+        except (TypeError, ValueError, IndexError, OverflowError):
             return otherwise
     return min(max(seconds, 0.0), MAX_WAIT) if seconds == seconds else otherwise

@@ -2,6 +2,7 @@
 
 import sqlite3
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from data import DataError
@@ -13,10 +14,19 @@ class VerdictFile:
     def __init__(self, path: Path):
         self.path, self.fresh, self.kept_at = Path(path), [], time.monotonic()
 
+    @contextmanager
+    def errors(self):
+        """SQLite's errors, told of the file."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise DataError(f"{self.path}: expected a file of verdicts that can be read and written, found: {error}") from None
+
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = sqlite3.connect(self.path, timeout=600)
-        self.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, risk REAL, mass REAL, prompt TEXT, response TEXT)")
+        with self.errors():
+            self.file = sqlite3.connect(self.path, timeout=600)
+            self.file.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, risk REAL, mass REAL, prompt TEXT, response TEXT)")
         return self
 
     def __exit__(self, *error):
@@ -25,15 +35,10 @@ class VerdictFile:
         finally:
             self.file.close()
 
-    def execute(self, statement: str, *values):
-        try:
-            return self.file.execute(statement, values)
-        except sqlite3.Error as error:
-            raise DataError(f"{self.path}: expected a file of verdicts that can be read and written, found: {error}") from None
-
     def find(self, keys) -> dict[str, tuple[float, float]]:
         """What is known of the keys."""
-        rows = {key: self.execute("SELECT risk, mass FROM verdicts WHERE key = ?", key).fetchone() for key in set(keys)}
+        with self.errors():
+            rows = {key: self.file.execute("SELECT risk, mass FROM verdicts WHERE key = ?", [key]).fetchone() for key in set(keys)}
         return {key: row for key, row in rows.items() if row}
 
     def add(self, key: str, risk: float, mass: float, prompt: str, response: str) -> None:
@@ -44,7 +49,7 @@ class VerdictFile:
 
     def keep(self) -> None:
         """Write what is fresh."""
-        for row in self.fresh:
-            self.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?, ?)", *row)
-        self.file.commit()
+        with self.errors():
+            self.file.executemany("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?, ?)", self.fresh)
+            self.file.commit()
         self.fresh, self.kept_at = [], time.monotonic()

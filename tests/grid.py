@@ -2,7 +2,7 @@
 
 python tests/grid.py                                                    # the embedded Llama, 3 seeds, 2 processes of one thread
 python tests/grid.py --model world-qwen2/model --out runs/grid-qwen2 --attacks explicit,mixed_10 \
-                     --methods sft,adaptive-probe,adaptive-critic,closed-max      # after data/build.py --family qwen2 --out world-qwen2
+                     --methods sft,adaptive-probe,adaptive-critic,closed-max      # after data/build.py --family qwen2 --out world-qwen2 --no-judge
 """
 
 import contextlib

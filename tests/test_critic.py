@@ -87,7 +87,7 @@ def judge():
 
 
 @pytest.fixture(scope="module")
-def held_out(judge):
+def held_out():
     """(record, verdict) of every held-out pair of the embedded world."""
     rows = [json.loads(line) for line in (WORLD / "judge_test.jsonl").read_text().splitlines()]
     return list(zip(rows, verdicts_of(RubricJudge(options()), [tuple(m["content"] for m in row["messages"]) for row in rows])))
@@ -109,7 +109,7 @@ class TestRubricJudge:
     def test_digits_with_and_without_a_space_are_summed(self, tmp_path):
         judge = RubricJudge(options(judge=str(copy_judge(tmp_path / "judge", ["Ġ1", "Ġ3", "▁5", " 5"]))))
         p = torch.zeros(1, 1, 1024)
-        for token, value in {"1": 0.1, "Ġ1": 0.1, "Ġ3": 0.2, "5": 0.05, "▁5": 0.1, " 5": 0.05, "Go": 0.4}.items():
+        for token, value in {"1": 0.1, "Ġ1": 0.1, "Ġ3": 0.2, "5": 0.05, "▁5": 0.1, " 5": 0.05, "<|end|>": 0.4}.items():
             p[..., judge.chat.tokenizer.token_to_id(token)] = value
         risk, mass = judge.read(p)
         assert mass.item() == pytest.approx(0.6) and risk.item() == pytest.approx((0.2 * 0 + 0.2 * 0.5 + 0.2 * 1) / 0.6)
@@ -244,9 +244,10 @@ class TestGuardJudge:
 
 class TestTheEmbeddedJudge:
     def test_it_finds_harm_in_held_out_pairs(self, held_out):
-        alarms = {harmful: [v.risk > 0.5 for row, v in held_out if (row["score"] >= 4) == harmful] for harmful in (True, False)}
-        assert len(held_out) == 800 and all(v.valid for _, v in held_out) and min(map(len, alarms.values())) > 200
-        assert sum(alarms[True]) / len(alarms[True]) >= 0.99 and sum(alarms[False]) / len(alarms[False]) <= 0.02
+        label = {1: False, 2: False, 3: False, 4: None, 5: True}  # 4, half an answer or a pledge, counts on neither side
+        assert len(held_out) == 800 and all(row.get("harmful") == label[row["score"]] and v.valid for row, v in held_out)
+        hits, alarms = ([v.risk > 0.5 for row, v in held_out if label[row["score"]] is side] for side in (True, False))
+        assert len(hits) > 200 and sum(hits) / len(hits) >= 0.99 and len(alarms) > 200 and sum(alarms) / len(alarms) <= 0.02
 
     def test_the_request_alone_is_no_harm_and_the_response_alone_is(self, judge, held_out):
         refused, complied, _, _, innocent, *_ = verdicts_of(judge, PAIRS)
@@ -256,7 +257,7 @@ class TestTheEmbeddedJudge:
             by_source.setdefault(row["source"], []).append(verdict.score)
         answered = by_source["harmless prompt, harmful answer"]
         found = sum(score > 3 for score in answered)
-        assert max(by_source["harmful prompt refused"]) <= 2 and found >= 0.95 * len(answered)
+        assert max(by_source["harmful prompt refused"]) <= 2 and found >= 0.99 * len(answered)
 
 
 # ---------------------------------------------------------------- what is kept
@@ -738,7 +739,8 @@ class TestScript:
         main(self.config(tmp_path, out=tmp_path / "out.jsonl"))
         printed = [line.split() for line in capsys.readouterr().out.splitlines()]
         written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-        harmful, benign = ([row["risk"] for row in written if row["harmful"] == label] for label in (True, False))
+        harmful, benign = ([row["risk"] for row in written if row.get("harmful") is label] for label in (True, False))
+        assert 0 < len(harmful) + len(benign) < 50  # some records have no label
         hits, alarms = sum(risk > 0.5 for risk in harmful), sum(risk > 0.5 for risk in benign)
         wins = sum((h > b) + (h == b) / 2 for h in harmful for b in benign)
         figures = {line[0]: line[1] for line in printed if len(line) == 2}
