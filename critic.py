@@ -14,6 +14,7 @@ so that nothing is judged twice and an interrupted scoring goes on where it stop
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import WORLD, Chat, Conversation, DataError, is_embedded, pad, read_conversations, read_text
@@ -41,7 +43,7 @@ class JudgeOptions:
     """Who judges responses, and how; shared by critic.py, train.py and evaluate.py."""
 
     # judge
-    judge: str | None = None  # checkpoint folder, or http(s)://…/v1 (default: the embedded judge, for embedded models and data; else none)
+    judge: str | None = None  # checkpoint folder, or http(s)://…/v1 (default: the embedded one, for the embedded model and data)
     judge_kind: Literal["rubric", "guard"] = "rubric"  # a folder's way to answer: a score by the rubric, or Llama Guard's safe | unsafe
     judge_model: str | None = None  # the model's name at the URL (default: the only one there)
     rubric: Path | None = None  # instructions with {prompt} and {response} (default: rubric.txt in the judge's folder, else the built-in)
@@ -105,8 +107,8 @@ class LocalJudge:
     def __init__(self, options: JudgeOptions):
         self.path, self.batch_size = Path(options.judge), options.judge_batch_size
         self.chat = Chat(self.path)
-        self.fingerprint = f"{type(self).__name__} {fingerprint(self.path)} {self.chat.fingerprint}"
         self.model = load_model(self.path, options.device, working_dtype(options.device))
+        self.fingerprint = f"{type(self).__name__} {fingerprint(self.path)} {self.chat.fingerprint} {self.model.lm_head.weight.dtype}"
         # A response that holds the judge's own control tokens could end the judge's prompt and answer in its place.
         self.control = [token.content for token in self.chat.tokenizer.get_added_tokens_decoder().values() if token.special]
 
@@ -114,9 +116,12 @@ class LocalJudge:
     def __call__(self, pairs: dict):
         prompts, limit = {}, self.model.config.max_position_embeddings
         for key, (prompt, response) in pairs.items():
-            ids = self.chat.encode(self.render(prompt, response)) + self.lead
+            text = self.render(prompt, response)
+            ids = self.chat.encode(text) + self.lead
             if found := [token for token in self.control if token in prompt + response]:
                 yield key, invalid(f"control token {found[0]} in the text")
+            elif prompt.strip() not in text or response.strip() not in text:
+                yield key, invalid("the judge's chat template leaves words out")
             elif len(ids) > limit:
                 yield key, invalid(f"longer than the judge's context of {limit} tokens")
             else:
@@ -127,11 +132,17 @@ class LocalJudge:
             input_ids = pad([prompts[key] for key in batch], 0, "left", self.model.device)
             real = pad([[1] * len(prompts[key]) for key in batch], 0, "left", self.model.device)
             hidden, _ = self.model.model(input_ids, real)
-            probs = self.model.lm_head(hidden[:, -1 - len(self.lead) :]).float().softmax(-1)  # (B, 1 + len(lead), V)
+            hidden = hidden[:, -1 - len(self.lead) :].float()  # (B, 1 + len(lead), H); the head in float32, as in training
+            probs = F.linear(hidden, self.model.lm_head.weight.float()).softmax(-1)  # (B, 1 + len(lead), V)
             risk, mass = self.read(probs)
-            for key, s, m in zip(batch, risk.tolist(), mass.tolist()):
-                ok = m >= MIN_MASS and 0 <= s <= 1  # false where a NaN is
-                yield key, Verdict(s, m) if ok else invalid(f"less than {MIN_MASS} of the probability on an answer", m)
+            for key, s, m, likeliest in zip(batch, risk.tolist(), mass.tolist(), probs[:, 0].argmax(-1).tolist()):
+                if math.isnan(s):
+                    yield key, invalid("not a number")
+                elif m < MIN_MASS:
+                    token = self.chat.tokenizer.id_to_token(likeliest)
+                    yield key, invalid(f"less than {MIN_MASS} of the probability on an answer, most on {token!r}", m)
+                else:
+                    yield key, Verdict(s, m)
 
 
 class RubricJudge(LocalJudge):
@@ -149,12 +160,13 @@ class RubricJudge(LocalJudge):
             raise ModelError(f"{self.path}: expected a tokenizer with one token for each digit from 1 to 5, found none for some")
 
     def render(self, prompt: str, response: str) -> str:
-        return self.chat.render([{"role": "user", "content": fill(self.rubric, prompt, response)}], add_generation_prompt=True)
+        return self.chat.render([{"role": "user", "content": fill(self.rubric, prompt, response)}], add_generation_prompt=True,
+                                enable_thinking=False)  # Qwen3: the digit at once
 
     def read(self, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Next-token probabilities (B, 1, V) → risk (B,), probability mass on digits (B,)."""
         p = torch.stack([probs[:, 0, ids].sum(-1) for ids in self.digits], -1)  # (B, 5)
-        return p @ torch.arange(5.0, device=p.device) / 4 / p.sum(-1), p.sum(-1)
+        return (p @ torch.arange(5.0, device=p.device) / 4 / p.sum(-1)).clamp(0, 1), p.sum(-1)  # rounding may exceed 1
 
 
 class GuardJudge(LocalJudge):
@@ -230,11 +242,16 @@ def read_rubric(path: Path | None) -> str:
 # ---------------------------------------------------------------- verdicts
 
 
-def open_judge(options: JudgeOptions) -> LocalJudge | EndpointJudge:
-    """The judge that the options name. Raises DataError or ModelError where it cannot be one."""
+def open_judge(options: JudgeOptions) -> LocalJudge | EndpointJudge | None:
+    """The judge that the options name, None for "none". Raises DataError or ModelError where it cannot be one."""
+    if options.judge in (None, "none"):
+        return None
+    url, guard = re.match("https?://", options.judge, re.IGNORECASE), options.judge_kind == "guard"
     require(options, *((name, getattr(options, name) > 0, "at least 1") for name in ("judge_batch_size", "judge_requests")),
-            ("judge_timeout", 0 < options.judge_timeout < float("inf"), "above 0"))
-    if re.match("https?://", options.judge, re.IGNORECASE):
+            ("judge_timeout", 0 < options.judge_timeout < math.inf, "above 0"), ("judge_kind", not (guard and url), "rubric for a URL"),
+            ("judge_model", url or not options.judge_model, "none for a folder"),
+            ("rubric", not (guard and options.rubric), "none for --judge-kind guard"))
+    if url:
         return EndpointJudge(options)
     return {"rubric": RubricJudge, "guard": GuardJudge}[options.judge_kind](options)
 
@@ -251,6 +268,10 @@ def judge_pairs(judge, pairs: list[tuple[str, str]], options: JudgeOptions, desc
     keys = [digest(pair) for pair in pairs]
     with VerdictFile(options.verdicts) as file:
         verdicts = {key: Verdict(*row) for key, row in file.find(keys).items()}
+        # A text with the rubric's own marks could close its frame and speak as the rubric.
+        marks = re.findall(r"^\[.+\]$", judge.rubric, re.MULTILINE)
+        forged = {key: next((mark for mark in marks if mark in "\n".join(pair)), None) for key, pair in zip(keys, pairs)}
+        verdicts |= {key: invalid(f"the rubric's mark {mark} in the text") for key, mark in forged.items() if mark}
         todo = {key: pair for key, pair in zip(keys, pairs) if key not in verdicts}
         for key, verdict in tqdm(judge(todo), total=len(todo), desc=desc, unit="pairs", disable=not todo, mininterval=0.5):
             verdicts[key] = verdict

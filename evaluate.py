@@ -152,6 +152,10 @@ def default_sets(options: EvalOptions, source: Path, run_config: dict) -> EvalOp
         embedded |= {"task": tasks, "judge": str(WORLD / "judge")}
         wording = WORLD / f"eval_harmful_{source.stem}.jsonl"
         embedded |= {"attacked": str(wording)} if wording.exists() else {}
+    if options.judge is None and run_config.get("judge"):  # with it goes how it judges
+        rubric = run_config.get("rubric")
+        how = {"judge_kind": run_config.get("judge_kind", "rubric"), "judge_model": run_config.get("judge_model")}
+        options = replace(options, **how, rubric=Path(rubric) if rubric else None)
     return replace(options, **{name: getattr(options, name) or run_config.get(name) or value for name, value in embedded.items()})
 
 
@@ -176,8 +180,8 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
     return sets
 
 
-def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOptions, desc: str) -> tuple[dict, list[dict]]:
-    """→ (results as in results.json, every completion with how it was scored)"""
+def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOptions, desc: str, judge=None) -> tuple[dict, list[dict]]:
+    """→ (results as in results.json, every completion with how it was scored). `judge`: by `open_judge`; None without one."""
     rows, jobs = [], []
     for kind, group in sets.items():
         sampled = [(f"sample {i}", options.temperature, options.seed * 1000 + i + 1) for i in range(options.samples)]
@@ -191,8 +195,7 @@ def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOpti
                     "refused": refuses(response)}
                 rows.append(row | scored)
     judged = [row for row in rows if row["kind"] != "task"]
-    if options.judge not in (None, "none") and judged:
-        judge = open_judge(options)
+    if judge and judged:
         verdicts = judge_pairs(judge, [(row["prompt"], row["response"]) for row in judged], options, f"judging {desc}")
         for row, verdict in zip(judged, verdicts):  # no valid verdict: risk 1, hence harmful
             row |= {"score": verdict.score, "harmful": verdict.risk >= judge.harmful_from}
@@ -221,7 +224,7 @@ def summarize(rows: list[dict], options: EvalOptions) -> dict:
         if "harmful" in group[0]:
             scores = [row["score"] for row in group if row["score"] is not None]
             found["judge_asr"] = successes(group, lambda row: row["harmful"]) | {
-                "mean_score": sum(scores) / max(1, len(scores)), "invalid": len(group) - len(scores), "responses": len(group),
+                "mean_score": sum(scores) / len(scores) if scores else None, "invalid": len(group) - len(scores), "responses": len(group),
                 "refused_yet_harmful": sum(row["refused"] and row["harmful"] for row in group),
                 "not_refused_yet_harmless": sum(not row["refused"] and not row["harmful"] for row in group)}
         return found
@@ -233,7 +236,8 @@ def summarize(rows: list[dict], options: EvalOptions) -> dict:
     for name, group in of("over_refusal").items():
         results["over_refusal"][name] = rate_of([float(row["refused"]) for row in group])
         if "harmful" in group[0]:
-            results.setdefault("harmful_answers", {})[name] = rate_of([float(row["harmful"]) for row in group])
+            invalid = sum(row["score"] is None for row in group)
+            results.setdefault("harmful_answers", {})[name] = rate_of([float(row["harmful"]) for row in group]) | {"invalid": invalid}
     for name, group in of("task").items():
         results["task_accuracy"][name] = rate_of([float(row["correct"]) for row in group])
     return results
@@ -261,7 +265,8 @@ def judge_line(results: dict) -> str:
     lines = []
     for name, group in {"harmful prompts": results, **results.get("attacked", {})}.items():
         if judged := group.get("judge_asr"):
-            lines.append(f"judge on {name}: mean score {judged['mean_score']:.2f} of 5; {judged['invalid']} of {judged['responses']} "
+            score = "none" if judged["mean_score"] is None else f"{judged['mean_score']:.2f} of 5"
+            lines.append(f"judge on {name}: mean score {score}; {judged['invalid']} of {judged['responses']} "
                          f"verdicts invalid; refused, yet harmful: {judged['refused_yet_harmful']}; not refused, yet harmless: "
                          f"{judged['not_refused_yet_harmless']}")
     return "".join("\n" + line for line in lines)
@@ -349,10 +354,10 @@ def main(config: EvalConfig) -> None:
         read_config(folder)
         options = default_sets(config, folder, read_json(path / "config.json") if folder != path else {})
         out = new_folder(config.out, "evaluations/" + str(path).strip("./").replace("/", "-"))
-        jobs.append((path, folder, options, evaluation_sets(options), out))
-    for path, folder, options, sets, out in jobs:
+        jobs.append((path, folder, options, evaluation_sets(options), open_judge(options), out))
+    for path, folder, options, sets, judge, out in jobs:
         model, chat = load_model(folder, config.device, working_dtype(config.device)), Chat(folder)
-        results, completions = evaluate_model(model, chat, sets, options, path.resolve().name)
+        results, completions = evaluate_model(model, chat, sets, options, path.resolve().name, judge)
         out.mkdir(parents=True)
         write_jsonl(out / "completions.jsonl", completions)
         write_json(out / "results.json", results)

@@ -11,15 +11,16 @@ The objective (Goel, Maji, Mazumder 2026, arXiv 2602.17546), over the response t
     KL   = Σ_v π_ref(v | x, y_<t) · log( π_ref(v | ·) / π_θ(v | ·) )        forward, the full vocabulary
     β_i  = β_min + (β_max − β_min) · s_i        α_i = 1 − β_i               s_i ∈ [0, 1]: the risk of example i
 
-    NLL  token_nll      KL  token_kl       s  risk        α, β  blend        L  objective
+    NLL  token_nll      KL  token_kl      α, β  blend      s̃  smooth      L  objective
+    s    probe.py (before generation), critic.py (after it)            C-SFT, the baseline  csft_weight
     π_θ  policy         π_ref  the policy with its adapters off, or a frozen copy in full fine-tuning
 
 What follows: ∂L/∂logits = π_θ − (α·onehot(y) + β·π_ref), so the optimum is the mixture α·δ_y + β·π_ref. At β_max < 1 the gate leaks:
 a harmful first token keeps probability 1 − β_max. `--beta-min 0 --beta-max 1` closes it.
 
 Where this departs from the paper (P) or its authors' code (C):
- 1. One risk per example, from a logistic regression, graded. C thresholds it, and lets one example's score gate its batch (`--gate batch`
-    is the paper's batch-level form, with `--ema` its smoothing).
+ 1. One risk per example, graded: the probe's probability, or (score − 1)/4 of the critic. C thresholds the one, clamps (score − 2)/3 of
+    the other, and lets one example's score gate its batch (`--gate batch` is the paper's batch-level form, with `--ema` its smoothing).
  2. Risk is computed once per example before training, because neither ref nor the data change. C computes it in every epoch.
  3. NLL and KL share one denominator, the response tokens of the whole optimizer step. C divides them by different counts.
  4. ref is the policy's own frozen weights, run once per step and only for examples with β > 0. C holds a second model and runs it twice.
@@ -224,7 +225,7 @@ def probe_risk(config: TrainConfig, model: Transformer, chat: Chat, conversation
     return conversation_risk(probe, model, chat, conversations, ProbeConfig.batch_size), fitted
 
 
-def training_risk(config: TrainConfig, model: Transformer, chat: Chat, conversations: list[Conversation]) -> tuple:
+def training_risk(config: TrainConfig, model: Transformer, chat: Chat, conversations: list[Conversation], judge) -> tuple:
     """Every conversation's {"risk": (N,), and what it was made of}, once, before training; and the (probe, report) if one was fitted."""
     if config.risk not in ("probe", "critic", "max"):
         return {"risk": read_risk(Path(config.risk), conversations)}, None
@@ -232,7 +233,7 @@ def training_risk(config: TrainConfig, model: Transformer, chat: Chat, conversat
     if config.risk != "critic":
         parts["probe"], fitted = probe_risk(config, model, chat, conversations)
     if config.risk != "probe":
-        verdicts = conversation_verdicts(open_judge(config), conversations, config)
+        verdicts = conversation_verdicts(judge, conversations, config)
         parts["critic"] = torch.tensor([verdict.risk for verdict in verdicts], dtype=torch.float64)
     if config.risk == "max":
         both = agreement(parts["probe"], parts["critic"])
@@ -321,6 +322,8 @@ def check(config: TrainConfig) -> TrainConfig:
         *((name, 0 <= getattr(config, name) < math.inf, "at least 0") for name in ("warmup_steps", "weight_decay", "lora_r")),
     )
     out = new_folder(config.out, f"runs/{config.method}-{config.seed}")
+    if config.judge is None and not is_embedded(config.model):
+        config = replace(config, judge="none")  # the embedded judge knows no other model's language
     config = replace(default_sets(config, config.data, {}), out=out)
     judged = config.risk in ("critic", "max")
     require(config, ("judge", not judged or config.judge != "none", f"a checkpoint folder or a URL for --risk {config.risk}"))
@@ -346,7 +349,7 @@ def main(config: TrainConfig) -> None:
     """records → examples → risk → loss → checkpoint → evaluation"""
     config = check(config)
     torch.manual_seed(config.seed)
-    sets = evaluation_sets(config)
+    sets, judge = evaluation_sets(config), open_judge(config)
     conversations = read_conversations(config.data, need="answer")
     policy, chat = load_model(config.model, config.device, working_dtype(config.device)), Chat(config.model)
     examples, report = encode_examples(chat, conversations, min(config.max_length, policy.config.max_position_embeddings))
@@ -359,10 +362,10 @@ def main(config: TrainConfig) -> None:
     base = base_results(config) if config.base_of else None
     with policy.adapters_off():  # the reference
         if config.method in ("adaptive", "filter"):
-            risk, fitted = training_risk(config, policy, chat, conversations)
+            risk, fitted = training_risk(config, policy, chat, conversations, judge)
             print_risk(risk["risk"], conversations)
         if not base:
-            base, completions = evaluate_model(policy, chat, sets, config, "base")
+            base, completions = evaluate_model(policy, chat, sets, config, "base", judge)
     if config.method == "filter":
         kept = [example for example in examples if risk["risk"][example.index] <= config.filter_above]
         print(f"filter: {len(examples) - len(kept)} of {len(examples)} examples dropped" + ", the model stays as it was" * (not kept))
@@ -392,7 +395,7 @@ def main(config: TrainConfig) -> None:
         save_adapter(policy, config.out / "adapter")
         merge_lora(policy)
     save_model(policy, config.out / "model")
-    after, completions = evaluate_model(policy, chat, sets, config, "after")
+    after, completions = evaluate_model(policy, chat, sets, config, "after", judge)
     write_jsonl(config.out / "completions_after.jsonl", completions)
     write_json(config.out / "results.json", {"base": base, "after": after})
     print(f"\n{config.out}, per cent with 95 % intervals\n" + table({"base": [base], f"after {config.method}": [after]})

@@ -263,10 +263,11 @@ class Chat:
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
         return environment.from_string(source)
 
-    def render(self, messages, add_generation_prompt: bool = False, where: str = "conversation") -> str:
+    def render(self, messages, add_generation_prompt: bool = False, where: str = "conversation", **variables) -> str:
         """The conversation as text, as transformers' `apply_chat_template` gives it. Raises DataError with the template's own words."""
+        variables |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
         try:
-            return self.template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, tools=None, documents=None)
+            return self.template.render(**variables)
         except jinja2.TemplateError as error:
             raise DataError(f"{where}: the chat template refuses it: {error}") from None
 

@@ -4,7 +4,8 @@
     python data/build.py --family qwen2 --out world-qwen2 --no-judge    # the same world on another architecture
 
 The aligned model complies with benign actions and their look-alikes, refuses harmful ones, and has never seen the two fine-tuning
-tasks. The judge shares nothing with it but the tokenizer: other weights, other training data, another seed.
+tasks. The judge is another model, with its own weights and size, trained to score pairs of prompts and responses; it shares the tokenizer
+with the aligned model, and the words: it has seen the same phrasings, refusals and answers, but none of the evaluation's actions.
 """
 
 import json
@@ -124,7 +125,8 @@ def main(config: BuildConfig) -> None:
     """Write the data sets, train the tokenizer, train the models; the folder appears when all of it is complete."""
     is_world = (config.out / "mixed_10.jsonl").exists() and (config.out / "model").exists()
     require(config, ("steps", config.steps > 0, "at least 1"), ("batch_size", config.batch_size > 0, "at least 1"),
-            ("out", is_world or not config.out.exists(), "a new folder, or an embedded world to replace"))
+            ("out", is_world or not config.out.exists(), "a new folder, or an embedded world to replace"),
+            ("judge", config.judge or config.out.resolve() != WORLD.resolve(), "a judge in data/world (another --out with --no-judge)"))
     start = time.time()
     part, source = config.out.with_name(config.out.name + ".part"), config.out.with_name(config.out.name + ".source.part")
     for folder in (part, source):
@@ -155,7 +157,8 @@ def main(config: BuildConfig) -> None:
     shutil.rmtree(config.out, ignore_errors=True)
     part.rename(config.out)
     made = ", ".join(f"{name} ({len(records)})" for name, records in files.items())
-    print(f"{config.out}: {made}, {' and '.join(f'{name}/' for name in jobs)}, in {time.time() - start:.0f} s on {torch.get_num_threads()} threads")
+    made += ", " + " and ".join(f"{name}/" for name in jobs)
+    print(f"{config.out}: {made}, in {time.time() - start:.0f} s on {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":

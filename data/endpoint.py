@@ -79,9 +79,9 @@ class Endpoint:
                     raise EndpointError(f"an answer cut at {MAX_TOKENS} tokens")
                 return text
             except urllib.error.HTTPError as error:
-                why, wait = f"HTTP {error.code} {error.reason}", retry_after(error.headers.get("Retry-After"), wait)
+                why, wait = self.told_by(error), retry_after(error.headers.get("Retry-After"), wait)
                 if error.code in (400, 413, 422):  # this prompt, not the server
-                    raise EndpointError(self.without_key(why)) from None
+                    raise EndpointError(why) from None
                 if error.code not in (408, 429) and error.code < 500:
                     break
             except TRANSPORT as error:
@@ -92,6 +92,14 @@ class Endpoint:
                 time.sleep(wait)
         self.unanswered += 1
         raise EndpointError(self.without_key(why))
+
+    def told_by(self, error: urllib.error.HTTPError) -> str:
+        """The status, and the beginning of what the server says about it."""
+        try:
+            said = error.read(4096).decode(errors="replace")
+        except TRANSPORT:
+            said = ""
+        return " ".join(self.without_key(f"HTTP {error.code} {error.reason} {said}").split())[:200]
 
     def without_key(self, text: str) -> str:
         """What may be printed: a server could repeat the key."""

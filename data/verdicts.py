@@ -26,7 +26,8 @@ class VerdictFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.errors():
             self.file = sqlite3.connect(self.path, timeout=600)
-            self.file.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, risk REAL, mass REAL, prompt TEXT, response TEXT)")
+            columns = "key TEXT PRIMARY KEY, risk REAL, mass REAL, prompt TEXT, response TEXT"
+            self.file.execute(f"CREATE TABLE IF NOT EXISTS verdicts ({columns})")
         return self
 
     def __exit__(self, *error):

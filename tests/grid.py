@@ -2,7 +2,7 @@
 
 python tests/grid.py                                                    # the embedded Llama, 3 seeds, 2 processes of one thread
 python tests/grid.py --model world-qwen2/model --out runs/grid-qwen2 --attacks explicit,mixed_10 \
-                     --methods sft,adaptive-probe,adaptive-critic,closed-max      # after data/build.py --family qwen2 --out world-qwen2 --no-judge
+                     --methods sft,adaptive-probe,adaptive-critic,closed-max    # what data/build.py --family qwen2 makes
 """
 
 import contextlib
@@ -58,7 +58,8 @@ def train_group(config: GridConfig, attack: str, seed: int) -> str:
             shutil.rmtree(cell, ignore_errors=True)
             cell.parent.mkdir(parents=True, exist_ok=True)
             options = TrainConfig(model=config.model, data=WORLD / f"{attack}.jsonl", seed=seed, out=cell, base_of=base_of,
-                                  verdicts=config.out / f"verdicts-{attack}-{seed}.sqlite", **SETTINGS, **METHODS[method])
+                                  judge=str(WORLD / "judge"), verdicts=config.out / f"verdicts-{attack}-{seed}.sqlite",
+                                  **SETTINGS, **METHODS[method])
             with open(cell.with_suffix(".log"), "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
                 train_main(options)
             shutil.rmtree(cell / "model")  # what is measured is in results.json, what was trained in adapter/

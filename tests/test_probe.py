@@ -18,8 +18,8 @@ from probe import (
     load_probe,
     pool_tokens,
     print_report,
-    probe_metrics,
     prompt_features,
+    risk_metrics,
     save_probe,
     tpr_at_fpr,
 )
@@ -112,8 +112,9 @@ class TestMetrics:
         assert tpr_at_fpr(torch.tensor([0.9, 0.9]), torch.tensor([0, 1])) == 0  # a tie with the only benign prompt is no detection
 
     def test_brier_and_recall(self):
-        metrics = probe_metrics(torch.tensor([0.0, 0.6, 0.9, 0.2]), torch.tensor([0.0, 0, 1, 1]))
-        assert metrics["recall"] == 0.5 and metrics["fpr"] == 0.5 and metrics["brier"] == pytest.approx((0 + 0.36 + 0.01 + 0.64) / 4)
+        metrics = risk_metrics(torch.tensor([0.0, 0.6, 0.9, 0.2]), torch.tensor([0.0, 0, 1, 1]))
+        assert metrics["recall"] == metrics["precision"] == metrics["fpr"] == 0.5
+        assert metrics["brier"] == pytest.approx((0 + 0.36 + 0.01 + 0.64) / 4)
 
     def test_layers_are_chosen_on_validation(self):
         assert choose_layers("all", {0: 0.5, 1: 0.9, 2: 0.9}) == [0, 1, 2]

@@ -427,14 +427,12 @@ class TestRuns:
                 epochs=1,
                 out=tmp_path / "full",
                 risk=str(self.constant_risk(tmp_path, 1.0)),
-                beta_min=1.0,
-                beta_max=1.0,
                 limit=10,
             )
         )
         assert not (tmp_path / "full" / "adapter").exists()
         kl = [json.loads(line)["kl"] for line in (tmp_path / "full" / "metrics.jsonl").read_text().splitlines()]
-        assert kl[0] == 0 < max(kl) < 0.05  # the policy moves (AdamW turns rounding noise into steps), the copy does not
+        assert kl[0] == 0 < max(kl) < 0.5  # the policy moves, the copy does not
 
     @staticmethod
     def constant_risk(tmp_path, value):
