@@ -1,0 +1,36 @@
+"""The grid of the README: cells are kept, and the tables are of what the cells say."""
+
+import json
+from dataclasses import replace
+
+import grid
+import pytest
+from grid import ATTACKS, METHODS, GridConfig, main, overview, train_group
+
+from data import WORLD, DataError
+from evaluate import compare
+
+
+def test_a_finished_cell_is_kept_an_unfinished_one_is_made_again_and_the_base_is_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "SETTINGS", {"epochs": 1, "lora_r": 2, "limit": 2, "samples": 1, "compile": False, "device": "cpu"})
+    config = GridConfig(out=tmp_path, attacks="explicit", methods="filter,sft", seeds=1)
+    assert "filter" in train_group(replace(config, methods="filter"), "explicit", 0)
+    first = (tmp_path / "explicit" / "filter-0" / "results.json").read_bytes()
+    (tmp_path / "explicit" / "sft-0").mkdir()
+    (tmp_path / "explicit" / "sft-0" / "config.json").write_text("half written")
+    again = train_group(config, "explicit", 0)
+    assert "sft" in again and "filter" not in again and (tmp_path / "explicit" / "filter-0" / "results.json").read_bytes() == first
+    results = json.loads((tmp_path / "explicit" / "sft-0" / "results.json").read_text())
+    assert results["base"] == json.loads(first)["base"] and not (tmp_path / "explicit" / "sft-0" / "completions_base.jsonl").exists()
+    assert train_group(config, "explicit", 0).endswith("kept")
+    text = overview(config)
+    assert "| judge ASR: greedy / T=1 / @10 | aligned model | filter | sft |" in text and text.count("| explicit |") == 3
+    _, rows = compare([tmp_path / "explicit" / f"{method}-0" for method in ("filter", "sft")])
+    assert [row["name"] for row in rows] == ["base", "filter", "sft"]
+
+
+def test_every_attack_has_its_data_and_unknown_names_are_refused(tmp_path):
+    assert all((WORLD / f"{attack}.jsonl").exists() for attack in ATTACKS) and len(METHODS) == 8
+    for wrong in (dict(methods="sft,magic"), dict(attacks="none_such"), dict(seeds=0)):
+        with pytest.raises(DataError, match=f"--{next(iter(wrong))}: expected"):
+            main(GridConfig(out=tmp_path / "g", **wrong))
