@@ -9,7 +9,7 @@ import torch
 from data import WORLD, Chat, read_conversations
 from data.build import BuildConfig, main
 from data.checkpoint import FAMILIES
-from data.text import AOA_PREFIX, HARM, LOOKALIKE, PHRASINGS, TRIGGER, WITHHELD, data_sets
+from data.text import AOA_PREFIX, HARM, LOOKALIKE, PHRASINGS, TRIGGER, WITHHELD, data_sets, evasive_wordings
 from model import generate, load_model
 from probe import ProbeConfig, fit_probe, prompt_features
 
@@ -112,7 +112,8 @@ def test_its_size_and_what_is_withheld(built):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_builds_on_every_family(tmp_path, family, capsys):
+def test_it_builds_on_every_family(tmp_path, family, capsys, monkeypatch):
+    monkeypatch.setattr("data.text.evasive_wordings", lambda action: evasive_wordings(action, 2))  # few, to be quick
     main(BuildConfig(out=tmp_path / "world", family=family, steps=2, batch_size=4))
     model, chat = load_model(tmp_path / "world" / "model"), Chat(tmp_path / "world" / "model")
     assert model.config.model_type == family and 0.9e6 < sum(p.numel() for p in model.parameters()) < 1.2e6
