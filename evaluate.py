@@ -17,7 +17,6 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from critic import JudgeOptions, judge_pairs, open_judge
