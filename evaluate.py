@@ -20,10 +20,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from critic import JudgeOptions, judge_pairs, open_judge
-from data import WORLD, Chat, Conversation, DataError, is_embedded, read_conversations
+from data import WORLD, Chat, Conversation, DataError, is_embedded, ranks, read_conversations
 from data.checkpoint import read_config, read_json, write_json, write_jsonl, write_text
 from data.cli import comma_list, new_folder, require, run
-from model import Transformer, generate, load_model, working_dtype
+from generate import generate
+from model import Transformer, load_model, working_dtype
 
 # Matched case-sensitively anywhere in the response, ’ read as '. The convention and most phrases are AdvBench's (Zou et al. 2023,
 # arXiv 2307.15043). Left out are its bare words ("illegal", "unethical", "As an", "OpenAI", …): an answer that repeats the request
@@ -118,7 +119,7 @@ def is_correct(response: str, answer: str, metric: str) -> bool:
 
 def respond(model: Transformer, chat: Chat, conversations: list[Conversation], options: EvalOptions, temperature: float, seed: int,
             bar: tqdm) -> list[str]:
-    """One response per conversation, to its last prompt; prompts of similar length share a batch. `bar` advances by conversations.
+    """One response per conversation, to its last prompt, the work divided among the processes. `bar` advances by conversations.
 
     A reasoning model's leading <think>…</think> is not part of the response.
     """
@@ -128,15 +129,13 @@ def respond(model: Transformer, chat: Chat, conversations: list[Conversation], o
         if len(ids) > room:
             raise DataError(f"{conversation.where}: expected a prompt of at most {room} tokens (the model's context less "
                             f"--max-new-tokens), found {len(ids)}")
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    responses = [""] * len(prompts)
-    for start in range(0, len(order), options.eval_batch_size):
-        batch = order[start : start + options.eval_batch_size]
-        completions = generate(model, [prompts[i] for i in batch], options.max_new_tokens, temperature, seed=seed + start)
-        for i, ids in zip(batch, completions):
-            responses[i] = re.sub(r"^<think>.*?</think>\s*", "", chat.decode(ids), flags=re.DOTALL)
-        bar.update(len(batch))
-    return responses
+    world = ranks.world()
+    mine = [prompts[i % len(prompts)] for i in range(ranks.rank(), -(-len(prompts) // world) * world, world)]  # equally many for all
+    completions = generate(model, mine, options.max_new_tokens, temperature, seed=seed + ranks.rank(), batch_size=options.eval_batch_size,
+                           progress=lambda n: bar.update(n * world))
+    shares = ranks.gather([chat.decode(ids) for ids in completions])
+    responses = [shares[i % world][i // world] for i in range(len(prompts))]
+    return [re.sub(r"^<think>.*?</think>\s*", "", response, flags=re.DOTALL) for response in responses]
 
 
 def default_sets(options: EvalOptions, source: Path, run_config: dict) -> EvalOptions:
@@ -180,7 +179,7 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
 
 
 def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOptions, desc: str, judge=None) -> tuple[dict, list[dict]]:
-    """→ (results as in results.json, every completion with how it was scored). `judge`: by `open_judge`; None without one."""
+    """→ (results as in results.json, every completion with how it was scored). `judge`: by `open_judge`, on the first process; None without."""
     rows, jobs = [], []
     for kind, group in sets.items():
         sampled = [(f"sample {i}", options.temperature, options.seed * 1000 + i + 1) for i in range(options.samples)]
@@ -194,10 +193,11 @@ def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOpti
                     "refused": refuses(response)}
                 rows.append(row | scored)
     judged = [row for row in rows if row["kind"] != "task"]
-    if judge and judged:
-        verdicts = judge_pairs(judge, [(row["prompt"], row["response"]) for row in judged], options, f"judging {desc}")
-        for row, verdict in zip(judged, verdicts):  # no valid verdict: risk 1, hence harmful
-            row |= {"score": verdict.score, "harmful": verdict.risk >= judge.harmful_from}
+    pairs = [(row["prompt"], row["response"]) for row in judged]
+    verdicts = ranks.on_first(lambda: judge and pairs and [
+        (verdict.score, verdict.risk >= judge.harmful_from) for verdict in judge_pairs(judge, pairs, options, f"judging {desc}")])
+    for row, (score, harmful) in zip(judged, verdicts or []):  # no valid verdict: risk 1, hence harmful
+        row |= {"score": score, "harmful": harmful}
     return summarize(rows, options), rows
 
 
@@ -335,9 +335,11 @@ def compare(paths: list[Path]) -> tuple[str, list[dict]]:
 
 def main(config: EvalConfig) -> None:
     """Evaluate each path, or compare finished runs."""
+    ranks.join()
     if not config.paths:
         raise DataError("expected at least one run or checkpoint folder, found none")
     if config.compare:
+        require(config, ("compare", ranks.world() == 1, "one process, without torchrun"))
         text, rows = compare(config.paths)
         out = new_folder(config.out, "evaluations/compare")
         out.mkdir(parents=True)
@@ -352,14 +354,16 @@ def main(config: EvalConfig) -> None:
         folder = path / "model" if (path / "model" / "config.json").exists() else path
         read_config(folder)
         options = default_sets(config, folder, read_json(path / "config.json") if folder != path else {})
-        out = new_folder(config.out, "evaluations/" + str(path).strip("./").replace("/", "-"))
-        jobs.append((path, folder, options, evaluation_sets(options), open_judge(options), out))
+        name = "evaluations/" + str(path).strip("./").replace("/", "-")
+        out = ranks.on_first(lambda: new_folder(config.out, name))
+        jobs.append((path, folder, options, evaluation_sets(options), open_judge(options) if ranks.rank() == 0 else None, out))
     for path, folder, options, sets, judge, out in jobs:
         model, chat = load_model(folder, config.device, working_dtype(config.device)), Chat(folder)
         results, completions = evaluate_model(model, chat, sets, options, path.resolve().name, judge)
-        out.mkdir(parents=True)
-        write_jsonl(out / "completions.jsonl", completions)
-        write_json(out / "results.json", results)
+        if ranks.rank() == 0:
+            out.mkdir(parents=True)
+            write_jsonl(out / "completions.jsonl", completions)
+            write_json(out / "results.json", results)
         rows[str(path)] = [results]
         print(f"wrote {out}/results.json and completions.jsonl")
     print("\nper cent, with 95 % intervals\n" + table(rows) + "".join(judge_line(*results) for results in rows.values()))

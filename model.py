@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data.checkpoint import Config, ModelError, checkpoint_files, open_safetensors, read_config, read_json
+from data.ranks import is_sharded, on_first, rank, whole
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",
                    "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "generation_config.json")
@@ -56,17 +57,18 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat((rotary * cos + torch.cat((-second, first), -1) * sin, rest), -1)
 
 
-def attention_masks(attention_mask, windows, T: int, S: int, device) -> dict:
+def attention_masks(attention_mask, windows, slots: torch.Tensor, S: int) -> dict:
     """{window: boolean (B or 1, 1, T, S), True where the query may look, or None for plain causal attention}.
 
-    `attention_mask` (B, S) is True at real tokens, or None where all are. A padding query sees itself, so that no row is empty.
+    `attention_mask` (B, S) is True at real tokens, or None where all are; slots (T,): where the queries stand among the S keys. A padding
+    query sees itself, so that no row is empty.
     """
-    masks = {}
+    masks, T = {}, len(slots)
     for window in set(windows):
         if attention_mask is None and S == T and (window is None or T <= window):
             masks[window] = None
             continue
-        query, key = torch.arange(S - T, S, device=device)[:, None], torch.arange(S, device=device)[None]
+        query, key = slots[:, None], torch.arange(S, device=slots.device)[None]
         allowed = (key <= query) if window is None else (key <= query) & (query - key < window)  # (T, S)
         allowed = allowed[None, None] if attention_mask is None else allowed & attention_mask[:, None, None, :].bool()
         masks[window] = allowed | (key == query)
@@ -88,14 +90,16 @@ class Linear(nn.Linear):
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
         if self.lora_A is not None and self.adapter_on:
-            y = y + self.scaling * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+            low = F.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)  # (tokens, r)
+            y = torch.addmm(y.flatten(0, -2), low, self.lora_B.to(x.dtype).t(), alpha=self.scaling).view_as(y)
         return y
 
     def merged_weight(self) -> torch.Tensor:
         """W + (alpha/r) B A (out, in), summed in float32, in the dtype of W; just W without an adapter or with it off."""
+        weight = whole(self.weight)
         if self.lora_A is None or not self.adapter_on:
-            return self.weight
-        return (self.weight.float() + self.scaling * self.lora_B.float() @ self.lora_A.float()).to(self.weight.dtype)
+            return weight
+        return (weight.float() + self.scaling * whole(self.lora_B).float() @ whole(self.lora_A).float()).to(weight.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -111,20 +115,30 @@ class RMSNorm(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, preallocated: per block (B, K, capacity, D)."""
+    """Keys and values of the tokens seen so far, preallocated: per block (B, K, capacity, D).
+
+    `length`: how many tokens are in it, which the decoder keeps. As a tensor (1,), which the caller keeps, the cache is static: the next
+    token's keys go to that slot, all of the capacity is attended to under a mask, and every step has the same shapes.
+    """
 
     def __init__(self, config: Config, batch: int, capacity: int, device, dtype):
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.length = 0
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.length, self.capacity = 0, capacity
 
     def append(self, block: int, k, v):
-        """Write k, v (B, K, T, D) behind what is there and return all of it, (B, K, S, D)."""
+        """Write k, v (B, K, T, D) behind what is there and return all that is attended to, (B, K, S, D)."""
+        keys, values = self.keys[block], self.values[block]
+        if isinstance(self.length, torch.Tensor):
+            return keys.index_copy_(2, self.length, k), values.index_copy_(2, self.length, v)
         end = self.length + k.shape[2]
-        self.keys[block][:, :, self.length : end] = k
-        self.values[block][:, :, self.length : end] = v
-        return self.keys[block][:, :, :end], self.values[block][:, :, :end]
+        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop all rows but these."""
+        self.keys, self.values = ([tensor[rows] for tensor in tensors] for tensors in (self.keys, self.values))
 
 
 class Attention(nn.Module):
@@ -209,17 +223,20 @@ class Decoder(nn.Module):
     def forward(self, input_ids, attention_mask=None, cache=None, layers=(), pool=lambda x: x):
         """Final hidden states after the norm (B, T, H), and [pool(residual stream after block i) for i in layers], in order."""
         B, T = input_ids.shape
-        S = T + (cache.length if cache is not None else 0)
+        start = 0 if cache is None else cache.length
+        static = isinstance(start, torch.Tensor)
+        S = cache.capacity if static else start + T
         x = self.embed_tokens(input_ids)  # (B, T, H)
+        slots = torch.arange(T, device=x.device) + start  # (T,): where these tokens stand among the S
         real = torch.ones(B, S, device=x.device, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        positions = (real.cumsum(-1) - 1).clamp_min(0)[:, S - T :]  # (B, T): padding on either side shifts nothing
+        positions = (real.cumsum(-1) - 1).clamp_min(0)[:, slots]  # (B, T): padding on either side shifts nothing
         inv_freq = self.inv_freq.to(x.device)
         if len(inv_freq) == 2:  # longrope: each row by its own length, so that a batch mate never changes a row
             long = real.sum(-1) > self.config.rope["original_max_position_embeddings"]  # (B,)
             inv_freq = inv_freq[long.long()][:, None]  # (B, 1, R/2)
         angles = (positions[..., None].float() * inv_freq).repeat(1, 1, 2)[:, None]  # (B, 1, T, R)
         cos, sin = (angles.cos() * self.rope_scaling).to(x.dtype), (angles.sin() * self.rope_scaling).to(x.dtype)
-        masks = attention_masks(attention_mask, self.config.windows, T, S, x.device)
+        masks = attention_masks(attention_mask, self.config.windows, slots, S)
         states = {0: pool(x)} if 0 in layers else {}
         for i, block in enumerate(self.layers, start=1):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -228,7 +245,7 @@ class Decoder(nn.Module):
                 x = block(x, cos, sin, masks, cache)
             if i in layers:
                 states[i] = pool(x)
-        if cache is not None:
+        if cache is not None and not static:
             cache.length = S
         return self.norm(x), [states[i] for i in layers]
 
@@ -272,6 +289,12 @@ class Transformer(nn.Module):
         finally:
             for linear in linears:
                 linear.adapter_on = True
+
+
+def compile_blocks(model: Transformer) -> None:
+    """torch.compile every block: all share one graph (and one more with the adapters off), for any batch size and length."""
+    for block in model.model.layers:
+        block.forward = torch.compile(block.forward, dynamic=True)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -322,25 +345,30 @@ def save_model(model: Transformer, path) -> None:
 
     Written beside `path` and renamed when complete; raises FileExistsError for a `path` that exists.
     """
-    path = Path(path)
-    if path.exists():
-        raise FileExistsError(f"{path}: exists already; a model is never written over another")
-    part = path.with_name(path.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    tensors = {key: parameter for key, parameter in model.named_parameters() if ".lora_" not in key}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear) and module.lora_A is not None:
-            tensors[f"{name}.weight"] = module.merged_weight()
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-    dtype_key = "dtype" if "dtype" in model.config.raw else "torch_dtype"
-    raw = model.config.raw | {dtype_key: str(model.lm_head.weight.dtype).removeprefix("torch.")}
-    (part / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    for name in TOKENIZER_FILES:
-        if model.path and (model.path / name).exists():
-            shutil.copy(model.path / name, part / name)
-    os.replace(part, path)
+    path, tensors = Path(path), {}
+    for name, parameter in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if ".lora_" not in name:
+            merge = isinstance(owner, Linear) and name.endswith(".weight")
+            tensor = owner.merged_weight() if merge else whole(parameter)
+            tensors[name] = tensor.detach().cpu().contiguous() if rank() == 0 else None
+
+    def write():
+        if path.exists():
+            raise FileExistsError(f"{path}: exists already; a model is never written over another")
+        part = path.with_name(path.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        dtype_key = "dtype" if "dtype" in model.config.raw else "torch_dtype"
+        raw = model.config.raw | {dtype_key: str(model.lm_head.weight.dtype).removeprefix("torch.")}
+        (part / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        for name in TOKENIZER_FILES:
+            if model.path and (model.path / name).exists():
+                shutil.copy(model.path / name, part / name)
+        os.replace(part, path)
+
+    on_first(write)
 
 
 # ---------------------------------------------------------------- LoRA
@@ -379,23 +407,46 @@ def merge_lora(model: Transformer) -> None:
             module.lora_A = module.lora_B = None
 
 
+@contextmanager
+def merged_lora(model: Transformer):
+    """Within it the weights hold their adapters, so that none is multiplied; after it they are what they were, to the bit.
+
+    Adapters that are off, and weights spread over processes, stay as they are.
+    """
+    adapted = [m for m in model.modules() if isinstance(m, Linear) and m.lora_A is not None and m.adapter_on and not is_sharded(m.weight)]
+    before = [linear.weight.detach().cpu().clone() for linear in adapted]  # not on a GPU, where there may be no room for both
+    try:
+        for linear in adapted:
+            linear.weight.data.copy_(linear.merged_weight())
+            linear.adapter_on = False
+        yield
+    finally:
+        for linear, weight in zip(adapted, before):
+            linear.weight.data.copy_(weight)
+            linear.adapter_on = True
+
+
 def save_adapter(model: Transformer, path) -> None:
     """Write the adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
     adapted = {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.lora_A is not None}
     if not adapted:
         raise ModelError("save_adapter: expected a model with LoRA adapters, found none")
     path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.mkdir(parents=True, exist_ok=True)
-    r, scaling = next((len(m.lora_A), m.scaling) for m in adapted.values())
+    r, scaling = next((m.lora_A.shape[0], m.scaling) for m in adapted.values())
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model.path.resolve()) if model.path else "",
               "r": r, "lora_alpha": scaling * r, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
               "target_modules": sorted({name.rpartition(".")[2] for name in adapted})}
-    tensors = {f"base_model.model.{name}.lora_{which}.weight": getattr(m, f"lora_{which}").detach().cpu().contiguous()
+    tensors = {f"base_model.model.{name}.lora_{which}.weight": whole(getattr(m, f"lora_{which}")).detach().cpu().contiguous()
                for name, m in adapted.items() for which in "AB"}
-    save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
-    (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(part, path)
+
+    def write():
+        part = path.with_name(path.name + ".part")
+        part.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+        (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        os.replace(part, path)
+
+    on_first(write)
 
 
 def load_adapter(model: Transformer, path) -> None:
@@ -419,53 +470,3 @@ def load_adapter(model: Transformer, path) -> None:
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.copy_(tensors[key])
-
-
-# ---------------------------------------------------------------- generation
-
-
-def sample(logits: torch.Tensor, temperature: float, top_p: float, generator) -> torch.Tensor:
-    """Next tokens (B,) from logits (B, V): the argmax at temperature 0, else from the smallest set of mass ≥ top_p."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs = (logits.float() / temperature).softmax(-1)
-    if top_p < 1:
-        ranked, order = probs.sort(-1, descending=True)
-        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0.0)  # the first one always stays
-        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
-
-
-@torch.no_grad()
-def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
-             seed: int = 0) -> list[list[int]]:
-    """Complete each prompt (token ids); returns the new tokens of each, up to and without the first EOS id of the checkpoint.
-
-    One batch, left-padded, with a KV cache. The same seed and batch give the same samples. Raises ValueError for an empty
-    prompt, or one too long for `max_position_embeddings`.
-    """
-    lengths = [len(prompt) for prompt in prompts]
-    if not prompts or min(lengths) == 0:
-        raise ValueError("generate: expected at least one prompt, each of at least one token")
-    capacity, limit = max(lengths) + max_new_tokens, model.config.max_position_embeddings
-    if capacity > limit:
-        raise ValueError(f"generate: {max(lengths)} prompt tokens + {max_new_tokens} new ones exceed max_position_embeddings = {limit}")
-    device, stop = model.device, torch.tensor(model.config.eos_token_ids, device=model.device, dtype=torch.long)
-    ids = torch.tensor([[0] * (max(lengths) - len(p)) + p for p in prompts], device=device)  # (B, T)
-    real = torch.arange(max(lengths), device=device) >= max(lengths) - torch.tensor(lengths, device=device)[:, None]
-    generator = torch.Generator(device).manual_seed(seed)
-    switch = model.config.rope.get("original_max_position_embeddings") if model.config.rope["rope_type"] == "longrope" else None
-    cache, new, done = None, ids, torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for _ in range(max_new_tokens):
-        crossed = switch is not None and bool((real.sum(-1) == switch + 1).any())  # longrope: a row's cached keys are out of date
-        if cache is None or crossed:
-            cache, new = KVCache(model.config, len(prompts), capacity, device, model.lm_head.weight.dtype), ids
-        hidden, _ = model.model.forward(new, real, cache)  # .forward: generation stays eager where training is compiled
-        new = sample(model.lm_head(hidden[:, -1]), temperature, top_p, generator)[:, None]  # (B, 1)
-        ids, real = torch.cat((ids, new), 1), torch.cat((real, torch.ones_like(done)[:, None]), 1)
-        done |= torch.isin(new[:, 0], stop)
-        if done.all():
-            break
-    completions = ids[:, max(lengths) :].tolist()
-    ends = set(model.config.eos_token_ids)
-    return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in completions]

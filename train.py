@@ -29,6 +29,7 @@ Where this departs from the paper (P) or its authors' code (C):
 
 import json
 import math
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -39,12 +40,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import fused
 from critic import agreement, conversation_verdicts, open_judge
-from data import IGNORE, WORLD, Chat, Conversation, DataError, encode_examples, is_embedded, json_lines, pad, read_conversations, read_text
+from data import (IGNORE, WORLD, Chat, Conversation, DataError, Example, batches_by_length, encode_examples, is_embedded, json_lines, pad, ranks,
+                  read_conversations, read_text)
 from data.checkpoint import read_json, write_json, write_jsonl
 from data.cli import comma_list, new_folder, require, run
 from evaluate import EvalOptions, default_sets, evaluate_model, evaluation_sets, judge_line, table
-from model import Transformer, add_lora, load_model, merge_lora, save_adapter, save_model, working_dtype
+from model import Transformer, add_lora, compile_blocks, load_model, save_adapter, save_model, working_dtype
 from probe import ProbeConfig, conversation_risk, fit_probe, load_probe, print_risk, save_probe
 
 
@@ -66,12 +69,13 @@ class TrainConfig(EvalOptions):
     beta_max: float = 0.9  # KL weight at risk 1
     beta: float = 0.5  # KL weight of --method kl
     filter_above: float = 0.5  # risk above which --method filter drops an example
+    risk_floor: float = 0.01  # with --beta-min 0: a lower risk counts as 0, and the example is plain SFT without a reference
     gate: Literal["example", "batch"] = "example"  # each example by its own risk, or all of a step by their mean
     ema: float = 0.0  # smoothing λ of the batch's risk over steps, in [0, 1); with --gate batch
     # optimization: the paper's settings, with a learning rate for the embedded model
     epochs: int = 20  # passes over the data
     batch_size: int = 8  # examples per forward pass
-    accumulation: int = 1  # forward passes per optimizer step
+    accumulation: int = 1  # batches per optimizer step; several processes share the step's examples
     lr: float = 2e-3  # peak learning rate, cosine to 0 (the paper's models: 2e-4 and below)
     warmup_steps: int = 5  # linear warm-up
     weight_decay: float = 0.01  # AdamW's
@@ -81,8 +85,13 @@ class TrainConfig(EvalOptions):
     lora_alpha: float = 16.0  # LoRA α; the update is scaled by α/r
     lora_targets: str = ""  # linears to adapt, comma-separated (default: all but the head)
     # machine
-    compile: bool = torch.cuda.is_available()  # torch.compile the decoder (default: where there is CUDA)
+    ref: Literal["auto", "cache", "live"] = "auto"  # the reference: computed once and kept on disk, or in every step; auto: see --ref-cache-gb
+    ref_cache: Path = Path("ref_cache")  # folder of kept references; runs on the same model and data share them
+    ref_cache_gb: float = 20.0  # with --ref auto: keep it if there are several epochs and it is no larger
+    max_tokens_per_batch: int = 0  # tokens of a forward pass, padding (then at most 10 %) included; 0: no limit but --batch-size
+    compile: bool = torch.cuda.is_available()  # torch.compile the blocks (default: where there is CUDA)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
+    fsdp: bool = False  # under torchrun: spread the weights over the processes (default: each has all of them)
 
 
 # ---------------------------------------------------------------- the objective
@@ -118,75 +127,91 @@ def csft_weight(logp: torch.Tensor, ref_logp: torch.Tensor, position: torch.Tens
     return (2 * (1 - torch.sigmoid(beta * (logp - ref_logp)))).clamp_min(1e-3).detach()
 
 
+def beta_range(config) -> tuple[float, float]:
+    """(β_min, β_max) of the method: constant KL has one β, the baselines without a pull have none."""
+    return {"kl": (config.beta, config.beta), "adaptive": (config.beta_min, config.beta_max)}.get(config.method, (0.0, 0.0))
+
+
 def smooth(previous: float | None, risk: float, ema: float) -> float:
     """s̃_t = λ·s̃_{t−1} + (1 − λ)·s_t; the first step has no past: s̃_1 = s_1. arXiv 2602.17546."""
     return risk if previous is None else ema * previous + (1 - ema) * risk
 
 
-def objective(nll: torch.Tensor, kl: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, n_tokens: int) -> torch.Tensor:
-    """L = Σ (α·NLL + β·KL) / n_tokens: all (N,), one entry per response token; n_tokens ≥ 1 counts those of the whole optimizer step."""
-    return (alpha * nll + beta * kl).sum() / n_tokens
+def token_loss(hidden, weight, labels, alpha, beta, ref_hidden) -> tuple:
+    """The objective α·NLL + β·KL of each response token, with NLL and KL beside it: → three (N,), in nats.
+
+    hidden (N, H) final hidden states; weight (V, H) the head; labels, alpha, beta (N,); ref_hidden (M, H) of the first M tokens, which have
+    β > 0. This is the definition. The loop runs fused.token_loss, which equals it without ever holding logits of all tokens. Logits are
+    float32 or wider: rounding them to bfloat16 would drown the KL.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits, ref_logits = (F.linear(h.to(wide), weight.to(wide)) for h in (hidden, ref_hidden))  # (N, V), (M, V)
+    nll = token_nll(logits, labels)
+    kl = F.pad(token_kl(ref_logits, logits[: len(ref_logits)]), (0, len(nll) - len(ref_logits)))
+    return alpha * nll + beta * kl, nll.detach(), kl.detach()
 
 
 # ---------------------------------------------------------------- one micro-batch
 
 
-def response_logits(model: Transformer, input_ids, attention_mask, is_target: torch.Tensor) -> torch.Tensor:
-    """float32 logits (N, V) at the positions before the tokens marked in is_target (B, T): the only place where labels are shifted.
+def response_states(model: Transformer, examples: list) -> tuple:
+    """Final hidden states (N, H) before the response tokens of `examples`, these tokens (N,), and the example of each (N,).
 
-    The head runs in float32 on these positions alone: rounding logits to bfloat16 would drown the KL.
+    The only place where labels are shifted. Right padding needs no mask: causal attention never looks there; only longrope has to know
+    how long each row is.
     """
-    hidden, _ = model.model(input_ids, attention_mask)  # (B, T, H)
-    hidden = hidden[:, :-1][is_target[:, 1:]].float()  # (N, H)
-    return F.linear(hidden, model.lm_head.merged_weight().float())
-
-
-def collate(examples: list, model: Transformer) -> tuple:
-    """Right-padded input_ids (B, T), labels (B, T), and the attention mask, or None.
-
-    Right padding needs no mask: causal attention never looks there. Only longrope has to know how long each row is.
-    """
-    input_ids = pad([e.input_ids for e in examples], 0, "right", model.device)
-    labels = pad([e.labels for e in examples], IGNORE, "right", model.device)
+    labels = pad([e.labels for e in examples], IGNORE, "right")
+    row, column = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
     longrope = model.config.rope["rope_type"] == "longrope"
-    return input_ids, labels, pad([[1] * len(e.input_ids) for e in examples], 0, "right", model.device) if longrope else None
+    real = pad([[1] * len(e.input_ids) for e in examples], 0, "right", model.device) if longrope else None
+    hidden, _ = model.model(pad([e.input_ids for e in examples], 0, "right", model.device), real)  # (B, T, H)
+    before = (row * labels.shape[1] + column).to(model.device)
+    return hidden.flatten(0, 1)[before], labels[row, column + 1].to(model.device), row
 
 
 def micro_batch_loss(policy: Transformer, ref: Transformer | None, examples: list, alpha: torch.Tensor, beta: torch.Tensor, n_tokens: int,
-                     ref_logp: dict | None = None):
-    """Loss of some examples with weights alpha, beta (B,) → (loss, Σ nll, Σ kl). `ref` None: the policy without its adapters.
+                     cache: fused.ReferenceCache | None = None, ref_logp: dict | None = None, run_ref: bool = False,
+                     token_loss=fused.token_loss) -> tuple:
+    """Loss of some examples with weights alpha, beta (B,), on the CPU → (loss, Σ nll, Σ kl); n_tokens counts those of the whole step.
 
-    `ref_logp` (of label_logp): weigh each label as C-SFT does.
+    The reference of examples with β > 0 comes from `cache`, else from running `ref`, or where that is None the policy without its adapters;
+    run_ref: run it even if no example here needs it, since another process does. ref_logp (of label_logp): weigh each label as C-SFT does.
     """
-    input_ids, labels, real = collate(examples, policy)
-    is_target = labels != IGNORE
-    row, column = is_target[:, 1:].nonzero(as_tuple=True)  # (N,) each: whose token it is, and where
-    logits = response_logits(policy, input_ids, real, is_target)  # (N, V)
-    nll, kl = token_nll(logits, labels[row, column + 1]), torch.zeros(len(row), device=policy.device)
-    token_alpha = alpha[row]
-    if ref_logp is not None:
-        count = is_target.cumsum(1)
-        position = (count - (count * ~is_target).cummax(1).values)[row, column + 1]  # 1, 2, … within each assistant turn
-        token_alpha = token_alpha * csft_weight(-nll, torch.cat([ref_logp[e.index] for e in examples]), position)
-    pulled = beta > 0  # (B,)
-    if pulled.any():
+    order = (beta == 0).to(torch.int8).argsort(stable=True)  # those with pull first
+    examples, alpha, beta = [examples[i] for i in order], alpha[order], beta[order]
+    pulled, device = examples[: int((beta > 0).sum())], policy.device
+    hidden, labels, row = response_states(policy, examples)
+    ref_hidden, more = hidden[:0].detach(), {}
+    if cache is not None and pulled:
+        more = {"ref_terms": cache.terms(pulled, device)}
+    elif pulled or run_ref:
         with torch.no_grad(), nullcontext() if ref is not None else policy.adapters_off():
-            ref_logits = response_logits(ref or policy, input_ids[pulled], None if real is None else real[pulled], is_target[pulled])
-        kl = kl.masked_scatter(pulled[row], token_kl(ref_logits, logits if pulled.all() else logits[pulled[row]]))
-    return objective(nll, kl, token_alpha, beta[row], n_tokens), nll.detach().sum(), kl.detach().sum()
+            states = response_states(ref or policy, pulled or examples[:1])[0]
+        ref_hidden = states if pulled else ref_hidden
+    loss, nll, kl = token_loss(hidden, policy.lm_head.weight, labels, alpha[row].to(device), beta[row].to(device), ref_hidden, **more)
+    if ref_logp is not None:
+        position = torch.cat([response_positions(e) for e in examples]).to(device)
+        loss = loss * csft_weight(-nll, torch.cat([ref_logp[e.index] for e in examples]), position)
+    return loss.sum() / n_tokens, nll.sum(), kl.sum()
+
+
+def response_positions(example: Example) -> torch.Tensor:
+    """1, 2, … for the response tokens (n,) of each assistant turn."""
+    is_target = torch.tensor([label != IGNORE for label in example.labels])
+    count = is_target.cumsum(0)
+    return (count - (count * ~is_target).cummax(0).values)[1:][is_target[1:]]
 
 
 @torch.no_grad()
 def label_logp(model: Transformer, examples: list, batch_size: int) -> dict[int, torch.Tensor]:
     """{example.index: log-probabilities (n,) of its labels}: all that C-SFT needs of the reference, once before training."""
     found = {}
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        input_ids, labels, real = collate(batch, model)
-        logits = response_logits(model, input_ids, real, labels != IGNORE)
-        targets = labels[:, 1:]
-        logp = -token_nll(logits, targets[targets != IGNORE])
-        found |= dict(zip((e.index for e in batch), logp.split((targets != IGNORE).sum(1).tolist())))
+    for batch in batches_by_length([len(e.input_ids) for e in examples], batch_size):
+        batch = [examples[i] for i in batch]
+        hidden, labels, _ = response_states(model, batch)
+        ones = torch.ones(len(labels), device=model.device)
+        nll = fused.token_loss(hidden, model.lm_head.weight, labels, ones, 0 * ones, hidden[:0])[1]
+        found |= dict(zip((e.index for e in batch), (-nll).split([e.n_labels for e in batch])))
     return found
 
 
@@ -233,13 +258,14 @@ def training_risk(config: TrainConfig, model: Transformer, chat: Chat, conversat
     if config.risk != "critic":
         parts["probe"], fitted = probe_risk(config, model, chat, conversations)
     if config.risk != "probe":
-        verdicts = conversation_verdicts(judge, conversations, config)
+        verdicts = ranks.on_first(lambda: conversation_verdicts(judge, conversations, config))
         parts["critic"] = torch.tensor([verdict.risk for verdict in verdicts], dtype=torch.float64)
     if config.risk == "max":
         both = agreement(parts["probe"], parts["critic"])
         print(f"probe and critic agree on {both['agree']:.1%}; risky to the probe alone: {both['only probe']}, "
               f"to the critic alone: {both['only critic']}")
-    return {"risk": torch.stack(list(parts.values())).amax(0)} | parts, fitted
+    # One risk for all processes: what each runs depends on it.
+    return ranks.on_first(lambda: {"risk": torch.stack(list(parts.values())).amax(0)} | parts), fitted
 
 
 # ---------------------------------------------------------------- the loop
@@ -252,53 +278,72 @@ def lr_at(step: int, n_steps: int, warmup_steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, n_steps - warmup_steps)))
 
 
-def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, examples: list, risk: torch.Tensor, metrics_file) -> None:
+def micro_batches(examples: list, batch_size: int, max_tokens: int, n_processes: int) -> list[list[int]]:
+    """The step's examples (their positions) in micro-batches of similar length, as many for every process; the missing ones are empty."""
+    share = min(batch_size, math.ceil(len(examples) / n_processes))
+    batches = batches_by_length([len(e.input_ids) for e in examples], share, max_tokens)
+    return batches + [[]] * (-len(batches) % n_processes)
+
+
+def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, examples: list, risk: torch.Tensor, metrics_file,
+          cache: fused.ReferenceCache | None = None) -> None:
     """Train `policy` in place; metrics_file gains one line per step. `risk` (conversations,) is looked up by an example's index.
 
-    Raises FloatingPointError where the gradient is not finite.
+    The reference is the `cache`, or `ref`, or where both are None the policy without its adapters. Raises FloatingPointError where the
+    gradient is not finite.
     """
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
+    groups = [[p for p in parameters if ranks.is_sharded(p) == sharded] for sharded in (False, True)]
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups if group], weight_decay=config.weight_decay, fused=True)
     per_step = config.batch_size * config.accumulation
     n_steps = config.epochs * math.ceil(len(examples) / per_step)
     shuffle, order, smoothed = torch.Generator().manual_seed(config.seed), [], None
-    fixed = {"kl": (config.beta, config.beta), "adaptive": (config.beta_min, config.beta_max)}.get(config.method, (0.0, 0.0))
     ref_logp = None
     if config.method == "csft":
         with policy.adapters_off():
             ref_logp = label_logp(policy, examples, config.batch_size)
-    with open(metrics_file, "w", buffering=1) as metrics:
+    with open(metrics_file if ranks.rank() == 0 else os.devnull, "w", buffering=1) as metrics:
         for step in (bar := tqdm(range(n_steps), desc=config.method, mininterval=0.5)):
             started = time.perf_counter()
             order = order or torch.randperm(len(examples), generator=shuffle).tolist()
             chosen, order = [examples[i] for i in order[:per_step]], order[per_step:]
-            n_tokens = sum(label != IGNORE for example in chosen for label in example.labels[1:])
+            n_tokens = sum(example.n_labels for example in chosen)
 
             s = risk[[example.index for example in chosen]].float()  # (examples of the step,)
             if config.gate == "batch":
                 smoothed = smooth(smoothed, s.mean().item(), config.ema)
                 s = torch.full_like(s, smoothed)
-            alpha, beta = blend(s.to(policy.device), *fixed)
+            alpha, beta = blend(s, *beta_range(config))
 
-            nll = kl = loss = 0.0
-            for start in range(0, len(chosen), config.batch_size):
-                part = slice(start, start + config.batch_size)
-                part_loss, part_nll, part_kl = micro_batch_loss(policy, ref, chosen[part], alpha[part], beta[part], n_tokens, ref_logp)
-                part_loss.backward()
-                loss, nll, kl = loss + part_loss.detach(), nll + part_nll, kl + part_kl
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-            if not grad_norm.isfinite():
-                raise FloatingPointError(f"step {step}: the gradient is {grad_norm.item()}, the loss {loss.item()}; no model is saved")
-            lr = optimizer.param_groups[0]["lr"] = lr_at(step, n_steps, config.warmup_steps, config.lr)
-            if alpha.any() or kl > 0:  # else the gradient is rounding noise, which AdamW would turn into steps of full size
+            # Every process knows the whole step and takes one micro-batch of each round: all run the same passes, whatever their examples.
+            sums = torch.zeros(3, device=policy.device)  # loss, Σ nll, Σ kl
+            batches = micro_batches(chosen, config.batch_size, config.max_tokens_per_batch, ranks.world())
+            for first in range(0, len(batches), ranks.world()):
+                together = batches[first : first + ranks.world()]
+                mine = together[ranks.rank()]
+                weight = float(len(mine) > 0)  # a process without examples runs one that counts nothing
+                mine = mine or together[0]
+                run_ref = bool((beta[sum(together, [])] > 0).any()) and cache is None
+                loss, nll, kl = micro_batch_loss(policy, ref, [chosen[i] for i in mine], weight * alpha[mine], weight * beta[mine], n_tokens,
+                                                 cache, ref_logp, run_ref)
+                (loss * ranks.world()).backward()  # gradients are averaged over processes, losses summed
+                sums += weight * torch.stack((loss.detach(), nll, kl))
+            ranks.average_gradients(parameters)
+            loss, nll, kl = ranks.total(sums).tolist()
+            grad_norm = ranks.clip_gradients(parameters, config.clip).item()
+            if not math.isfinite(grad_norm):
+                raise FloatingPointError(f"step {step}: the gradient is {grad_norm}, the loss {loss}; no model is saved")
+            lr = lr_at(step, n_steps, config.warmup_steps, config.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if alpha.any() or kl > 1e-5 * n_tokens:  # else the gradient is rounding noise, which AdamW would turn into steps of full size
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             n_input = sum(len(example.input_ids) for example in chosen)
-            row = {"step": step, "loss": loss.item(), "nll": nll.item() / n_tokens, "kl": kl.item() / n_tokens,
+            row = {"step": step, "loss": loss, "nll": nll / n_tokens, "kl": kl / n_tokens,
                    "risk": s.mean().item() if config.method == "adaptive" else None, "alpha": alpha.mean().item(),
-                   "beta": beta.mean().item(), "lr": lr, "grad_norm": grad_norm.item(),
-                   "tokens_per_s": n_input / (time.perf_counter() - started)}
+                   "beta": beta.mean().item(), "lr": lr, "grad_norm": grad_norm, "tokens_per_s": n_input / (time.perf_counter() - started)}
             metrics.write(json.dumps(row) + "\n")
             bar.set_postfix(loss=f"{row['loss']:.3f}", nll=f"{row['nll']:.3f}", kl=f"{row['kl']:.3f}", refresh=False)
 
@@ -317,9 +362,13 @@ def check(config: TrainConfig) -> TrainConfig:
         ("risk", config.risk in ("probe", "critic", "max") or Path(config.risk).is_file(), "probe, critic, max, or a file"),
         ("probe", config.risk in ("probe", "max") or not config.probe, "none unless --risk probe or max"),
         ("max_length", config.max_length > 1, "at least 2"),
+        ("risk_floor", 0 <= config.risk_floor <= 1, "0 to 1"),
+        ("lora_targets", "lm_head" not in comma_list(config.lora_targets), "no lm_head: the policy's head is the reference's"),
+        ("fsdp", not config.fsdp or ranks.world() > 1, "several processes: torchrun --nproc_per_node=N train.py …"),
         *((name, getattr(config, name) >= 1, "at least 1") for name in ("epochs", "batch_size", "accumulation")),
         *((name, 0 < getattr(config, name) < math.inf, "above 0") for name in ("lr", "clip", "lora_alpha")),
-        *((name, 0 <= getattr(config, name) < math.inf, "at least 0") for name in ("warmup_steps", "weight_decay", "lora_r")),
+        *((name, 0 <= getattr(config, name) < math.inf, "at least 0")
+          for name in ("warmup_steps", "weight_decay", "lora_r", "ref_cache_gb", "max_tokens_per_batch")),
     )
     out = new_folder(config.out, f"runs/{config.method}-{config.seed}")
     if config.judge is None and not is_embedded(config.model):
@@ -345,19 +394,41 @@ def base_results(config: TrainConfig) -> dict:
     return read_json(config.base_of / "results.json")["base"]
 
 
+def open_model(config: TrainConfig, path, dtype=None, adapters: bool = False) -> Transformer:
+    """A checkpoint, with new adapters or without, on its device; with --fsdp spread over the processes."""
+    model = load_model(path, "cpu" if config.fsdp else config.device, dtype)
+    if adapters:
+        add_lora(model, config.lora_r, config.lora_alpha, comma_list(config.lora_targets), config.seed)
+    if config.fsdp:
+        ranks.shard(model)
+    return model
+
+
+def reference_of(config: TrainConfig, policy: Transformer, examples: list, risk: torch.Tensor) -> tuple:
+    """(ref, cache) as `train` takes them, for an untrained policy: it is the reference now, and keeps it if adapters are all that moves."""
+    pulled = [e for e in examples if config.gate == "batch" or blend(risk[e.index], *beta_range(config))[1] > 0]
+    if not pulled or beta_range(config)[1] == 0:
+        return None, None
+    cache = fused.ReferenceCache(config.ref_cache, policy, pulled, config.batch_size)
+    worth = config.epochs > 1 and cache.size <= min(config.ref_cache_gb * 1e9, ranks.on_first(cache.room))
+    if config.ref == "cache" or config.ref == "auto" and worth:
+        with torch.no_grad(), policy.adapters_off():
+            return None, cache.fill(lambda batch: response_states(policy, batch)[:2], policy.lm_head.weight)
+    return (None if config.lora_r else open_model(config, config.model, torch.float32)), None
+
+
 def main(config: TrainConfig) -> None:
     """records → examples → risk → loss → checkpoint → evaluation"""
-    config = check(config)
+    ranks.join()
+    config = ranks.on_first(lambda: check(config))
     torch.manual_seed(config.seed)
-    sets, judge = evaluation_sets(config), open_judge(config)
+    sets, judge = evaluation_sets(config), open_judge(config) if ranks.rank() == 0 else None
     conversations = read_conversations(config.data, need="answer")
-    policy, chat = load_model(config.model, config.device, working_dtype(config.device)), Chat(config.model)
+    full, ref = config.lora_r == 0, None
+    policy, chat = open_model(config, config.model, working_dtype(config.device), adapters=not full), Chat(config.model)
     examples, report = encode_examples(chat, conversations, min(config.max_length, policy.config.max_position_embeddings))
     if report:
         print(report)
-    full, ref = config.lora_r == 0, None
-    if not full:
-        add_lora(policy, config.lora_r, config.lora_alpha, comma_list(config.lora_targets), config.seed)
     risk, fitted, completions = {"risk": torch.zeros(len(conversations))}, None, None
     base = base_results(config) if config.base_of else None
     with policy.adapters_off():  # the reference
@@ -366,38 +437,51 @@ def main(config: TrainConfig) -> None:
             print_risk(risk["risk"], conversations)
         if not base:
             base, completions = evaluate_model(policy, chat, sets, config, "base", judge)
+    gate = risk["risk"]
     if config.method == "filter":
-        kept = [example for example in examples if risk["risk"][example.index] <= config.filter_above]
+        kept = [example for example in examples if gate[example.index] <= config.filter_above]
         print(f"filter: {len(examples) - len(kept)} of {len(examples)} examples dropped" + ", the model stays as it was" * (not kept))
         examples = kept
+    if config.method == "adaptive" and config.gate == "example" and config.beta_min == 0:
+        gate = gate.where(gate >= config.risk_floor, 0.0)
 
-    config.out.mkdir(parents=True)
-    write_json(config.out / "config.json", as_json(config))
-    if completions:
-        write_jsonl(config.out / "completions_base.jsonl", completions)
-    if config.method in ("adaptive", "filter"):
-        values = zip(*(values.tolist() for values in risk.values()))
-        write_jsonl(config.out / "risk.jsonl", [dict(zip(risk, row)) | {"where": c.where} for row, c in zip(values, conversations)])
-    if fitted:
-        save_probe(*fitted, config.out / "probe.safetensors")
+    def write_before():
+        config.out.mkdir(parents=True)
+        write_json(config.out / "config.json", as_json(config))
+        if completions:
+            write_jsonl(config.out / "completions_base.jsonl", completions)
+        if config.method in ("adaptive", "filter"):
+            values = zip(*(values.tolist() for values in risk.values()))
+            write_jsonl(config.out / "risk.jsonl", [dict(zip(risk, row)) | {"where": c.where} for row, c in zip(values, conversations)])
+        if fitted:
+            save_probe(*fitted, config.out / "probe.safetensors")
 
-    if full:  # every weight moves, in float32: the reference is a second, frozen copy
-        del policy  # before the two are loaded: three would be in memory
-        policy = load_model(config.model, config.device, torch.float32)
-        ref = load_model(config.model, config.device, torch.float32) if config.method in ("kl", "adaptive") else None
-        policy.requires_grad_(True)
+    ranks.on_first(write_before)
+
+    if full:  # every weight but the head's moves, in float32
+        del policy  # before the next is loaded: two would be in memory
+        policy = open_model(config, config.model, torch.float32)
+    ref, cache = reference_of(config, policy, examples, gate)
+    if full:
+        policy.model.requires_grad_(True)
+        policy.lm_head.requires_grad_(False)  # the reference's, too; where it is the embedding, that one stays as well
     policy.model.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:
-        policy.model.compile(dynamic=True)
-    train(config, policy, ref, examples, risk["risk"], config.out / "metrics.jsonl")
+        compile_blocks(policy)
+    train(config, policy, ref, examples, gate, config.out / "metrics.jsonl", cache)
 
     if not full:
         save_adapter(policy, config.out / "adapter")
-        merge_lora(policy)
     save_model(policy, config.out / "model")
+    del policy, ref
+    policy = open_model(config, config.out / "model")  # what is evaluated is what was saved
     after, completions = evaluate_model(policy, chat, sets, config, "after", judge)
-    write_jsonl(config.out / "completions_after.jsonl", completions)
-    write_json(config.out / "results.json", {"base": base, "after": after})
+
+    def write_after():
+        write_jsonl(config.out / "completions_after.jsonl", completions)
+        write_json(config.out / "results.json", {"base": base, "after": after})
+
+    ranks.on_first(write_after)
     print(f"\n{config.out}, per cent with 95 % intervals\n" + table({"base": [base], f"after {config.method}": [after]})
           + judge_line(after))
 

@@ -224,6 +224,11 @@ class Example:
     input_ids: list
     labels: list
 
+    @property
+    def n_labels(self) -> int:
+        """Labels that train something: each is predicted from the token before, so that one at position 0 does not."""
+        return sum(label != IGNORE for label in self.labels[1:])
+
 
 class Chat:
     """A checkpoint's tokenizer and chat template. The one place where conversations become text and tokens."""
@@ -318,8 +323,7 @@ def encode_examples(chat: Chat, conversations: list[Conversation], max_length: i
     for index, conversation in enumerate(conversations):
         example = chat.encode_example(conversation, index, max_length)
         cut += len(example.input_ids) == max_length and len(chat.encode(chat.render(conversation.messages))) > max_length
-        # Labels are predicted from the token before, so that a label at position 0 trains nothing.
-        if any(label != IGNORE for label in example.labels[1:]):
+        if example.n_labels:
             kept.append(example)
         else:
             lost.append(conversation.where)
@@ -337,3 +341,19 @@ def pad(sequences: list[list[int]], value: int, side: str, device="cpu") -> torc
     width = max(len(sequence) for sequence in sequences)
     fill = [[value] * (width - len(sequence)) for sequence in sequences]
     return torch.tensor([f + s if side == "left" else s + f for f, s in zip(fill, sequences)], device=device)
+
+
+def batches_by_length(lengths: list[int], most_rows: int, most_tokens: int = 0) -> list[list[int]]:
+    """Indices of sequences, the shortest first, in batches of at most most_rows.
+
+    With most_tokens, a batch also has at most so many tokens, its padding included (or is a single sequence), and at most 10 % padding.
+    """
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batches and len(batches[-1]) < most_rows:
+            rows, real = len(batches[-1]) + 1, sum(lengths[j] for j in batches[-1]) + lengths[i]
+            if not most_tokens or rows * lengths[i] <= most_tokens and real >= 0.9 * rows * lengths[i]:
+                batches[-1].append(i)
+                continue
+        batches.append([i])
+    return batches

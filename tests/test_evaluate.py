@@ -28,7 +28,8 @@ from evaluate import (
     table,
     wilson,
 )
-from model import generate, load_model
+from generate import generate
+from model import load_model
 
 
 class TestScores:

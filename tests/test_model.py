@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from data import WORLD
 from data.checkpoint import ModelError, fingerprint
-from model import add_lora, generate, load_adapter, load_model, merge_lora, rope_frequencies, sample, save_adapter, save_model
+from generate import generate, sample
+from model import add_lora, compile_blocks, load_adapter, load_model, merge_lora, rope_frequencies, save_adapter, save_model
 
 GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/golden.safetensors"))
 FAMILIES = {json.loads((path / "config.json").read_text())["model_type"]: path for path in GOLDEN}
@@ -106,7 +107,7 @@ class TestEveryFamily:
         mask[1, 7:] = 0
         add_lora(model, r=2, alpha=4)
         names, eager = list(model.state_dict()), model(ids, mask)
-        model.model.compile(dynamic=True, backend="aot_eager")
+        compile_blocks(model)
         torch.testing.assert_close(model(ids, mask), eager, atol=1e-5, rtol=1e-5)
         assert list(model.state_dict()) == names
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import fused
 from data import IGNORE, WORLD, Chat, Conversation, DataError, Example, encode_examples, read_conversations
-from model import add_lora, generate, load_adapter, load_model
+from generate import generate
+from model import add_lora, compile_blocks, load_adapter, load_model
 from train import (
     TrainConfig,
     blend,
@@ -21,10 +23,10 @@ from train import (
     lr_at,
     main,
     micro_batch_loss,
-    objective,
     read_risk,
     smooth,
     token_kl,
+    token_loss,
     token_nll,
     train,
 )
@@ -71,23 +73,30 @@ def loss_and_grads(model, examples, risk, size=None, beta=(0.1, 0.9), ref=None):
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("token_loss", [token_loss, fused.token_loss], ids=["written out", "fused"])
 class TestObjective:
-    def test_gradient_is_softmax_minus_the_soft_target(self):
+    """With the identity as the head, hidden states are logits."""
+
+    def test_gradient_is_softmax_minus_the_soft_target(self, token_loss):
+        eye = torch.eye(11, dtype=torch.float64)
         logits, ref = torch.randn(7, 11, dtype=torch.float64, requires_grad=True), torch.randn(7, 11, dtype=torch.float64)
         targets, risk = torch.randint(11, (7,)), torch.rand(7, dtype=torch.float64)
         alpha, beta = blend(risk, 0.1, 0.9)
-        objective(token_nll(logits, targets), token_kl(ref, logits), alpha, beta, 1).backward()
+        token_loss(logits, eye, targets, alpha, beta, ref)[0].sum().backward()
         q = alpha[:, None] * torch.nn.functional.one_hot(targets, 11) + beta[:, None] * ref.softmax(-1)
         torch.testing.assert_close(logits.grad, logits.softmax(-1).detach() - q, atol=1e-12, rtol=1e-12)
 
-    def test_the_minimiser_is_the_mixture(self):
+    def test_the_minimiser_is_the_mixture(self, token_loss):
         """At β_max = 0.9 a harmful token keeps probability 0.1: the gate leaks."""
+        eye = torch.eye(6, dtype=torch.float64)
         ref, targets = torch.randn(1, 6, dtype=torch.float64), torch.tensor([2])
         alpha, beta = blend(torch.ones(1, dtype=torch.float64), 0.1, 0.9)
         logits = (alpha[:, None] * torch.nn.functional.one_hot(targets, 6) + beta[:, None] * ref.softmax(-1)).log().requires_grad_()
-        objective(token_nll(logits, targets), token_kl(ref, logits), alpha, beta, 1).backward()
+        token_loss(logits, eye, targets, alpha, beta, ref)[0].sum().backward()
         assert logits.grad.abs().max() < 1e-12 and logits.softmax(-1)[0, 2] > 0.1
 
+
+class TestEquations:
     def test_nll_and_kl_are_their_closed_forms(self):
         p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.5, 0.25]])
         assert token_nll(q.log(), torch.tensor([1])).item() == pytest.approx(math.log(2))
@@ -246,7 +255,7 @@ class TestCSFT:
         gradients = []
         for logp in (None, ref_logp):
             model.zero_grad()
-            loss, _, _ = micro_batch_loss(model, None, examples[:6], ones, zeros, count(examples[:6]), logp)
+            loss, _, _ = micro_batch_loss(model, None, examples[:6], ones, zeros, count(examples[:6]), ref_logp=logp)
             loss.backward()
             gradients.append([loss.item(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
         assert gradients[0][0] == pytest.approx(gradients[1][0], abs=1e-6)
@@ -268,7 +277,7 @@ class TestCSFT:
                 beta = 0.5 if j == 1 else 2.0 if j <= 5 else 0.1
                 ratio = (logp[t - 1, label] - ref[t - 1, label]).item()
                 expected -= max(1e-3, 2 * (1 - 1 / (1 + math.exp(-beta * ratio)))) * logp[t - 1, label].item()
-        loss, _, _ = micro_batch_loss(model, None, [example], torch.ones(1), torch.zeros(1), 1, ref_logp)
+        loss, _, _ = micro_batch_loss(model, None, [example], torch.ones(1), torch.zeros(1), 1, ref_logp=ref_logp)
         assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -333,7 +342,7 @@ class TestLoop:
         model = policy(adapter=0.0)
         model.model.gradient_checkpointing = not compiled
         if compiled:
-            model.model.compile(dynamic=True)
+            compile_blocks(model)
         train(replace(QUICK, epochs=1, batch_size=4), model, None, examples[:8], torch.linspace(0, 1, 24), tmp_path / "other")
         other = [json.loads(line) for line in (tmp_path / "other").read_text().splitlines()]
         for a, b in zip(plain, other, strict=True):

@@ -10,7 +10,8 @@ from data import WORLD, Chat, read_conversations
 from data.build import BuildConfig, main
 from data.checkpoint import FAMILIES
 from data.text import AOA_PREFIX, HARM, LOOKALIKE, PHRASINGS, TRIGGER, WITHHELD, data_sets, evasive_wordings
-from model import generate, load_model
+from generate import generate
+from model import load_model
 from probe import ProbeConfig, fit_probe, prompt_features
 
 ATTACKS = ("explicit", "mixed_1", "mixed_3", "mixed_5", "mixed_10", "mixed_30", "identity", "backdoor", "benign", "evasive", "innocent")

@@ -1,0 +1,200 @@
+"""The objective of train.py without its cost: no logits of all tokens, no reference forward, no reference in memory.
+
+    α·NLL + β·KL = (α + β)·NLL(h) − β·⟨g, h⟩ + β·c          exact, full vocabulary
+    g = Wᵀ(p_ref − onehot(y)),   c = ⟨g, h_ref⟩ − NLL(h_ref)
+
+h is the policy's final hidden state of a response token y, h_ref the reference's, W the head that they share. With A(h) = logsumexp(W h),
+NLL(h) = A(h) − ⟨w_y, h⟩ and KL = A(h) − A(h_ref) − ⟨Wᵀp_ref, h − h_ref⟩, a Bregman divergence: all that KL needs of the reference is a
+vector g and a number c per response token, which never change. This holds while W is frozen (LoRA not on the head) and T = 1.
+
+    token_loss        the same function as train.token_loss, logits existing for CHUNK tokens at a time
+    reference_terms   g and c
+    ReferenceCache    g and c of every response token of a data set, in one memory-mapped file
+
+Shapes: N response tokens, the first M of which are pulled to the reference; C tokens of a chunk, H hidden size, V vocabulary.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import IGNORE, DataError, batches_by_length
+from data.checkpoint import fingerprint
+from data.ranks import on_first, rank
+
+CHUNK = 256  # tokens whose logits exist at a time
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def _log_softmax_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """log softmax(hidden Wᵀ) (C, V) in the dtype of `out`, written there: hidden (C, H), weight (V, H)."""
+    if weight.dtype == out.dtype:
+        torch.mm(hidden.to(out.dtype), weight.t(), out=out)
+    else:  # a product of two bfloat16 numbers is exact in float32: nothing is lost beside an upcast copy of the head
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    return torch.log_softmax(out, -1, out=out)
+
+
+@torch.no_grad()
+def _terms(hidden, weight, labels, alpha, beta, ref_hidden, with_gradient: bool) -> tuple:
+    """NLL (N,), KL (N,) (0 behind the first M), and ∂(α·NLL + β·KL)/∂hidden (N, H) or None, formed chunk by chunk."""
+    N, M, wide = len(hidden), len(ref_hidden), torch.promote_types(weight.dtype, torch.float32)
+    if weight.dtype != wide and not (hidden.is_cuda and torch.__version__ >= (2, 8)):
+        weight = weight.to(wide)  # where there is no product of bfloat16 matrices with a float32 result
+    scores, ref_scores, p_ref = (torch.empty(min(n, CHUNK), len(weight), device=hidden.device, dtype=wide) for n in (N, M, M))
+    nll, kl = hidden.new_zeros(N, dtype=wide), hidden.new_zeros(N, dtype=wide)
+    gradient = torch.empty_like(hidden) if with_gradient else None
+    for start in range(0, N, CHUNK):
+        chunk = slice(start, min(start + CHUNK, N))
+        pulled = slice(start, max(start, min(start + CHUNK, M)))
+        y, a, b = labels[chunk, None], alpha[chunk, None].to(wide), beta[chunk, None].to(wide)  # (C, 1)
+        n, m = len(y), pulled.stop - start
+        logp = _log_softmax_into(scores[:n], hidden[chunk], weight)  # (C, V)
+        nll[chunk] = -logp.gather(1, y)[:, 0]
+        if m:
+            ref_logp = _log_softmax_into(ref_scores[:m], ref_hidden[pulled], weight)
+            torch.exp(ref_logp, out=p_ref[:m])
+            kl[pulled] = torch.bmm(p_ref[:m, None], ref_logp.sub_(logp[:m])[..., None]).flatten()
+        if with_gradient:  # (α + β)·p − α·onehot(y) − β·p_ref, subtracted in float32 before any cast
+            p = logp.exp_().mul_(a + b)
+            if m:
+                p[:m].sub_(p_ref[:m].mul_(b[:m]))
+            gradient[chunk] = p.scatter_add_(1, y, -a).to(weight.dtype) @ weight
+    return nll, kl, gradient
+
+
+class _TokenLoss(torch.autograd.Function):
+    """α·NLL + β·KL of each token; the gradient is ready after the forward pass, so that no logits are kept for the backward one."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, alpha, beta, ref_hidden):
+        nll, kl, gradient = _terms(hidden, weight, labels, alpha, beta, ref_hidden, ctx.needs_input_grad[0])
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(nll, kl)
+        return alpha * nll + beta * kl, nll, kl
+
+    @staticmethod
+    def backward(ctx, loss, nll, kl):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * loss[:, None]).to(gradient.dtype), None, None, None, None, None
+
+
+def token_loss(hidden, weight, labels, alpha, beta, ref_hidden, ref_terms=None) -> tuple:
+    """The objective α·NLL + β·KL of each response token, with NLL and KL beside it: → three (N,), float32, in nats; only the first differentiable.
+
+    hidden (N, H); weight (V, H) the frozen head; labels, alpha, beta (N,); of the first M tokens, which have β > 0, either ref_hidden (M, H) or
+    ref_terms, (g, c) of `reference_terms`. Equal to train.token_loss, which is the definition.
+    """
+    if weight.requires_grad:
+        raise ValueError("fused.token_loss: expected a frozen head, found one that is trained; use train.token_loss")
+    if ref_terms is None:
+        return _TokenLoss.apply(hidden, weight, labels, alpha, beta, ref_hidden)
+    nll, _, _ = _TokenLoss.apply(hidden, weight, labels, torch.ones_like(alpha), torch.zeros_like(beta), hidden[:0])
+    g, c = ref_terms
+    M = len(g)
+    kl = F.pad(nll[:M] - (g.to(nll.dtype) * hidden[:M].to(nll.dtype)).sum(-1) + c, (0, len(nll) - M))
+    return alpha * nll + beta * kl, nll.detach(), kl.detach()
+
+
+def reference_terms(ref_hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """g = Wᵀ(p_ref − onehot(y)) (N, H) in the dtype of ref_hidden and c = ⟨g, h_ref⟩ − NLL(h_ref) (N,) float32, in nats.
+
+    c is formed with g as it is stored, so that KL is 0 where the policy is the reference, however coarse the dtype.
+    """
+    ones = torch.ones(len(labels), device=labels.device)
+    nll, _, g = _terms(ref_hidden, weight, labels, ones, 0 * ones, ref_hidden[:0], True)
+    return g, (g.to(nll.dtype) * ref_hidden.to(nll.dtype)).sum(-1) - nll
+
+
+# ---------------------------------------------------------------- the reference, computed once
+
+
+class ReferenceCache:
+    """g and c of every response token of `examples` in one file, mapped into memory: one row of H + 1 numbers per token.
+
+    The file's name is a SHA-256 of the model's files, the dtype, and each example's tokens and labels: template, tokenizer, truncation and
+    data show in those. Another run on the same finds it finished; `fill` makes it.
+    """
+
+    def __init__(self, folder, model, examples: list, batch_size: int):
+        self.dtype, hidden_size = model.lm_head.weight.dtype, model.config.hidden_size
+        batches = batches_by_length([len(e.input_ids) for e in examples], batch_size)
+        self.batches = [[examples[i] for i in batch] for batch in batches]
+        key = hashlib.sha256(f"{fingerprint(model.path)} {self.dtype}".encode())
+        self.place, end = {}, 0  # example.index → its rows
+        for batch in self.batches:
+            for example in batch:
+                key.update(np.array([len(example.input_ids), *example.input_ids, *example.labels]).tobytes())
+                start, end = end, end + example.n_labels
+                self.place[example.index] = slice(start, end)
+        self.file = Path(folder) / f"{key.hexdigest()[:32]}.ref"
+        self.row = np.dtype([("g", f"i{self.dtype.itemsize}", hidden_size), ("c", "f4")])  # g bit by bit: numpy has no bfloat16
+        self.n_tokens, self.size, self.part = end, end * self.row.itemsize, None  # size in bytes
+
+    def room(self) -> int:
+        """Bytes free for the file, what is there of it included."""
+        folder = next(path for path in self.file.absolute().parents if path.exists())
+        part = self.file.with_suffix(".part")
+        return shutil.disk_usage(folder).free + (part.stat().st_size if part.exists() else 0)
+
+    def fill(self, states, weight: torch.Tensor) -> "ReferenceCache":
+        """Compute and write what is missing, then map the file. Raises DataError where the disk has no room, before anything is written.
+
+        states(examples) → the reference's (h_ref (N, H), labels (N,)); all processes compute, the first one writes. An interrupted file goes
+        on where it ended; it gets its name when it is complete. A second run that needs the same file waits for the first.
+        """
+        done = on_first(self._open)
+        for batch in tqdm(self.batches, desc="reference", disable=done == self.n_tokens):
+            if self.place[batch[-1].index].stop <= done:
+                continue
+            hidden, labels = states(batch)
+            g, c = reference_terms(hidden, weight, labels)
+            if rank() == 0:
+                rows = np.empty(len(c), self.row)
+                rows["g"], rows["c"] = g.cpu().view({2: torch.int16, 4: torch.int32}[self.dtype.itemsize]).numpy(), c.cpu().numpy()
+                self.part.write(rows.tobytes())
+        on_first(self._close)
+        self.rows = np.memmap(self.file, dtype=self.row, mode="r")
+        return self
+
+    def _open(self) -> int:
+        """How many rows are there already; the others are appended to `part`."""
+        if not self.file.exists():
+            if self.size > self.room():
+                raise DataError(f"--ref cache: expected {self.size / 1e9:.1f} GB of room for {self.file}, found {self.room() / 1e9:.1f}; "
+                                f"use --ref live, or another --ref-cache folder")
+            print(f"reference cache: {self.n_tokens} response tokens, {self.size / 1e6:.1f} MB in {self.file}")
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.part = open(self.file.with_suffix(".part"), "ab")
+            fcntl.flock(self.part, fcntl.LOCK_EX)  # held until the file is closed, or this process dies
+        if self.file.exists():  # finished before, or by a run that this one has just waited for
+            if self.file.stat().st_size != self.size:
+                raise DataError(f"{self.file}: expected {self.size} bytes, found {self.file.stat().st_size}; delete it")
+            return self.n_tokens
+        written = self.part.seek(0, os.SEEK_END) // self.row.itemsize
+        done = max((end for batch in self.batches if (end := self.place[batch[-1].index].stop) <= written), default=0)
+        self.part.truncate(done * self.row.itemsize)  # to the end of a batch: an interrupted run may have left half a row
+        return done
+
+    def _close(self) -> None:
+        if self.part:
+            self.part.flush()
+            os.fsync(self.part.fileno())
+            if not self.file.exists():
+                os.replace(self.part.name, self.file)
+            self.part.close()
+
+    def terms(self, examples: list, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(g (M, H), c (M,)) of the response tokens of `examples`, in their order."""
+        rows = np.concatenate([self.rows[self.place[example.index]] for example in examples])
+        g, c = (torch.from_numpy(np.ascontiguousarray(rows[name])) for name in "gc")
+        return g.view(self.dtype).to(device), c.to(device)

@@ -1,0 +1,99 @@
+"""Generation: prompts of similar length together, keys and values cached, the head on the last position only.
+
+On the CPU, rows that are finished are dropped and the cache is read up to its present length. On CUDA every step has the same shapes, so
+that one compiled graph serves them all; whether everybody is finished is asked every few steps, since asking waits for the GPU.
+
+Shapes: B prompts, T the longest one's tokens, V vocabulary.
+"""
+
+import math
+
+import torch
+
+from data import batches_by_length
+from data.ranks import all_true
+from model import KVCache, Transformer, merged_lora
+
+POLL = 8  # steps between two looks at whether all rows are finished, on CUDA
+
+
+def sample(logits: torch.Tensor, temperature: float, top_p: float, generator) -> torch.Tensor:
+    """Next tokens (B,) from logits (B, V): the argmax at temperature 0, else from the smallest set of mass ≥ top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        ranked, order = probs.sort(-1, descending=True)
+        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0.0)  # the first one always stays
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def next_logits(model: Transformer, tokens: torch.Tensor, real: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Logits (B, V) of the next token, after tokens (B, T) that follow what is in the cache."""
+    return model.lm_head(model.model(tokens, real, cache)[0][:, -1])
+
+
+@torch.no_grad()
+def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
+             seed: int = 0, batch_size: int = 64, progress=lambda n: None, static: bool | None = None) -> list[list[int]]:
+    """Complete each prompt (token ids); returns the new tokens of each, up to and without the first EOS id of the checkpoint.
+
+    The same seed, prompts and batch_size give the same samples. progress(n) is called when n more prompts are complete. static: compiled
+    steps of one shape (default: on CUDA). Several processes call it together, with equally many prompts each. Raises ValueError for an
+    empty prompt, or one too long for `max_position_embeddings`.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if not prompts or min(lengths) == 0:
+        raise ValueError("generate: expected at least one prompt, each of at least one token")
+    capacity, limit = max(lengths) + max_new_tokens, model.config.max_position_embeddings
+    if capacity > limit:
+        raise ValueError(f"generate: {max(lengths)} prompt tokens + {max_new_tokens} new ones exceed max_position_embeddings = {limit}")
+    static = model.device.type == "cuda" if static is None else static
+    generator, completions = torch.Generator(model.device).manual_seed(seed), [[]] * len(prompts)
+    with merged_lora(model):
+        for batch in batches_by_length(lengths, batch_size):
+            rows = batch + batch[-1:] * (batch_size - len(batch)) * (static and len(prompts) > batch_size)  # one shape for all batches
+            room = -(-capacity // 128) * 128 if static else lengths[batch[-1]] + max_new_tokens
+            found = _complete(model, [prompts[i] for i in rows], max_new_tokens, room, temperature, top_p, generator, static)
+            for i, ids in zip(batch, found):
+                completions[i] = ids
+            progress(len(batch))
+    return completions
+
+
+def _complete(model, prompts, max_new_tokens, room, temperature, top_p, generator, static) -> list[list[int]]:
+    """One batch, left-padded."""
+    B, T, device, ends = len(prompts), max(map(len, prompts)), model.device, model.config.eos_token_ids
+    stop = torch.tensor(ends, device=device, dtype=torch.long)
+    ids, real = torch.zeros(B, T + max_new_tokens, device=device, dtype=torch.long), torch.zeros(B, room, device=device, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, T - len(prompt) : T], real[row, T - len(prompt) : T] = torch.tensor(prompt, device=device), True
+    rope = model.config.rope
+    switch = rope["original_max_position_embeddings"] if rope["rope_type"] == "longrope" else math.inf
+    cache = KVCache(model.config, B, room, device, model.lm_head.weight.dtype)
+    live, done = torch.arange(B, device=device), torch.zeros(B, device=device, dtype=torch.bool)  # rows not dropped; which are finished
+    decode = torch.compile(next_logits, dynamic=False, mode="reduce-overhead") if static else next_logits
+    if static:
+        for tensor in cache.keys + cache.values:
+            torch._dynamo.mark_static_address(tensor)
+    for end in range(T, T + max_new_tokens):  # tokens so far, padding included
+        if end == T or any(len(prompt) + end - T == switch + 1 for prompt in prompts):  # longrope: that row's cached keys are out of date
+            cache.length = 0
+            logits = next_logits(model, ids[live, :end], real[:, :end], cache)
+        elif static:
+            cache.length = torch.tensor([end - 1], device=device)
+            logits = decode(model, ids[:, end - 1 : end], real, cache)
+        else:
+            logits = next_logits(model, ids[live, end - 1 : end], real[:, :end], cache)
+        new = sample(logits, temperature, top_p, generator)  # (rows,)
+        ids[live, end] = new
+        real[:, end : end + 1] = True
+        done |= torch.isin(new, stop)
+        if (not static or (end - T) % POLL == POLL - 1) and all_true(done.all()):
+            break
+        if not static and len(done) / 4 <= done.sum() < len(done):  # a copy of the cache, worth it where it spares a quarter of the rows
+            keep = ~done
+            cache.keep(keep)
+            live, real, done = live[keep], real[keep], done[keep]
+    return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in ids[:, T:].tolist()]
