@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import WORLD, Chat, Conversation, DataError, is_embedded, pad, read_conversations, read_text
+from data import WORLD, Chat, Conversation, DataError, batches_by_length, is_embedded, pad, read_conversations, read_text
 from data.checkpoint import ModelError, fingerprint, write_jsonl
 from data.cli import require, run
 from data.endpoint import GIVE_UP, Endpoint, EndpointError
@@ -126,9 +126,9 @@ class LocalJudge:
                 yield key, invalid(f"longer than the judge's context of {limit} tokens")
             else:
                 prompts[key] = ids
-        order = sorted(prompts, key=lambda key: len(prompts[key]))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
+        keys = list(prompts)
+        for batch in batches_by_length([len(ids) for ids in prompts.values()], self.batch_size):
+            batch = [keys[i] for i in batch]
             input_ids = pad([prompts[key] for key in batch], 0, "left", self.model.device)
             real = pad([[1] * len(prompts[key]) for key in batch], 0, "left", self.model.device)
             hidden, _ = self.model.model(input_ids, real)

@@ -22,10 +22,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import IGNORE, DataError, batches_by_length
+from data import DataError, batches_by_length
 from data.checkpoint import fingerprint
 from data.ranks import on_first, rank
 
@@ -35,40 +34,46 @@ CHUNK = 256  # tokens whose logits exist at a time
 # ---------------------------------------------------------------- the loss
 
 
-def _log_softmax_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """log softmax(hidden Wᵀ) (C, V) in the dtype of `out`, written there: hidden (C, H), weight (V, H)."""
-    if weight.dtype == out.dtype:
-        torch.mm(hidden.to(out.dtype), weight.t(), out=out)
-    else:  # a product of two bfloat16 numbers is exact in float32: nothing is lost beside an upcast copy of the head
-        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
-    return torch.log_softmax(out, -1, out=out)
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """a b, written into `out`, whose dtype is that of a and b or float32."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)  # products of bfloat16 numbers are exact in float32
 
 
 @torch.no_grad()
-def _terms(hidden, weight, labels, alpha, beta, ref_hidden, with_gradient: bool) -> tuple:
+def _terms(hidden, weight, labels, alpha, beta, ref_hidden, ref_terms=None, with_gradient: bool = True) -> tuple:
     """NLL (N,), KL (N,) (0 behind the first M), and ∂(α·NLL + β·KL)/∂hidden (N, H) or None, formed chunk by chunk."""
-    N, M, wide = len(hidden), len(ref_hidden), torch.promote_types(weight.dtype, torch.float32)
-    if weight.dtype != wide and not (hidden.is_cuda and torch.__version__ >= (2, 8)):
-        weight = weight.to(wide)  # where there is no product of bfloat16 matrices with a float32 result
-    scores, ref_scores, p_ref = (torch.empty(min(n, CHUNK), len(weight), device=hidden.device, dtype=wide) for n in (N, M, M))
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if weight.dtype != wide and not (hidden.is_cuda and torch.__version__ >= (2, 8)):  # no product of bfloat16 matrices in float32 there
+        weight = weight.to(wide)
+    N, M, (V, H), dtype = len(hidden), len(ref_hidden), weight.shape, weight.dtype
+    scores, ref_scores, p_ref = (torch.empty(min(n, CHUNK), V, device=hidden.device, dtype=wide) for n in (N, M, M))
+    product = torch.empty(min(N, CHUNK), H, device=hidden.device, dtype=wide)
     nll, kl = hidden.new_zeros(N, dtype=wide), hidden.new_zeros(N, dtype=wide)
     gradient = torch.empty_like(hidden) if with_gradient else None
+    g, c = ref_terms or (hidden[:0], None)
     for start in range(0, N, CHUNK):
-        chunk = slice(start, min(start + CHUNK, N))
-        pulled = slice(start, max(start, min(start + CHUNK, M)))
-        y, a, b = labels[chunk, None], alpha[chunk, None].to(wide), beta[chunk, None].to(wide)  # (C, 1)
-        n, m = len(y), pulled.stop - start
-        logp = _log_softmax_into(scores[:n], hidden[chunk], weight)  # (C, V)
+        chunk, y = slice(start, start + CHUNK), labels[start : start + CHUNK, None]  # y (C, 1)
+        a, b = alpha[chunk, None].to(wide, copy=True), beta[chunk, None].to(wide)  # (C, 1)
+        logp = _product(hidden[chunk].to(dtype), weight.t(), scores[: len(y)])  # (C, V)
+        torch.log_softmax(logp, -1, out=logp)
         nll[chunk] = -logp.gather(1, y)[:, 0]
-        if m:
-            ref_logp = _log_softmax_into(ref_scores[:m], ref_hidden[pulled], weight)
-            torch.exp(ref_logp, out=p_ref[:m])
-            kl[pulled] = torch.bmm(p_ref[:m, None], ref_logp.sub_(logp[:m])[..., None]).flatten()
-        if with_gradient:  # (α + β)·p − α·onehot(y) − β·p_ref, subtracted in float32 before any cast
+        if live := len(ref_hidden[chunk]):
+            ref_logp = _product(ref_hidden[chunk].to(dtype), weight.t(), ref_scores[:live])
+            torch.log_softmax(ref_logp, -1, out=ref_logp)
+            torch.exp(ref_logp, out=p_ref[:live])
+            kl[start : start + live] = torch.bmm(p_ref[:live, None], ref_logp.sub_(logp[:live])[..., None]).flatten()
+        if cached := len(g[chunk]):
+            pulled = slice(start, start + cached)
+            kl[pulled] = nll[pulled] - (g[pulled].to(wide) * hidden[pulled].to(wide)).sum(-1) + c[pulled]
+        if with_gradient:  # ((α + β)·p − α·onehot(y) − β·p_ref) W, subtracted in float32 before any cast
             p = logp.exp_().mul_(a + b)
-            if m:
-                p[:m].sub_(p_ref[:m].mul_(b[:m]))
-            gradient[chunk] = p.scatter_add_(1, y, -a).to(weight.dtype) @ weight
+            p[:live] -= p_ref[:live].mul_(b[:live])
+            a[:cached] += b[:cached]  # g, subtracted below, has −onehot(y) in it
+            grad = _product(p.scatter_add_(1, y, -a).to(dtype), weight, product[: len(y)])  # (C, H)
+            grad[:cached] -= b[:cached] * g[chunk].to(wide)
+            gradient[chunk] = grad
     return nll, kl, gradient
 
 
@@ -76,8 +81,8 @@ class _TokenLoss(torch.autograd.Function):
     """α·NLL + β·KL of each token; the gradient is ready after the forward pass, so that no logits are kept for the backward one."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, alpha, beta, ref_hidden):
-        nll, kl, gradient = _terms(hidden, weight, labels, alpha, beta, ref_hidden, ctx.needs_input_grad[0])
+    def forward(ctx, hidden, weight, labels, alpha, beta, ref_hidden, ref_terms):
+        nll, kl, gradient = _terms(hidden, weight, labels, alpha, beta, ref_hidden, ref_terms, ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(nll, kl)
         return alpha * nll + beta * kl, nll, kl
@@ -85,24 +90,18 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, loss, nll, kl):
         (gradient,) = ctx.saved_tensors
-        return (gradient * loss[:, None]).to(gradient.dtype), None, None, None, None, None
+        return (gradient * loss[:, None]).to(gradient.dtype), None, None, None, None, None, None
 
 
 def token_loss(hidden, weight, labels, alpha, beta, ref_hidden, ref_terms=None) -> tuple:
     """The objective α·NLL + β·KL of each response token, with NLL and KL beside it: → three (N,), float32, in nats; only the first differentiable.
 
     hidden (N, H); weight (V, H) the frozen head; labels, alpha, beta (N,); of the first M tokens, which have β > 0, either ref_hidden (M, H) or
-    ref_terms, (g, c) of `reference_terms`. Equal to train.token_loss, which is the definition.
+    ref_terms, (g, c) of `reference_terms`. Equal to train.token_loss, which is the definition. Raises ValueError for a head that is trained.
     """
     if weight.requires_grad:
         raise ValueError("fused.token_loss: expected a frozen head, found one that is trained; use train.token_loss")
-    if ref_terms is None:
-        return _TokenLoss.apply(hidden, weight, labels, alpha, beta, ref_hidden)
-    nll, _, _ = _TokenLoss.apply(hidden, weight, labels, torch.ones_like(alpha), torch.zeros_like(beta), hidden[:0])
-    g, c = ref_terms
-    M = len(g)
-    kl = F.pad(nll[:M] - (g.to(nll.dtype) * hidden[:M].to(nll.dtype)).sum(-1) + c, (0, len(nll) - M))
-    return alpha * nll + beta * kl, nll.detach(), kl.detach()
+    return _TokenLoss.apply(hidden, weight, labels, alpha, beta, ref_hidden, ref_terms)
 
 
 def reference_terms(ref_hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,7 +110,7 @@ def reference_terms(ref_hidden: torch.Tensor, weight: torch.Tensor, labels: torc
     c is formed with g as it is stored, so that KL is 0 where the policy is the reference, however coarse the dtype.
     """
     ones = torch.ones(len(labels), device=labels.device)
-    nll, _, g = _terms(ref_hidden, weight, labels, ones, 0 * ones, ref_hidden[:0], True)
+    nll, _, g = _terms(ref_hidden, weight, labels, ones, 0 * ones, ref_hidden[:0])
     return g, (g.to(nll.dtype) * ref_hidden.to(nll.dtype)).sum(-1) - nll
 
 

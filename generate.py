@@ -12,7 +12,8 @@ import torch
 
 from data import batches_by_length
 from data.ranks import all_true
-from model import KVCache, Transformer, merged_lora
+from lora import merged_lora
+from model import KVCache, Transformer
 
 POLL = 8  # steps between two looks at whether all rows are finished, on CUDA
 
@@ -83,7 +84,7 @@ def _complete(model, prompts, max_new_tokens, room, temperature, top_p, generato
             logits = next_logits(model, ids[live, :end], real[:, :end], cache)
         elif static:
             cache.length = torch.tensor([end - 1], device=device)
-            logits = decode(model, ids[:, end - 1 : end], real, cache)
+            logits = decode(model, ids[:, end - 1 : end].contiguous(), real, cache)
         else:
             logits = next_logits(model, ids[live, end - 1 : end], real[:, :end], cache)
         new = sample(logits, temperature, top_p, generator)  # (rows,)

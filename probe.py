@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import WORLD, Chat, Conversation, DataError, is_embedded, pad, read_conversations, split_by_prompt
+from data import WORLD, Chat, Conversation, DataError, batches_by_length, is_embedded, pad, read_conversations, split_by_prompt
 from data.checkpoint import fingerprint
 from data.cli import comma_list, require, run
 from model import Transformer, load_model, working_dtype
@@ -85,13 +85,11 @@ def prompt_features(model: Transformer, prompts: list[list[int]], layers, poolin
 
     Each layer is pooled over tokens as it is computed: (layers, B, T, H) never exists. Batches hold prompts of similar length.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     features = torch.empty(len(prompts), len(layers), model.config.hidden_size)
-    for start in tqdm(range(0, len(order), batch_size), desc=desc, disable=not desc):
-        batch = order[start : start + batch_size]
+    for batch in tqdm(batches_by_length([len(ids) for ids in prompts], batch_size), desc=desc, disable=not desc):
         input_ids = pad([prompts[i] for i in batch], 0, "left", model.device)
         real = pad([[1] * len(prompts[i]) for i in batch], 0, "left", model.device)
-        _, states = model.model.forward(input_ids, real, layers=layers, pool=lambda hidden: pool_tokens(hidden, real, pooling))
+        _, states = model.model(input_ids, real, layers=layers, pool=lambda hidden: pool_tokens(hidden, real, pooling))
         features[batch] = torch.stack(states, 1).cpu()
     return features
 

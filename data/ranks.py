@@ -82,7 +82,7 @@ def shard(model) -> None:
 
     mesh = dist.init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world(),))
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
     model.to(mesh.device_type)
 
 

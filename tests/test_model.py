@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from data import WORLD
 from data.checkpoint import ModelError, fingerprint
 from generate import generate, sample
-from model import add_lora, compile_blocks, load_adapter, load_model, merge_lora, rope_frequencies, save_adapter, save_model
+from lora import add_lora, load_adapter, merge_lora, save_adapter
+from model import compile_blocks, load_model, rope_frequencies, save_model
 
 GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/golden.safetensors"))
 FAMILIES = {json.loads((path / "config.json").read_text())["model_type"]: path for path in GOLDEN}

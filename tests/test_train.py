@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,10 @@ import torch
 import fused
 from data import IGNORE, WORLD, Chat, Conversation, DataError, Example, encode_examples, read_conversations
 from generate import generate
-from model import add_lora, compile_blocks, load_adapter, load_model
+from lora import add_lora, load_adapter
+from model import compile_blocks, load_model
+from risk import read_risk
+from train import token_loss as definition
 from train import (
     TrainConfig,
     blend,
@@ -23,16 +27,17 @@ from train import (
     lr_at,
     main,
     micro_batch_loss,
-    read_risk,
+    micro_batches,
+    reference_of,
     smooth,
     token_kl,
-    token_loss,
     token_nll,
     train,
 )
 
 ROOT = Path(__file__).parent.parent
-QUICK = TrainConfig(benign="none", lookalike="none", task="none", limit=60, samples=0, compile=False, judge="none")
+QUICK = TrainConfig(benign="none", lookalike="none", task="none", limit=60, samples=0, compile=False, judge="none",
+                    ref_cache=Path(tempfile.mkdtemp()))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +78,7 @@ def loss_and_grads(model, examples, risk, size=None, beta=(0.1, 0.9), ref=None):
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("token_loss", [token_loss, fused.token_loss], ids=["written out", "fused"])
+@pytest.mark.parametrize("token_loss", [definition, fused.token_loss], ids=["written out", "fused"])
 class TestObjective:
     """With the identity as the head, hidden states are logits."""
 
@@ -336,17 +341,77 @@ class TestLoop:
         with pytest.raises(FloatingPointError, match="step 0"):
             train(QUICK, model, None, examples, torch.zeros(24), tmp_path / "a")
 
-    @pytest.mark.parametrize("compiled", [False, True])
-    def test_compile_and_gradient_checkpointing_train_alike(self, examples, tmp_path, compiled):
+    def test_gradient_checkpointing_trains_alike(self, examples, tmp_path):
         _, plain = self.run(examples[:8], tmp_path, "plain")
         model = policy(adapter=0.0)
-        model.model.gradient_checkpointing = not compiled
-        if compiled:
-            compile_blocks(model)
-        train(replace(QUICK, epochs=1, batch_size=4), model, None, examples[:8], torch.linspace(0, 1, 24), tmp_path / "other")
+        model.model.gradient_checkpointing = True
+        self.same(plain, model, examples[:8], tmp_path)
+
+    def test_compiled_blocks_train_alike_in_three_graphs_for_any_length(self, examples, tmp_path):
+        """One for the first block, whose input has no gradient, one for the others, one with the adapters off; graphs are never broken.
+
+        (Where the first batch is as long as head_dim, torch takes the two for one size, and makes the three anew for the next length.)
+        """
+        examples = [e for e in examples if len(e.input_ids) != 32]
+        _, plain = self.run(examples, tmp_path, "plain")
+        model, keys = policy(adapter=0.0), list(policy().state_dict())
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compile_blocks(model)
+        self.same(plain, model, examples, tmp_path)
+        counters = torch._dynamo.utils.counters
+        assert len({len(e.input_ids) for e in examples}) > 8 and list(model.state_dict()) == keys
+        assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
+
+    @pytest.mark.parametrize("most", [64, 100, 1000])
+    def test_packing_by_length_changes_the_batches_but_not_the_step(self, examples, tmp_path, most):
+        _, plain = self.run(examples, tmp_path, "plain", batch_size=8)
+        _, packed = self.run(examples, tmp_path, "packed", batch_size=8, max_tokens_per_batch=most)
+        assert len(micro_batches(examples[:8], 8, most, 1)) > 1
+        for a, b in zip(plain, packed, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+    def test_every_process_gets_as_many_micro_batches(self, examples):
+        for n, world, most in ((8, 3, 0), (2, 4, 0), (1, 2, 0), (24, 2, 64), (5, 1, 0)):
+            batches = micro_batches(examples[:n], 8, most, world)
+            assert len(batches) % world == 0 and sorted(i for batch in batches for i in batch) == list(range(n))
+            assert len(batches[-1]) > 0 or world > 1
+
+    def same(self, plain, model, examples, tmp_path):
+        train(replace(QUICK, epochs=1, batch_size=4), model, None, examples, torch.linspace(0, 1, 24), tmp_path / "other")
         other = [json.loads(line) for line in (tmp_path / "other").read_text().splitlines()]
         for a, b in zip(plain, other, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+
+    def test_the_cached_reference_is_the_live_one(self, examples, tmp_path):
+        _, live = self.run(examples, tmp_path, "live", epochs=2)
+        model, config = policy(adapter=0.0), replace(QUICK, epochs=2, batch_size=4, ref_cache=tmp_path / "ref")
+        risk = torch.linspace(0, 1, 24)
+        ref, cache = reference_of(config, model, examples, risk)
+        train(config, model, ref, examples, risk, tmp_path / "cached", cache)
+        cached = [json.loads(line) for line in (tmp_path / "cached").read_text().splitlines()]
+        for a, b in zip(live, cached, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["kl"] == pytest.approx(b["kl"], abs=1e-4)
+
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_full_fine_tuning_is_the_definition_and_leaves_the_head(self, examples, tmp_path, cached):
+        config = replace(QUICK, epochs=1, batch_size=24, lora_r=0, lr=1e-3, ref="cache" if cached else "live", ref_cache=tmp_path / "ref")
+        models = []
+        for token_loss in (fused.token_loss, definition):
+            model, risk = load_model(WORLD / "model", dtype=torch.float32), torch.linspace(0, 1, 24)
+            ref, cache = reference_of(config, model, examples, risk)
+            model.model.requires_grad_(True)
+            model.lm_head.requires_grad_(False)
+            for parameter in model.model.layers.parameters():  # away from the reference, where KL has no gradient
+                parameter.data *= 1.01
+            alpha, beta = blend(risk.float(), 0.1, 0.9)
+            if token_loss is definition:
+                ref, cache = load_model(WORLD / "model", dtype=torch.float32), None
+            loss, _, _ = micro_batch_loss(model, ref, examples, alpha, beta, count(examples), cache, token_loss=token_loss)
+            loss.backward()
+            models.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+            assert model.lm_head.weight.grad is None and len(models[-1]) > 800_000
+        assert (models[0] - models[1]).norm() / models[1].norm() < 1e-5
 
 
 class TestRiskFiles:
