@@ -30,8 +30,14 @@ def sample(logits: torch.Tensor, temperature: float, top_p: float, generator) ->
     return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
 
+def first_logits(model: Transformer, tokens: torch.Tensor, real: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Logits (B, V) of the next token, after tokens (B, T), left-padded, with which the cache is filled."""
+    hidden, _ = model.model(tokens, real, cache, rows=real.flatten().nonzero()[:, 0])  # (n, H)
+    return model.lm_head(hidden[real.sum(-1).cumsum(0) - 1])
+
+
 def next_logits(model: Transformer, tokens: torch.Tensor, real: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Logits (B, V) of the next token, after tokens (B, T) that follow what is in the cache."""
+    """Logits (B, V) of the next token, after tokens (B, 1) that follow what is in the cache."""
     return model.lm_head(model.model(tokens, real, cache)[0][:, -1])
 
 
@@ -81,7 +87,7 @@ def _complete(model, prompts, max_new_tokens, room, temperature, top_p, generato
     for end in range(T, T + max_new_tokens):  # tokens so far, padding included
         if end == T or any(len(prompt) + end - T == switch + 1 for prompt in prompts):  # longrope: that row's cached keys are out of date
             cache.length = 0
-            logits = next_logits(model, ids[live, :end], real[:, :end], cache)
+            logits = first_logits(model, ids[live, :end], real[:, :end], cache)
         elif static:
             cache.length = torch.tensor([end - 1], device=device)
             logits = decode(model, ids[:, end - 1 : end].contiguous(), real, cache)

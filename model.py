@@ -51,7 +51,7 @@ def rope_frequencies(config: Config) -> tuple[torch.Tensor, float]:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first R of D dimensions of x (B, heads, T, D) by the angles of cos, sin (B, 1, T, R); the rest passes."""
+    """Rotate the first R of D dimensions of x (…, heads, D) by the angles of cos, sin (…, 1, R); the rest passes."""
     rotary, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = rotary.chunk(2, dim=-1)
     return torch.cat((rotary * cos + torch.cat((-second, first), -1) * sin, rest), -1)
@@ -157,22 +157,27 @@ class Attention(nn.Module):
         if self.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, masks, cache):
-        B, T, _ = x.shape
+    def forward(self, x, cos, sin, masks, cache, grid):
         q, k, v = self.qkv_proj(x).split(self.sizes, -1) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))  # (B, T, heads, D)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (B, T, heads, D), or (n, heads, D) where padding is left out
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if grid is not None:
+            (B, T), rows = grid
+            q, k, v = (t.new_zeros(B * T, *t.shape[1:]).index_copy(0, rows, t).unflatten(0, (B, T)) for t in (q, k, v))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
         if cache is not None:
             k, v = cache.append(self.block, k, v)  # (B, K, S, D)
-        mask = masks[self.window]
+        mask, heads = masks[self.window], q.shape[1]
+        if q.shape[2] == 1:  # heads of a group look at the same keys: as one head with as many queries
+            q = q.reshape(q.shape[0], k.shape[1], -1, self.head_dim)  # (B, K, N/K, D)
+        elif heads != k.shape[1] and mask is not None:  # on CUDA, the kernel for masks knows no groups, the fallback would hold (T, S) per head
+            k, v = (t.repeat_interleave(heads // k.shape[1], 1) for t in (k, v))  # (B, N, S, D)
         grouped = q.shape[1] != k.shape[1]
-        if grouped and mask is not None:  # on CUDA, the kernel for masks knows no groups, and the fallback would hold (T, S) per head
-            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))  # (B, N, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped and mask is None)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)  # (B, N, T, D)
+        y = y.reshape(y.shape[0], heads, -1, self.head_dim).transpose(1, 2).flatten(2)  # (B, T, N·D)
+        return self.o_proj(y if grid is None else y.flatten(0, 1)[rows])
 
 
 class MLP(nn.Module):
@@ -203,8 +208,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, masks, cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, masks, cache)
+    def forward(self, x, cos, sin, masks, cache, grid):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, masks, cache, grid)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -220,8 +225,11 @@ class Decoder(nn.Module):
         with torch.device("cpu"):  # also when the weights are built on meta; a plain tensor, so that no cast rounds it
             self.inv_freq, self.rope_scaling = rope_frequencies(config)
 
-    def forward(self, input_ids, attention_mask=None, cache=None, layers=(), pool=lambda x: x):
-        """Final hidden states after the norm (B, T, H), and [pool(residual stream after block i) for i in layers], in order."""
+    def forward(self, input_ids, attention_mask=None, cache=None, layers=(), pool=lambda x: x, rows=None):
+        """Final hidden states after the norm (B, T, H), and [pool(residual stream after block i) for i in layers], in order.
+
+        rows (n,): the real tokens' places among the B·T. With them only attention sees the padding, and all states are (n, H).
+        """
         B, T = input_ids.shape
         start = 0 if cache is None else cache.length
         static = isinstance(start, torch.Tensor)
@@ -234,15 +242,17 @@ class Decoder(nn.Module):
         if len(inv_freq) == 2:  # longrope: each row by its own length, so that a batch mate never changes a row
             long = real.sum(-1) > self.config.rope["original_max_position_embeddings"]  # (B,)
             inv_freq = inv_freq[long.long()][:, None]  # (B, 1, R/2)
-        angles = (positions[..., None].float() * inv_freq).repeat(1, 1, 2)[:, None]  # (B, 1, T, R)
+        angles, grid = (positions[..., None].float() * inv_freq).repeat(1, 1, 2)[:, :, None], None  # (B, T, 1, R)
+        if rows is not None:
+            x, angles, grid = x.flatten(0, 1)[rows], angles.expand(B, T, 1, -1).flatten(0, 1)[rows], ((B, T), rows)  # (n, H), (n, 1, R)
         cos, sin = (angles.cos() * self.rope_scaling).to(x.dtype), (angles.sin() * self.rope_scaling).to(x.dtype)
         masks = attention_masks(attention_mask, self.config.windows, slots, S)
         states = {0: pool(x)} if 0 in layers else {}
         for i, block in enumerate(self.layers, start=1):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, masks, cache, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, masks, cache, grid, use_reentrant=False)
             else:
-                x = block(x, cos, sin, masks, cache)
+                x = block(x, cos, sin, masks, cache, grid)
             if i in layers:
                 states[i] = pool(x)
         if cache is not None and not static:

@@ -161,13 +161,14 @@ def response_states(model: Transformer, examples: list) -> tuple:
     The only place where labels are shifted. Right padding needs no mask: causal attention never looks there; only longrope has to know
     how long each row is.
     """
-    labels = pad([e.labels for e in examples], IGNORE, "right")
+    labels, device = pad([e.labels for e in examples], IGNORE, "right"), model.device
+    real = pad([[True] * len(e.input_ids) for e in examples], False, "right")  # (B, T)
     row, column = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    before = (real.flatten().cumsum(0) - 1)[row * labels.shape[1] + column]  # among the real tokens
     longrope = model.config.rope["rope_type"] == "longrope"
-    real = pad([[1] * len(e.input_ids) for e in examples], 0, "right", model.device) if longrope else None
-    hidden, _ = model.model(pad([e.input_ids for e in examples], 0, "right", model.device), real)  # (B, T, H)
-    before = (row * labels.shape[1] + column).to(model.device)
-    return hidden.flatten(0, 1)[before], labels[row, column + 1].to(model.device), row
+    hidden, _ = model.model(pad([e.input_ids for e in examples], 0, "right", device), real.to(device) if longrope else None,
+                            rows=real.flatten().nonzero()[:, 0].to(device))  # (n, H)
+    return hidden[before.to(device)], labels[row, column + 1].to(device), row
 
 
 def micro_batch_loss(policy: Transformer, ref: Transformer | None, examples: list, alpha: torch.Tensor, beta: torch.Tensor, n_tokens: int,

@@ -201,9 +201,8 @@ class TestMicroBatch:
 
         monkeypatch.setattr(type(model.model), "forward", recording)
         loss_and_grads(model, examples[:3], torch.full((3,), 0.5))
-        for row, example in zip(hidden[0].grad, examples[:3]):
-            before_response = [t + 1 < len(example.labels) and example.labels[t + 1] != IGNORE for t in range(len(row))]
-            assert [bool(g.abs().max() > 0) for g in row] == before_response
+        before_response = [t + 1 < len(e.labels) and e.labels[t + 1] != IGNORE for e in examples[:3] for t in range(len(e.labels))]
+        assert [bool(g.abs().max() > 0) for g in hidden[0].grad] == before_response
 
     def test_longrope_rows_keep_their_own_length(self):
         """Phi-3 switches factors at 16 tokens here: a long batch mate must not switch the short row."""
@@ -352,7 +351,7 @@ class TestLoop:
 
         (Where the first batch is as long as head_dim, torch takes the two for one size, and makes the three anew for the next length.)
         """
-        examples = [e for e in examples if len(e.input_ids) != 32][:20]
+        examples = [e for e in examples if len(e.input_ids) != 32][:16]
         _, plain = self.run(examples, tmp_path, "plain")
         model, keys = policy(adapter=0.0), list(policy().state_dict())
         torch._dynamo.reset()
@@ -360,7 +359,7 @@ class TestLoop:
         compile_blocks(model)
         self.same(plain, model, examples, tmp_path)
         counters = torch._dynamo.utils.counters
-        assert len({len(e.input_ids) for e in examples}) >= 8 and list(model.state_dict()) == keys
+        assert len({len(e.input_ids) for e in examples}) >= 6 and list(model.state_dict()) == keys
         assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
 
     @pytest.mark.parametrize("most", [64, 100, 1000])
