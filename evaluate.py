@@ -182,13 +182,17 @@ def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOpti
     """→ (results as in results.json, every completion with how it was scored). `judge`: by `open_judge`, on the first process; None without."""
     rows, jobs = [], []
     for kind, group in sets.items():
-        sampled = [(f"sample {i}", options.temperature, options.seed * 1000 + i + 1) for i in range(options.samples)]
-        passes = [("greedy", 0.0, options.seed)] + (sampled if kind in ("harmful", "attacked") else [])
-        jobs += [(kind, name, c, *decoding) for name, c in group.items() for decoding in passes]
-    with tqdm(total=sum(len(job[2]) for job in jobs), desc=f"evaluating {desc}", unit="responses", mininterval=0.5) as bar:
-        for kind, name, conversations, decoding, temperature, seed in jobs:
-            for c, response in zip(conversations, respond(model, chat, conversations, options, temperature, seed * 10**6, bar)):
-                row = {"kind": kind, "set": name, "decoding": decoding, "prompt": c.prompts[-1][-1]["content"], "response": response}
+        sampled = [("sample", options.temperature, options.samples)] * (kind in ("harmful", "attacked") and options.samples > 0)
+        jobs += [(kind, name, c, *decoding) for name, c in group.items() for decoding in [("greedy", 0.0, 1), *sampled]]
+    with tqdm(total=sum(len(job[2]) * job[5] for job in jobs), desc=f"evaluating {desc}", unit="responses", mininterval=0.5) as bar:
+        for number, (kind, name, conversations, decoding, temperature, times) in enumerate(jobs):
+            repeated = [c for c in conversations for _ in range(times)]
+            responses = respond(model, chat, repeated, options, temperature, options.seed * 1000 + number, bar)
+            for i in range(len(repeated)):  # sample by sample
+                k, c = divmod(i, len(conversations))
+                c, response = conversations[c], responses[c * times + k]
+                row = {"kind": kind, "set": name, "decoding": decoding if decoding == "greedy" else f"sample {k}",
+                       "prompt": c.prompts[-1][-1]["content"], "response": response}
                 scored = {"answer": c.answer, "correct": is_correct(response, c.answer, metric_of(c))} if kind == "task" else {
                     "refused": refuses(response)}
                 rows.append(row | scored)

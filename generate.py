@@ -78,29 +78,34 @@ def _complete(model, prompts, max_new_tokens, room, temperature, top_p, generato
         ids[row, T - len(prompt) : T], real[row, T - len(prompt) : T] = torch.tensor(prompt, device=device), True
     rope = model.config.rope
     switch = rope["original_max_position_embeddings"] if rope["rope_type"] == "longrope" else math.inf
-    cache = KVCache(model.config, B, room, device, model.lm_head.weight.dtype)
     live, done = torch.arange(B, device=device), torch.zeros(B, device=device, dtype=torch.bool)  # rows not dropped; which are finished
+    place = {}  # several samples of one prompt: its keys and values are computed once
+    which = torch.tensor([place.setdefault(tuple(prompt), len(place)) for prompt in prompts], device=device)
+    first = torch.tensor([which.tolist().index(i) for i in range(len(place))], device=device)
+    cache = KVCache(model.config, len(first), room, device, model.lm_head.weight.dtype)
+    logits = first_logits(model, ids[first, :T], real[first, :T], cache)[which]
+    cache.keep(which)
     decode = torch.compile(next_logits, dynamic=False, mode="reduce-overhead") if static else next_logits
     if static:
         for tensor in cache.keys + cache.values:
             torch._dynamo.mark_static_address(tensor)
     for end in range(T, T + max_new_tokens):  # tokens so far, padding included
-        if end == T or any(len(prompt) + end - T == switch + 1 for prompt in prompts):  # longrope: that row's cached keys are out of date
-            cache.length = 0
-            logits = first_logits(model, ids[live, :end], real[:, :end], cache)
-        elif static:
-            cache.length = torch.tensor([end - 1], device=device)
-            logits = decode(model, ids[:, end - 1 : end].contiguous(), real, cache)
-        else:
-            logits = next_logits(model, ids[live, end - 1 : end], real[:, :end], cache)
         new = sample(logits, temperature, top_p, generator)  # (rows,)
-        ids[live, end] = new
-        real[:, end : end + 1] = True
+        ids[live, end], real[:, end : end + 1] = new, True
         done |= torch.isin(new, stop)
-        if (not static or (end - T) % POLL == POLL - 1) and all_true(done.all()):
+        last = end + 1 == T + max_new_tokens
+        if last or (not static or (end - T) % POLL == POLL - 1) and all_true(done.all()):
             break
         if not static and len(done) / 4 <= done.sum() < len(done):  # a copy of the cache, worth it where it spares a quarter of the rows
             keep = ~done
             cache.keep(keep)
-            live, real, done = live[keep], real[keep], done[keep]
+            live, real, done, new = live[keep], real[keep], done[keep], new[keep]
+        if any(len(prompt) + end - T == switch for prompt in prompts):  # long RoPE changes with the next token: its cached keys are out of date
+            cache.length = 0
+            logits = first_logits(model, ids[live, : end + 1], real[:, : end + 1], cache)
+        elif static:
+            cache.length = torch.tensor([end], device=device)
+            logits = decode(model, new[:, None], real, cache)
+        else:
+            logits = next_logits(model, new[:, None], real[:, : end + 1], cache)
     return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in ids[:, T:].tolist()]

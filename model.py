@@ -137,7 +137,7 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Drop all rows but these."""
+        """Keep these rows only, in this order, each as often as it occurs."""
         self.keys, self.values = ([tensor[rows] for tensor in tensors] for tensors in (self.keys, self.values))
 
 

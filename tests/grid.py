@@ -59,6 +59,7 @@ def train_group(config: GridConfig, attack: str, seed: int) -> str:
             cell.parent.mkdir(parents=True, exist_ok=True)
             options = TrainConfig(model=config.model, data=WORLD / f"{attack}.jsonl", seed=seed, out=cell, base_of=base_of,
                                   judge=str(WORLD / "judge"), verdicts=config.out / f"verdicts-{attack}-{seed}.sqlite",
+                                  ref_cache=config.out / "ref",
                                   **SETTINGS, **METHODS[method])
             with open(cell.with_suffix(".log"), "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
                 train_main(options)
