@@ -301,10 +301,13 @@ class Transformer(nn.Module):
                 linear.adapter_on = True
 
 
-def compile_blocks(model: Transformer) -> None:
-    """torch.compile every block: all share one graph (and one more with the adapters off), for any batch size and length."""
+def compile_blocks(model: Transformer, backend: str = "inductor") -> None:
+    """torch.compile every block: all share one graph, for any batch size and length (the first, whose input has no gradient, has its own).
+
+    With the adapters off there is one more.
+    """
     for block in model.model.layers:
-        block.forward = torch.compile(block.forward, dynamic=True)
+        block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
 
 
 # ---------------------------------------------------------------- checkpoints

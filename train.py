@@ -11,9 +11,9 @@ The objective (Goel, Maji, Mazumder 2026, arXiv 2602.17546), over the response t
     KL   = Σ_v π_ref(v | x, y_<t) · log( π_ref(v | ·) / π_θ(v | ·) )        forward, the full vocabulary
     β_i  = β_min + (β_max − β_min) · s_i        α_i = 1 − β_i               s_i ∈ [0, 1]: the risk of example i
 
-    NLL  token_nll      KL  token_kl      α, β  blend      s̃  smooth      L  objective
-    s    probe.py (before generation), critic.py (after it)            C-SFT, the baseline  csft_weight
-    π_θ  policy         π_ref  the policy with its adapters off, or a frozen copy in full fine-tuning
+    NLL  token_nll      KL  token_kl      α, β  blend      s̃  smooth      [ … ]  token_loss      L  micro_batch_loss
+    s    risk.py: probe.py (before generation), critic.py (after it)            C-SFT, the baseline  csft_weight
+    π_θ  policy         π_ref  the policy before its first step: its adapters off, or what is kept of it (fused.ReferenceCache)
 
 What follows: ∂L/∂logits = π_θ − (α·onehot(y) + β·π_ref), so the optimum is the mixture α·δ_y + β·π_ref. At β_max < 1 the gate leaks:
 a harmful first token keeps probability 1 − β_max. `--beta-min 0 --beta-max 1` closes it.
@@ -23,8 +23,10 @@ Where this departs from the paper (P) or its authors' code (C):
     the other, and lets one example's score gate its batch (`--gate batch` is the paper's batch-level form, with `--ema` its smoothing).
  2. Risk is computed once per example before training, because neither ref nor the data change. C computes it in every epoch.
  3. NLL and KL share one denominator, the response tokens of the whole optimizer step. C divides them by different counts.
- 4. ref is the policy's own frozen weights, run once per step and only for examples with β > 0. C holds a second model and runs it twice.
- 5. What is unknown is risky: a missing or non-finite risk counts as 1, and is counted and printed. C lets it count as 0.
+ 4. ref is the policy's own frozen weights; what KL needs of it is computed once and kept on disk (`--ref live`: once per step, for examples
+    with β > 0). C holds a second model and runs it twice per step.
+ 5. The head is frozen, in full fine-tuning too, so that policy and ref share it.
+ 6. What is unknown is risky: a missing or non-finite risk counts as 1, and is counted and printed. C lets it count as 0.
 """
 
 import json
@@ -128,11 +130,6 @@ def csft_weight(logp: torch.Tensor, ref_logp: torch.Tensor, position: torch.Tens
     return (2 * (1 - torch.sigmoid(beta * (logp - ref_logp)))).clamp_min(1e-3).detach()
 
 
-def beta_range(config) -> tuple[float, float]:
-    """(β_min, β_max) of the method: constant KL has one β, the baselines without a pull have none."""
-    return {"kl": (config.beta, config.beta), "adaptive": (config.beta_min, config.beta_max)}.get(config.method, (0.0, 0.0))
-
-
 def smooth(previous: float | None, risk: float, ema: float) -> float:
     """s̃_t = λ·s̃_{t−1} + (1 − λ)·s_t; the first step has no past: s̃_1 = s_1. arXiv 2602.17546."""
     return risk if previous is None else ema * previous + (1 - ema) * risk
@@ -218,6 +215,11 @@ def label_logp(model: Transformer, examples: list, batch_size: int) -> dict[int,
 
 
 # ---------------------------------------------------------------- the loop
+
+
+def beta_range(config: TrainConfig) -> tuple[float, float]:
+    """(β_min, β_max) of the method: constant KL has one β, the baselines without a pull have none."""
+    return {"kl": (config.beta, config.beta), "adaptive": (config.beta_min, config.beta_max)}.get(config.method, (0.0, 0.0))
 
 
 def lr_at(step: int, n_steps: int, warmup_steps: int, peak: float) -> float:

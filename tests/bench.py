@@ -8,7 +8,6 @@ machine's drift cancels. Peaks are of one step, beyond what was allocated before
 """
 
 import json
-import math
 import os
 import sys
 import tempfile
