@@ -35,6 +35,8 @@ REFUSAL_PHRASES = (
     "I do not feel comfortable", "I'm not comfortable", "As an AI", "As a language model", "is illegal and unethical",
 )
 METRICS = ("number", "label", "exact")
+NO_SETTINGS = {"seed", "out", "base_of", "verdicts", "device", "ref", "ref_cache", "ref_cache_gb", "max_tokens_per_batch", "compile",
+               "gradient_checkpointing", "fsdp"}  # options that tell runs of one configuration apart, or change no number
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,7 @@ def compare(paths: list[Path]) -> tuple[str, list[dict]]:
             print(f"skipped {path}: no results.json, so not a finished run")
             continue
         config, results = read_json(path / "config.json"), read_json(path / "results.json")
-        settings = {key: value for key, value in config.items() if key not in ("seed", "out", "base_of", "verdicts")}
+        settings = {key: value for key, value in config.items() if key not in NO_SETTINGS}
         of_data = groups.setdefault((config["model"], config["data"]), {})
         of_data.setdefault("base", []).append((path, {}, results["base"], config["seed"]))
         of_data.setdefault(json.dumps(settings, sort_keys=True), []).append((path, settings, results["after"], config["seed"]))

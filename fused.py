@@ -14,7 +14,6 @@ vector g and a number c per response token, which never change. This holds while
 Shapes: N response tokens, the first M of which are pulled to the reference; C tokens of a chunk, H hidden size, V vocabulary.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -42,7 +41,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tenso
 
 
 @torch.no_grad()
-def _terms(hidden, weight, labels, alpha, beta, ref_hidden, ref_terms=None, with_gradient: bool = True) -> tuple:
+def _nll_kl_gradient(hidden, weight, labels, alpha, beta, ref_hidden, ref_terms=None, with_gradient: bool = True) -> tuple:
     """NLL (N,), KL (N,) (0 behind the first M), and ∂(α·NLL + β·KL)/∂hidden (N, H) or None, formed chunk by chunk."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     if weight.dtype != wide and not (hidden.is_cuda and torch.__version__ >= (2, 8)):  # no product of bfloat16 matrices in float32 there
@@ -82,15 +81,15 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, alpha, beta, ref_hidden, ref_terms):
-        nll, kl, gradient = _terms(hidden, weight, labels, alpha, beta, ref_hidden, ref_terms, ctx.needs_input_grad[0])
+        nll, kl, gradient = _nll_kl_gradient(hidden, weight, labels, alpha, beta, ref_hidden, ref_terms, ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(nll, kl)
         return alpha * nll + beta * kl, nll, kl
 
     @staticmethod
-    def backward(ctx, loss, nll, kl):
+    def backward(ctx, grad_loss, grad_nll, grad_kl):
         (gradient,) = ctx.saved_tensors
-        return (gradient * loss[:, None]).to(gradient.dtype), None, None, None, None, None, None
+        return (gradient * grad_loss[:, None]).to(gradient.dtype), None, None, None, None, None, None
 
 
 def token_loss(hidden, weight, labels, alpha, beta, ref_hidden, ref_terms=None) -> tuple:
@@ -110,7 +109,7 @@ def reference_terms(ref_hidden: torch.Tensor, weight: torch.Tensor, labels: torc
     c is formed with g as it is stored, so that KL is 0 where the policy is the reference, however coarse the dtype.
     """
     ones = torch.ones(len(labels), device=labels.device)
-    nll, _, g = _terms(ref_hidden, weight, labels, ones, 0 * ones, ref_hidden[:0])
+    nll, _, g = _nll_kl_gradient(ref_hidden, weight, labels, ones, 0 * ones, ref_hidden[:0])
     return g, (g.to(nll.dtype) * ref_hidden.to(nll.dtype)).sum(-1) - nll
 
 
@@ -128,7 +127,7 @@ class ReferenceCache:
         self.dtype, hidden_size = model.lm_head.weight.dtype, model.config.hidden_size
         batches = batches_by_length([len(e.input_ids) for e in examples], batch_size)
         self.batches = [[examples[i] for i in batch] for batch in batches]
-        key = hashlib.sha256(f"{fingerprint(model.path)} {self.dtype}".encode())
+        key = hashlib.sha256(f"1 {on_first(lambda: fingerprint(model.path))} {self.dtype}".encode())  # 1: version of the form
         self.place, end = {}, 0  # example.index → its rows
         for batch in self.batches:
             for example in batch:
@@ -136,13 +135,14 @@ class ReferenceCache:
                 start, end = end, end + example.n_labels
                 self.place[example.index] = slice(start, end)
         self.file = Path(folder) / f"{key.hexdigest()[:32]}.ref"
-        self.row = np.dtype([("g", f"i{self.dtype.itemsize}", hidden_size), ("c", "f4")])  # g bit by bit: numpy has no bfloat16
-        self.n_tokens, self.size, self.part = end, end * self.row.itemsize, None  # size in bytes
+        self.form = np.dtype([("g", f"i{self.dtype.itemsize}", hidden_size), ("c", "f4")])  # g bit by bit: numpy has no bfloat16
+        self.n_tokens, self.size, self.stream = end, end * self.form.itemsize, None  # size in bytes
 
-    def room(self) -> int:
-        """Bytes free for the file, what is there of it included."""
-        folder = next(path for path in self.file.absolute().parents if path.exists())
-        part = self.file.with_suffix(".part")
+    def room(self) -> float:
+        """Bytes that the file may have: what is free, and what there is of it; any, where it is finished."""
+        part, folder = self.file.with_suffix(".part"), next(path for path in self.file.absolute().parents if path.exists())
+        if self.file.exists():
+            return float("inf")
         return shutil.disk_usage(folder).free + (part.stat().st_size if part.exists() else 0)
 
     def fill(self, states, weight: torch.Tensor) -> "ReferenceCache":
@@ -151,46 +151,58 @@ class ReferenceCache:
         states(examples) → the reference's (h_ref (N, H), labels (N,)); all processes compute, the first one writes. An interrupted file goes
         on where it ended; it gets its name when it is complete. A second run that needs the same file waits for the first.
         """
-        done = on_first(self._open)
-        for batch in tqdm(self.batches, desc="reference", disable=done == self.n_tokens):
-            if self.place[batch[-1].index].stop <= done:
-                continue
-            hidden, labels = states(batch)
-            g, c = reference_terms(hidden, weight, labels)
-            if rank() == 0:
-                rows = np.empty(len(c), self.row)
-                rows["g"], rows["c"] = g.cpu().view({2: torch.int16, 4: torch.int32}[self.dtype.itemsize]).numpy(), c.cpu().numpy()
-                self.part.write(rows.tobytes())
-        on_first(self._close)
-        self.rows = np.memmap(self.file, dtype=self.row, mode="r")
+        try:
+            done = on_first(self._open)
+            for batch in tqdm(self.batches, desc="reference", disable=done == self.n_tokens):
+                if self.place[batch[-1].index].stop <= done:
+                    continue
+                hidden, labels = states(batch)
+                g, c = reference_terms(hidden, weight, labels)
+                if rank() == 0:
+                    rows = np.empty(len(c), self.form)
+                    rows["g"] = g.cpu().view({2: torch.int16, 4: torch.int32}[self.dtype.itemsize]).numpy()
+                    rows["c"] = c.cpu().numpy()
+                    self.stream.write(rows.tobytes())
+            on_first(self._finish)
+        finally:
+            if self.stream:
+                self.stream.close()  # and its lock is gone
+        self.rows = np.memmap(self.file, dtype=self.form, mode="r")
         return self
 
     def _open(self) -> int:
-        """How many rows are there already; the others are appended to `part`."""
+        """How many rows are there already; the others are appended to the stream."""
+        import fcntl  # which Windows lacks
+
+        part = self.file.with_suffix(".part")
         if not self.file.exists():
             if self.size > self.room():
                 raise DataError(f"--ref cache: expected {self.size / 1e9:.1f} GB of room for {self.file}, found {self.room() / 1e9:.1f}; "
                                 f"use --ref live, or another --ref-cache folder")
             print(f"reference cache: {self.n_tokens} response tokens, {self.size / 1e6:.1f} MB in {self.file}")
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.part = open(self.file.with_suffix(".part"), "ab")
-            fcntl.flock(self.part, fcntl.LOCK_EX)  # held until the file is closed, or this process dies
+            self.stream = open(part, "ab")
+            try:
+                fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the stream is closed, or this process dies
+            except BlockingIOError:
+                print("waiting for another run, which is writing it")
+                fcntl.flock(self.stream, fcntl.LOCK_EX)
         if self.file.exists():  # finished before, or by a run that this one has just waited for
             if self.file.stat().st_size != self.size:
                 raise DataError(f"{self.file}: expected {self.size} bytes, found {self.file.stat().st_size}; delete it")
+            if part.exists() and part.stat().st_size == 0:  # made by opening it a moment too late
+                part.unlink()
             return self.n_tokens
-        written = self.part.seek(0, os.SEEK_END) // self.row.itemsize
+        written = self.stream.seek(0, os.SEEK_END) // self.form.itemsize
         done = max((end for batch in self.batches if (end := self.place[batch[-1].index].stop) <= written), default=0)
-        self.part.truncate(done * self.row.itemsize)  # to the end of a batch: an interrupted run may have left half a row
+        self.stream.truncate(done * self.form.itemsize)  # to the end of a batch: an interrupted run may have left half a row
         return done
 
-    def _close(self) -> None:
-        if self.part:
-            self.part.flush()
-            os.fsync(self.part.fileno())
-            if not self.file.exists():
-                os.replace(self.part.name, self.file)
-            self.part.close()
+    def _finish(self) -> None:
+        if self.stream and not self.file.exists():
+            self.stream.flush()
+            os.fsync(self.stream.fileno())
+            os.replace(self.stream.name, self.file)
 
     def terms(self, examples: list, device) -> tuple[torch.Tensor, torch.Tensor]:
         """(g (M, H), c (M,)) of the response tokens of `examples`, in their order."""

@@ -115,25 +115,26 @@ class RMSNorm(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, preallocated: per block (B, K, capacity, D).
+    """Keys and values of the tokens seen so far, preallocated: per block (B, K, capacity, D). `length`: how many tokens they are.
 
-    `length`: how many tokens are in it, which the decoder keeps. As a tensor (1,), which the caller keeps, the cache is static: the next
-    token's keys go to that slot, all of the capacity is attended to under a mask, and every step has the same shapes.
+    Where `slot` (1,) is set the cache is static: the next token goes there, all of the capacity is attended to under a mask, and so every
+    step has the same shapes.
     """
 
     def __init__(self, config: Config, batch: int, capacity: int, device, dtype):
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.length, self.capacity = 0, capacity
+        self.length, self.capacity, self.slot = 0, capacity, None
 
     def append(self, block: int, k, v):
         """Write k, v (B, K, T, D) behind what is there and return all that is attended to, (B, K, S, D)."""
         keys, values = self.keys[block], self.values[block]
-        if isinstance(self.length, torch.Tensor):
-            return keys.index_copy_(2, self.length, k), values.index_copy_(2, self.length, v)
+        if self.slot is not None:
+            return keys.index_copy_(2, self.slot, k), values.index_copy_(2, self.slot, v)
         end = self.length + k.shape[2]
-        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -231,14 +232,16 @@ class Decoder(nn.Module):
         rows (n,): the real tokens' places among the B·T. With them only attention sees the padding, and all states are (n, H).
         """
         B, T = input_ids.shape
-        start = 0 if cache is None else cache.length
-        static = isinstance(start, torch.Tensor)
+        static = cache is not None and cache.slot is not None
+        start = cache.slot if static else cache.length if cache is not None else 0
         S = cache.capacity if static else start + T
         x = self.embed_tokens(input_ids)  # (B, T, H)
         slots = torch.arange(T, device=x.device) + start  # (T,): where these tokens stand among the S
         real = torch.ones(B, S, device=x.device, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         positions = (real.cumsum(-1) - 1).clamp_min(0)[:, slots]  # (B, T): padding on either side shifts nothing
-        inv_freq = self.inv_freq.to(x.device)
+        if self.inv_freq.device != x.device:
+            self.inv_freq = self.inv_freq.to(x.device)
+        inv_freq = self.inv_freq
         if len(inv_freq) == 2:  # longrope: each row by its own length, so that a batch mate never changes a row
             long = real.sum(-1) > self.config.rope["original_max_position_embeddings"]  # (B,)
             inv_freq = inv_freq[long.long()][:, None]  # (B, 1, R/2)

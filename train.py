@@ -29,6 +29,7 @@ Where this departs from the paper (P) or its authors' code (C):
  6. What is unknown is risky: a missing or non-finite risk counts as 1, and is counted and printed. C lets it count as 0.
 """
 
+import gc
 import json
 import math
 import os
@@ -170,11 +171,12 @@ def response_states(model: Transformer, examples: list) -> tuple:
 
 def micro_batch_loss(policy: Transformer, ref: Transformer | None, examples: list, alpha: torch.Tensor, beta: torch.Tensor, n_tokens: int,
                      cache: fused.ReferenceCache | None = None, ref_logp: dict | None = None, run_ref: bool = False,
-                     token_loss=fused.token_loss) -> tuple:
+                     loss_fn=fused.token_loss) -> tuple:
     """Loss of some examples with weights alpha, beta (B,), on the CPU → (loss, Σ nll, Σ kl); n_tokens counts those of the whole step.
 
     The reference of examples with β > 0 comes from `cache`, else from running `ref`, or where that is None the policy without its adapters;
     run_ref: run it even if no example here needs it, since another process does. ref_logp (of label_logp): weigh each label as C-SFT does.
+    loss_fn: token_loss, or its equal in fused.py.
     """
     order = (beta == 0).to(torch.int8).argsort(stable=True)  # those with pull first
     examples, alpha, beta = [examples[i] for i in order], alpha[order], beta[order]
@@ -187,7 +189,7 @@ def micro_batch_loss(policy: Transformer, ref: Transformer | None, examples: lis
         with torch.no_grad(), nullcontext() if ref is not None else policy.adapters_off():
             states = response_states(ref or policy, pulled or examples[:1])[0]
         ref_hidden = states if pulled else ref_hidden
-    loss, nll, kl = token_loss(hidden, policy.lm_head.weight, labels, alpha[row].to(device), beta[row].to(device), ref_hidden, **more)
+    loss, nll, kl = loss_fn(hidden, policy.lm_head.weight, labels, alpha[row].to(device), beta[row].to(device), ref_hidden, **more)
     if ref_logp is not None:
         position = torch.cat([response_positions(e) for e in examples]).to(device)
         loss = loss * csft_weight(-nll, torch.cat([ref_logp[e.index] for e in examples]), position)
@@ -248,7 +250,7 @@ def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, exa
     optimizer = torch.optim.AdamW([{"params": group} for group in groups if group], weight_decay=config.weight_decay, fused=True)
     per_step = config.batch_size * config.accumulation
     n_steps = config.epochs * math.ceil(len(examples) / per_step)
-    shuffle, order, smoothed = torch.Generator().manual_seed(config.seed), [], None
+    shuffle, order, smoothed, moved = torch.Generator().manual_seed(config.seed), [], None, False
     ref_logp = None
     if config.method == "csft":
         with policy.adapters_off():
@@ -287,7 +289,9 @@ def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, exa
             lr = lr_at(step, n_steps, config.warmup_steps, config.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if alpha.any() or kl > 1e-5 * n_tokens:  # else the gradient is rounding noise, which AdamW would turn into steps of full size
+            # While the policy is still the reference, KL alone has no gradient but rounding noise, and AdamW would make full steps of it.
+            moved = moved or bool(alpha.any())
+            if moved:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -303,7 +307,8 @@ def check(config: TrainConfig) -> TrainConfig:
     """Fill in what depends on other options. Raises DataError for a value that is out of range."""
     untouched = {option.name: getattr(config, option.name) == option.default for option in fields(config)}
     needed_by = {"beta_min": ("adaptive",), "beta_max": ("adaptive",), "gate": ("adaptive",), "risk": ("adaptive", "filter"),
-                 "probe": ("adaptive", "filter"), "beta": ("kl",), "filter_above": ("filter",)}
+                 "probe": ("adaptive", "filter"), "beta": ("kl",), "filter_above": ("filter",), "ref": ("adaptive", "kl"),
+                 "risk_floor": ("adaptive",)}
     require(
         config, ("beta_min", 0 <= config.beta_min <= 1, "0 to 1"), ("beta_max", config.beta_min <= config.beta_max <= 1, "beta-min to 1"),
         *((name, 0 <= getattr(config, name) <= 1, "0 to 1") for name in ("beta", "filter_above")),
@@ -314,8 +319,12 @@ def check(config: TrainConfig) -> TrainConfig:
         ("probe", config.risk in ("probe", "max") or not config.probe, "none unless --risk probe or max"),
         ("max_length", config.max_length > 1, "at least 2"),
         ("risk_floor", 0 <= config.risk_floor <= 1, "0 to 1"),
+        ("risk_floor", untouched["risk_floor"] or config.beta_min == 0 and config.gate == "example", "none without --beta-min 0"),
+        ("ref_cache_gb", untouched["ref_cache_gb"] or config.ref == "auto", "none without --ref auto"),
         ("lora_targets", "lm_head" not in comma_list(config.lora_targets), "no lm_head: the policy's head is the reference's"),
         ("fsdp", not config.fsdp or ranks.world() > 1, "several processes: torchrun --nproc_per_node=N train.py …"),
+        ("fsdp", not config.fsdp or torch.__version__ >= (2, 8), "torch 2.8 or newer, which shards weights of two dtypes"),
+        ("device", ranks.world() == 1 or config.device in ("cpu", "cuda"), "cpu or cuda, without a number, for several processes"),
         *((name, getattr(config, name) >= 1, "at least 1") for name in ("epochs", "batch_size", "accumulation")),
         *((name, 0 < getattr(config, name) < math.inf, "above 0") for name in ("lr", "clip", "lora_alpha")),
         *((name, 0 <= getattr(config, name) < math.inf, "at least 0")
@@ -351,7 +360,7 @@ def open_model(config: TrainConfig, path, dtype=None, adapters: bool = False) ->
     if adapters:
         add_lora(model, config.lora_r, config.lora_alpha, comma_list(config.lora_targets), config.seed)
     if config.fsdp:
-        ranks.shard(model)
+        ranks.shard(model, config.device)
     return model
 
 
@@ -360,11 +369,12 @@ def reference_of(config: TrainConfig, policy: Transformer, examples: list, risk:
     pulled = [e for e in examples if config.gate == "batch" or blend(risk[e.index], *beta_range(config))[1] > 0]
     if not pulled or beta_range(config)[1] == 0:
         return None, None
-    cache = fused.ReferenceCache(config.ref_cache, policy, pulled, config.batch_size)
-    worth = config.epochs > 1 and cache.size <= min(config.ref_cache_gb * 1e9, ranks.on_first(cache.room))
-    if config.ref == "cache" or config.ref == "auto" and worth:
-        with torch.no_grad(), policy.adapters_off():
-            return None, cache.fill(lambda batch: response_states(policy, batch)[:2], policy.lm_head.weight)
+    if config.ref == "cache" or config.ref == "auto" and config.epochs > 1:
+        cache = fused.ReferenceCache(config.ref_cache, policy, pulled, config.batch_size)
+        if config.ref == "cache" or cache.size <= min(config.ref_cache_gb * 1e9, ranks.on_first(cache.room)):
+            with torch.no_grad(), policy.adapters_off():
+                return None, cache.fill(lambda batch: response_states(policy, batch)[:2], policy.lm_head.weight)
+        print(f"the reference runs in every step: kept, it would be {cache.size / 1e9:.1f} GB (--ref-cache-gb, or what the disk has free)")
     return (None if config.lora_r else open_model(config, config.model, torch.float32)), None
 
 
@@ -396,6 +406,12 @@ def main(config: TrainConfig) -> None:
     if config.method == "adaptive" and config.gate == "example" and config.beta_min == 0:
         gate = gate.where(gate >= config.risk_floor, 0.0)
 
+    if full:  # every weight but the head's moves, in float32
+        del policy
+        gc.collect()  # before the next is loaded: two would be in memory
+        policy = open_model(config, config.model, torch.float32)
+    ref, cache = reference_of(config, policy, examples, gate)
+
     def write_before():
         config.out.mkdir(parents=True)
         write_json(config.out / "config.json", as_json(config))
@@ -409,10 +425,6 @@ def main(config: TrainConfig) -> None:
 
     ranks.on_first(write_before)
 
-    if full:  # every weight but the head's moves, in float32
-        del policy  # before the next is loaded: two would be in memory
-        policy = open_model(config, config.model, torch.float32)
-    ref, cache = reference_of(config, policy, examples, gate)
     if full:
         policy.model.requires_grad_(True)
         policy.lm_head.requires_grad_(False)  # the reference's, too; where it is the embedding, that one stays as well
@@ -425,6 +437,7 @@ def main(config: TrainConfig) -> None:
         save_adapter(policy, config.out / "adapter")
     save_model(policy, config.out / "model")
     del policy, ref
+    gc.collect()  # compiled blocks refer to themselves
     policy = open_model(config, config.out / "model")  # what is evaluated is what was saved
     after, completions = evaluate_model(policy, chat, sets, config, "after", judge)
 

@@ -3,14 +3,13 @@
 import argparse
 import dataclasses
 import inspect
-import os
 import re
 import sys
 import types
 import typing
 from pathlib import Path
 
-from data import DataError
+from data import DataError, ranks
 from data.checkpoint import ModelError
 
 
@@ -42,7 +41,7 @@ def parse(config_class, arguments=None, positional: str | None = None):
 def run(main, config_class, positional: str | None = None) -> None:
     """Parse the command line and call `main` with it. What is wrong with the input or the machine ends the script with one line."""
     sys.stdout.reconfigure(errors="replace")  # a console that has no β still gets its help
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and Path(sys.argv[0]).name not in ("train.py", "evaluate.py"):
+    if ranks.started() and Path(sys.argv[0]).name not in ("train.py", "evaluate.py"):
         sys.exit(f"error: expected one process for {sys.argv[0]}: only train.py and evaluate.py share their work among several")
     try:
         main(parse(config_class, positional=positional))
@@ -51,7 +50,8 @@ def run(main, config_class, positional: str | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit("interrupted: an unfinished run has no model and no results.json; a judge's verdicts and the cached reference are kept")
     finally:
-        sys.stderr = sys.__stderr__  # silent processes of several speak up when they fail
+        sys.stderr = sys.__stderr__  # silent processes speak up when they fail
+    ranks.leave()
 
 
 def require(config, *checks: tuple) -> None:

@@ -1,9 +1,10 @@
 """Several processes, one per GPU, started by `torchrun --nproc_per_node=N`: who is who, and the few things they exchange.
 
-Without torchrun every function here is the obvious thing for one process. Each is a collective: all processes call it, or none.
+Without torchrun every function here is the obvious thing for one process. What exchanges something is called by all processes, or by none.
 """
 
 import os
+import pickle
 import sys
 from datetime import timedelta
 
@@ -11,9 +12,14 @@ import torch
 import torch.distributed as dist
 
 
+def started() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
 def join() -> None:
-    """Join the other processes, if torchrun started any. All but the first are silent."""
-    if "RANK" not in os.environ or dist.is_initialized():
+    """Join the other processes, if there are any. All but the first are silent."""
+    if not started() or dist.is_initialized():
         return
     cuda = torch.cuda.is_available()
     if cuda:
@@ -22,6 +28,12 @@ def join() -> None:
     dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timedelta(days=1))
     if rank() > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # errors are written to sys.__stderr__
+
+
+def leave() -> None:
+    """Part from the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -38,12 +50,16 @@ def on_first(function):
     """Call `function` on the first process alone; all of them get what it returns, or the exception that it raises."""
     if world() == 1:
         return function()
-    box = [None, None]
+    box = [None, None]  # what it returns, what it raises
     if rank() == 0:
         try:
             box[0] = function()
         except Exception as error:
             box[1] = error
+            try:
+                pickle.dumps(error)
+            except Exception:
+                box[1] = RuntimeError(repr(error))
     dist.broadcast_object_list(box)
     if box[1] is not None:
         raise box[1]
@@ -59,7 +75,7 @@ def gather(items: list) -> list[list]:
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of everybody's tensor, in place."""
+    """`tensor`, become the sum of everybody's."""
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -73,20 +89,21 @@ def all_true(flag: bool) -> bool:
 # ---------------------------------------------------------------- models
 
 
-def shard(model) -> None:
-    """FSDP2: spread the weights of every block over the processes; each gathers a block while it computes it.
+def shard(model, device: str) -> None:
+    """FSDP2, to `device`: spread the weights of every block over the processes; each gathers a block while it computes it.
 
     The embeddings, the last norm and the head stay whole everywhere, because the loss needs the head outside the forward pass.
     """
     from torch.distributed.fsdp import fully_shard
 
-    mesh = dist.init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world(),))
+    mesh = dist.init_device_mesh(device, (world(),))
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    model.to(mesh.device_type)
+    model.to(device)
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether this process holds a part of it only."""
     return hasattr(tensor, "full_tensor")
 
 
@@ -97,10 +114,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def average_gradients(parameters: list) -> None:
     """Mean over the processes of the gradients of whole parameters; FSDP has done it for the sharded ones."""
-    if world() > 1:
-        for parameter in parameters:
-            if not is_sharded(parameter):
-                total(parameter.grad).div_(world())
+    gradients = [parameter.grad for parameter in parameters if not is_sharded(parameter)]
+    if world() > 1 and gradients:
+        mean = total(torch.cat([gradient.flatten() for gradient in gradients])) / world()
+        for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(part.view_as(gradient))
 
 
 def clip_gradients(parameters: list, largest: float) -> torch.Tensor:

@@ -330,8 +330,11 @@ class TestLoop:
         train(replace(QUICK, epochs=1, beta_min=0.0, beta_max=1.0), model, None, examples, torch.ones(24), tmp_path / "a")
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
-    def test_csft_runs_without_a_reference_in_the_loop(self, examples, tmp_path, monkeypatch):
+    def test_csft_runs_the_reference_once_before_the_loop(self, examples, tmp_path, monkeypatch):
+        off, adapters_off = [], type(policy()).adapters_off
+        monkeypatch.setattr(type(policy()), "adapters_off", lambda self: off.append(1) or adapters_off(self))
         rows = self.run(examples, tmp_path, method="csft")[1]
+        assert len(off) == 1 and len(rows) == 6
         assert rows[0]["beta"] == 0 and rows[-1]["nll"] < rows[0]["nll"]
 
     def test_a_non_finite_gradient_stops_the_run(self, examples, tmp_path):
@@ -342,9 +345,11 @@ class TestLoop:
 
     def test_gradient_checkpointing_trains_alike(self, examples, tmp_path):
         _, plain = self.run(examples[:8], tmp_path, "plain")
-        model = policy(adapter=0.0)
+        model, calls = policy(adapter=0.0), []
+        model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
         model.model.gradient_checkpointing = True
         self.same(plain, model, examples[:8], tmp_path)
+        assert calls.count(True) == 2 * len(plain)  # forward, and again in the backward pass
 
     def test_compiled_blocks_train_alike_in_three_graphs_for_any_length(self, examples, tmp_path):
         """One for the first block, whose input has no gradient, one for the others, one with the adapters off; graphs are never broken.
@@ -406,7 +411,7 @@ class TestLoop:
             alpha, beta = blend(risk.float(), 0.1, 0.9)
             if token_loss is definition:
                 ref, cache = load_model(WORLD / "model", dtype=torch.float32), None
-            loss, _, _ = micro_batch_loss(model, ref, examples, alpha, beta, count(examples), cache, token_loss=token_loss)
+            loss, _, _ = micro_batch_loss(model, ref, examples, alpha, beta, count(examples), cache, loss_fn=token_loss)
             loss.backward()
             models.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
             assert model.lm_head.weight.grad is None and len(models[-1]) > 800_000
@@ -529,6 +534,11 @@ class TestRuns:
             (dict(method="sft", beta_max=1.0), "--beta-max"),
             (dict(epochs=0), "--epochs"),
             (dict(lr=0.0), "--lr"),
+            (dict(lora_targets="q_proj,lm_head"), "--lora-targets: expected no lm_head"),
+            (dict(risk_floor=0.2), "--risk-floor: expected none without --beta-min 0"),
+            (dict(ref="live", method="sft"), "--ref: expected none without --method adaptive or kl"),
+            (dict(ref="live", ref_cache_gb=1.0), "--ref-cache-gb: expected none without --ref auto"),
+            (dict(fsdp=True), "--fsdp: expected several processes"),
         ],
     )
     def test_wrong_options_fail_at_once(self, wrong, words):
