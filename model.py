@@ -148,8 +148,8 @@ class Attention(nn.Module):
     def __init__(self, config: Config, block: int):
         super().__init__()
         N, K, D, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
-        self.block, self.head_dim, self.window, self.sizes = block, D, config.windows[block], (N * D, K * D, K * D)
-        self.fused, self.qk_norm = config.model_type == "phi3", config.model_type == "qwen3"
+        self.block, self.head_dim, self.window, self.heads, self.sizes = block, D, config.windows[block], (N, K, K), (N * D, K * D, K * D)
+        self.fused, self.qk_norm, self.grouped = config.model_type == "phi3", config.model_type == "qwen3", N != K
         if self.fused:
             self.qkv_proj = Linear(H, sum(self.sizes), config.qkv_bias)
         else:
@@ -160,7 +160,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, masks, cache, grid):
         q, k, v = self.qkv_proj(x).split(self.sizes, -1) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (B, T, heads, D), or (n, heads, D) where padding is left out
+        # (B, T, heads, D), or (n, heads, D) where padding is left out
+        q, k, v = (t.unflatten(-1, (heads, self.head_dim)) for t, heads in zip((q, k, v), self.heads))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -170,14 +171,13 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
         if cache is not None:
             k, v = cache.append(self.block, k, v)  # (B, K, S, D)
-        mask, heads = masks[self.window], q.shape[1]
-        if q.shape[2] == 1:  # heads of a group look at the same keys: as one head with as many queries
-            q = q.reshape(q.shape[0], k.shape[1], -1, self.head_dim)  # (B, K, N/K, D)
-        elif heads != k.shape[1] and mask is not None:  # on CUDA, the kernel for masks knows no groups, the fallback would hold (T, S) per head
-            k, v = (t.repeat_interleave(heads // k.shape[1], 1) for t in (k, v))  # (B, N, S, D)
-        grouped = q.shape[1] != k.shape[1]
+        mask, (N, K, _), grouped = masks[self.window], self.heads, self.grouped
+        if grouped and q.shape[2] == 1:  # heads of a group look at the same keys: as one head with as many queries
+            q, grouped = q.reshape(q.shape[0], K, N // K, self.head_dim), False
+        elif grouped and mask is not None:  # on CUDA, the kernel for masks knows no groups, and the fallback would hold (T, S) per head
+            k, v, grouped = k.repeat_interleave(N // K, 1), v.repeat_interleave(N // K, 1), False  # (B, N, S, D)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)  # (B, N, T, D)
-        y = y.reshape(y.shape[0], heads, -1, self.head_dim).transpose(1, 2).flatten(2)  # (B, T, N·D)
+        y = y.reshape(y.shape[0], N, -1, self.head_dim).transpose(1, 2).flatten(2)  # (B, T, N·D)
         return self.o_proj(y if grid is None else y.flatten(0, 1)[rows])
 
 

@@ -3,6 +3,7 @@
 Without torchrun every function here is the obvious thing for one process. What exchanges something is called by all processes, or by none.
 """
 
+import gc
 import os
 import pickle
 import sys
@@ -31,8 +32,10 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Part from the other processes."""
+    """Part from the other processes, together: a process that is gone while another still talks to it takes that one down."""
     if dist.is_initialized():
+        gc.collect()  # models that FSDP has sharded refer to the group, and to themselves
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -135,7 +135,7 @@ def our_steps(model: Transformer, examples: list, folder: Path) -> dict:
 
 
 def their_models(folder: Path, rank: int, device, compiled: bool):
-    """(transformers model, the same with peft's adapters, a second one as the reference), or None where they are not installed."""
+    """(a transformers model with peft's adapters, a second one as the reference), or None where they are not installed."""
     try:
         import peft
         import transformers
@@ -143,10 +143,13 @@ def their_models(folder: Path, rank: int, device, compiled: bool):
         return None
     print(f"transformers {transformers.__version__}, peft {peft.__version__}")
     transformers.logging.set_verbosity_error()
-    plain, base, ref = (transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device) for _ in range(3))
+    base, ref = (transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device) for _ in range(2))
     ref.requires_grad_(False)
     policy = peft.get_peft_model(base, peft.LoraConfig(r=rank, lora_alpha=16, target_modules=LORA, lora_dropout=0.0))
-    return plain, torch.compile(policy) if compiled else policy, torch.compile(ref) if compiled else ref
+    if compiled:
+        policy.compile()
+        ref.compile()
+    return policy, ref
 
 
 def their_steps(policy, ref, examples: list, device) -> dict:
@@ -218,10 +221,12 @@ def measure_shape(shape: str, config: BenchConfig) -> list[tuple[str, str]]:
         steps = our_steps(model, examples, Path(folder) / "ref")
         theirs = their_models(model.path, rank, device, device.type == "cuda")
         if theirs:
-            steps |= their_steps(*theirs[1:], examples, device)
+            steps |= their_steps(*theirs, examples, device)
         times = interleaved(steps, config.rounds, device)
         peaks = {name: peak(steps[name], device) for name in times}
-        times |= interleaved(generation(model, theirs[0] if theirs else None, vocabulary, device), max(3, config.rounds // 3), device)
+        for block in model.model.layers:
+            vars(block).pop("forward", None)  # generation compiles its own step
+        times |= interleaved(generation(model, theirs[1] if theirs else None, vocabulary, device), max(3, config.rounds // 3), device)
 
     def memory(a, b):
         return f"{peaks[a] / peaks[b]:.2f}" if a in peaks and b in peaks else "–"

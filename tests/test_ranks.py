@@ -17,7 +17,7 @@ OPTIONS = ["--epochs", "1", "--limit", "5", "--samples", "1", "--no-compile", "-
 
 def start(processes, script, *options):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, script, *map(str, options)]
+    command = [sys.executable, *launcher, str(script), *map(str, options)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -65,6 +65,42 @@ def test_two_processes_train_and_save_what_one_does(case, data, tmp_path):
     assert len(greedy[0]) == 15 and greedy[0] == greedy[1]
 
 
+BFLOAT16 = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from data import IGNORE, Example, ranks
+from lora import add_lora
+from model import compile_blocks, load_model
+from train import TrainConfig, train
+ranks.join()
+model = load_model(sys.argv[1] + "/tests/golden/llama", dtype=torch.bfloat16)
+add_lora(model, 4, 8)
+if ranks.world() > 1:
+    ranks.shard(model, "cpu")
+compile_blocks(model, backend="aot_eager")
+lengths = (10, 20, 14, 9, 17, 11, 12, 16)
+batch = [Example(i, list(range(3, 3 + n)), [IGNORE] * 4 + list(range(7, 3 + n))) for i, n in enumerate(lengths)]
+config = TrainConfig(epochs=4, batch_size=8, lr=1e-2)
+train(config, model, None, batch, torch.linspace(0, 1, 8), sys.argv[2])
+assert not torch._dynamo.utils.counters["graph_break"]
+assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+ranks.leave()
+"""
+
+
+def test_fsdp_trains_float32_adapters_over_compiled_bfloat16_weights(tmp_path):
+    (tmp_path / "script.py").write_text(BFLOAT16)
+    rows = []
+    for processes in (1, 2):
+        done = start(processes, tmp_path / "script.py", ROOT, tmp_path / str(processes))
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows.append([json.loads(line) for line in (tmp_path / str(processes)).read_text().splitlines()])
+    assert len(rows[0]) == 4 and rows[0][-1]["loss"] < rows[0][0]["loss"]
+    for a, b in zip(*rows, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
+
+
 def test_evaluation_in_two_processes_gives_the_same_greedy_responses(tmp_path):
     options = ["--limit", "7", "--samples", "2", "--judge", WORLD / "judge", "--verdicts", tmp_path / "v.sqlite", "--eval-batch-size", "3"]
     found = []
@@ -81,12 +117,12 @@ def test_evaluation_in_two_processes_gives_the_same_greedy_responses(tmp_path):
     [
         ("train.py", ["--data", "nowhere.jsonl"], "nowhere.jsonl: expected a file"),
         ("train.py", ["--out", WORLD], "--out: expected a folder that does not exist"),
-        ("probe.py", [], "only train.py and evaluate.py"),
+        ("probe.py", [], "expected one process for probe.py: only train.py and evaluate.py"),
     ],
 )
 def test_what_is_wrong_ends_all_processes_with_its_line(script, options, words):
     done = start(2, script, *options)
-    assert done.returncode != 0 and f"error: {words}" in done.stderr.replace("expected one process for probe.py: ", "")
+    assert done.returncode != 0 and f"error: {words}" in done.stderr
 
 
 def test_fsdp_alone_is_an_error():
