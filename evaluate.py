@@ -181,7 +181,7 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
 
 
 def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOptions, desc: str, judge=None) -> tuple[dict, list[dict]]:
-    """→ (results as in results.json, every completion with how it was scored). `judge`: by `open_judge`, on the first process; None without."""
+    """→ (results as in results.json, every completion with how it was scored). `judge`: by `open_judge`, on the first process, or None."""
     rows, jobs = [], []
     for kind, group in sets.items():
         sampled = [("sample", options.temperature, options.samples)] * (kind in ("harmful", "attacked") and options.samples > 0)

@@ -93,10 +93,11 @@ class _TokenLoss(torch.autograd.Function):
 
 
 def token_loss(hidden, weight, labels, alpha, beta, ref_hidden, ref_terms=None) -> tuple:
-    """The objective α·NLL + β·KL of each response token, with NLL and KL beside it: → three (N,), float32, in nats; only the first differentiable.
+    """The objective α·NLL + β·KL of each response token, with NLL and KL beside it: → three (N,), float32, in nats.
 
-    hidden (N, H); weight (V, H) the frozen head; labels, alpha, beta (N,); of the first M tokens, which have β > 0, either ref_hidden (M, H) or
-    ref_terms, (g, c) of `reference_terms`. Equal to train.token_loss, which is the definition. Raises ValueError for a head that is trained.
+    hidden (N, H); weight (V, H) the frozen head; labels, alpha, beta (N,); of the first M tokens, which have β > 0, either ref_hidden
+    (M, H) or ref_terms, (g, c) of `reference_terms`. Equal to train.token_loss, which is the definition; only the first of the three has
+    a gradient, here. Raises ValueError for a head that is trained.
     """
     if weight.requires_grad:
         raise ValueError("fused.token_loss: expected a frozen head, found one that is trained; use train.token_loss")
@@ -148,8 +149,8 @@ class ReferenceCache:
     def fill(self, states, weight: torch.Tensor) -> "ReferenceCache":
         """Compute and write what is missing, then map the file. Raises DataError where the disk has no room, before anything is written.
 
-        states(examples) → the reference's (h_ref (N, H), labels (N,)); all processes compute, the first one writes. An interrupted file goes
-        on where it ended; it gets its name when it is complete. A second run that needs the same file waits for the first.
+        states(examples) → the reference's (h_ref (N, H), labels (N,)); all processes compute, the first one writes. An interrupted file
+        goes on where it ended; it gets its name when it is complete. A second run that needs the same file waits for the first.
         """
         try:
             done = on_first(self._open)

@@ -115,7 +115,7 @@ def _complete(model, prompts, max_new_tokens, room, temperature, top_p, generato
             keep = ~done
             cache.keep(keep)
             live, real, done, new = live[keep], real[keep], done[keep], new[keep]
-        if any(len(prompt) + end - T == switch for prompt in prompts):  # long RoPE changes with the next token: its cached keys are out of date
+        if any(len(prompt) + end - T == switch for prompt in prompts):  # long RoPE changes at the next token: cached keys are out of date
             cache.length, cache.slot = 0, None
             logits = first_logits(model, ids[live, : end + 1], real[:, : end + 1], cache)
         elif static:

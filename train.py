@@ -89,7 +89,7 @@ class TrainConfig(EvalOptions):
     lora_alpha: float = 16.0  # LoRA α; the update is scaled by α/r
     lora_targets: str = ""  # linears to adapt, comma-separated (default: all but the head)
     # machine
-    ref: Literal["auto", "cache", "live"] = "auto"  # the reference: computed once and kept on disk, or in every step; auto: see --ref-cache-gb
+    ref: Literal["auto", "cache", "live"] = "auto"  # the reference: computed once and kept on disk, or in every step
     ref_cache: Path = Path("ref_cache")  # folder of kept references; runs on the same model and data share them
     ref_cache_gb: float = 20.0  # with --ref auto: keep it if there are several epochs and it is no larger
     max_tokens_per_batch: int = 0  # tokens of a forward pass, padding (then at most 10 %) included; 0: no limit but --batch-size
@@ -277,8 +277,8 @@ def train(config: TrainConfig, policy: Transformer, ref: Transformer | None, exa
                 weight = float(len(mine) > 0)  # a process without examples runs one that counts nothing
                 mine = mine or together[0]
                 run_ref = bool((beta[sum(together, [])] > 0).any()) and cache is None
-                loss, nll, kl = micro_batch_loss(policy, ref, [chosen[i] for i in mine], weight * alpha[mine], weight * beta[mine], n_tokens,
-                                                 cache, ref_logp, run_ref)
+                loss, nll, kl = micro_batch_loss(policy, ref, [chosen[i] for i in mine], weight * alpha[mine], weight * beta[mine],
+                                                 n_tokens, cache, ref_logp, run_ref)
                 (loss * ranks.world()).backward()  # gradients are averaged over processes, losses summed
                 sums += weight * torch.stack((loss.detach(), nll, kl))
             ranks.average_gradients(parameters)

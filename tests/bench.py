@@ -3,8 +3,10 @@
 python tests/bench.py                     # one thread, CPU: a tiny and a small shape, and the loss alone with a 128k vocabulary
 python tests/bench.py --shapes 8b         # CUDA: an 8B shape in bfloat16, compiled
 
-Random weights and tokens. All that is compared runs in turn, round after round; a ratio is the median of the rounds' ratios, so that the
-machine's drift cancels. Peaks are of one step, beyond what was allocated before it (weights, adapters, optimizer state).
+"ours" is this project, "theirs" transformers and peft: plain SFT; the adaptive objective as one writes it, on the logits of all positions,
+with a second model as the reference or with the adapter off; `generate` in batches of 8. Weights and tokens are random. All that is compared
+runs in turn, round after round; a ratio is the median of the rounds' ratios, so that the machine's drift cancels. Peaks are of one step,
+beyond what was allocated before it (weights, adapters, optimizer state).
 """
 
 import json
@@ -34,6 +36,8 @@ SHAPES = {  # hidden size, layers, heads, key/value heads, inner size, vocabular
     "small": (576, 6, 9, 3, 1536, 49152, 16, 128),
     "8b": (4096, 32, 32, 8, 14336, 128256, 64, 512),
 }
+COMPARED = [("ours, adaptive, cached", "ours, sft"), ("ours, adaptive, live", "ours, sft"), ("theirs, two models", "ours, adaptive, cached"),
+            ("theirs, adapter off", "ours, adaptive, cached"), ("theirs, sft", "ours, sft"), ("theirs, generate", "ours, generate")]
 LORA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -154,7 +158,7 @@ def their_models(folder: Path, rank: int, device, compiled: bool):
 
 def their_steps(policy, ref, examples: list, device) -> dict:
     """{name: the same step as one writes it with transformers and peft}: logits of every position, KL on all of them, a mask."""
-    ids, labels = (pad([getattr(e, name) for e in examples], fill, "right", device) for name, fill in (("input_ids", 0), ("labels", IGNORE)))
+    ids, labels = pad([e.input_ids for e in examples], 0, "right", device), pad([e.labels for e in examples], IGNORE, "right", device)
     mask = pad([[1] * len(e.input_ids) for e in examples], 0, "right", device)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
@@ -228,27 +232,17 @@ def measure_shape(shape: str, config: BenchConfig) -> list[tuple[str, str]]:
             vars(block).pop("forward", None)  # generation compiles its own step
         times |= interleaved(generation(model, theirs[1] if theirs else None, vocabulary, device), max(3, config.rounds // 3), device)
 
-    def memory(a, b):
-        return f"{peaks[a] / peaks[b]:.2f}" if a in peaks and b in peaks else "–"
-
-    n_input, own = sum(len(e.input_ids) for e in examples), median(times["ours, sft"])
+    n_input, n_labels = sum(len(e.input_ids) for e in examples), sum(e.n_labels for e in examples)
     frozen = sum(p.numel() for p in model.model.layers.parameters() if not p.requires_grad)
     adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    n_labels = sum(e.n_labels for e in examples)
     flops = n_input * (4 * frozen + 6 * adapters) + n_labels * 4 * hidden * vocabulary  # frozen weights: forward, and back to their input
-    rows = [("adaptive, cached reference / SFT: time", ratio(times, "ours, adaptive, cached", "ours, sft")),
-            ("adaptive, live reference / SFT: time", ratio(times, "ours, adaptive, live", "ours, sft")),
-            ("adaptive, cached reference / SFT: peak memory", memory("ours, adaptive, cached", "ours, sft")),
-            ("adaptive, live reference / SFT: peak memory", memory("ours, adaptive, live", "ours, sft")),
-            ("transformers + peft, KL of two models / ours, cached: time", ratio(times, "theirs, two models", "ours, adaptive, cached")),
-            ("transformers + peft, KL with the adapter off / ours, cached: time", ratio(times, "theirs, adapter off", "ours, adaptive, cached")),
-            ("transformers + peft SFT / our SFT: time", ratio(times, "theirs, sft", "ours, sft")),
-            ("transformers + peft, KL of two models / ours, cached: peak memory", memory("theirs, two models", "ours, adaptive, cached")),
-            ("transformers + peft SFT / our SFT: peak memory", memory("theirs, sft", "ours, sft")),
-            ("transformers generate, batches of 8 / ours, 32 prompts: time", ratio(times, "theirs, generate", "ours, generate")),
-            ("our SFT: tokens/s", f"{n_input / own:,.0f}"),
-            ("our SFT: peak memory beyond weights", f"{peaks['ours, sft'] / 1e6:,.0f} MB")]
-    return rows + [("our SFT: model FLOPs per second / the GPU's", f"{flops / own / config.peak_tflops / 1e12:.1%}")] * (device.type == "cuda")
+    own = median(times["ours, sft"])
+    rows = [(f"{a} / {b}: time", ratio(times, a, b)) for a, b in COMPARED]
+    rows += [(f"{a} / {b}: peak memory", f"{peaks[a] / peaks[b]:.2f}" if a in peaks and b in peaks else "–") for a, b in COMPARED[:-1]]
+    rows += [("ours, sft: tokens/s", f"{n_input / own:,.0f}"), ("ours, sft: peak memory", f"{peaks['ours, sft'] / 1e6:,.0f} MB")]
+    if device.type == "cuda":
+        rows += [("ours, sft: model FLOPs per second / the GPU's", f"{flops / own / config.peak_tflops / 1e12:.1%}")]
+    return rows
 
 
 def measure_loss(config: BenchConfig) -> list[tuple[str, str]]:
@@ -263,7 +257,8 @@ def measure_loss(config: BenchConfig) -> list[tuple[str, str]]:
 
     jobs = {"written out": lambda: job(train.token_loss, ref_hidden), "live": lambda: job(fused.token_loss, ref_hidden),
             "cached": lambda: job(fused.token_loss, ref_hidden[:0], terms)}
-    times, peaks = interleaved(jobs, max(1, config.rounds // 4), torch.device("cpu")), {k: peak(v, torch.device("cpu")) for k, v in jobs.items()}
+    cpu = torch.device("cpu")
+    times, peaks = interleaved(jobs, max(1, config.rounds // 4), cpu), {name: peak(job, cpu) for name, job in jobs.items()}
     return [(f"{name} / written out: {what}", f"{value:.3f}") for name in ("cached", "live") for what, value in (
         ("time", median(x / y for x, y in zip(times[name], times["written out"]))), ("peak memory", peaks[name] / peaks["written out"]))]
 
@@ -271,7 +266,8 @@ def measure_loss(config: BenchConfig) -> list[tuple[str, str]]:
 def main(config: BenchConfig) -> None:
     """Measure each shape, and print Markdown tables."""
     shapes = comma_list(config.shapes)
-    require(config, ("shapes", set(shapes) <= {*SHAPES, "loss"}, f"some of {', '.join(SHAPES)}, loss"), ("rounds", config.rounds > 0, "at least 1"),
+    require(config, ("shapes", set(shapes) <= {*SHAPES, "loss"}, f"some of {', '.join(SHAPES)}, loss"),
+            ("rounds", config.rounds > 0, "at least 1"),
             ("shapes", "8b" not in shapes or torch.cuda.is_available(), "no 8b without CUDA"))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)

@@ -563,7 +563,7 @@ class TestRuns:
         assert done.returncode == 1 and "data.jsonl:2: expected" in done.stderr and "Traceback" not in done.stderr
         assert not (tmp_path / "run").exists()
 
-    @pytest.mark.parametrize("script", ["train.py", "probe.py", "critic.py", "evaluate.py", "data/build.py", "tests/grid.py"])
+    @pytest.mark.parametrize("script", ["train.py", "probe.py", "critic.py", "evaluate.py", "data/build.py", "tests/grid.py", "tests/bench.py"])
     def test_help_shows_every_option_and_typos_are_refused(self, script):
         shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
         assert shown.returncode == 0 and "default" in shown.stdout
