@@ -3,10 +3,10 @@
 python tests/bench.py                     # one thread, CPU: a tiny and a small shape, and the loss alone with a 128k vocabulary
 python tests/bench.py --shapes 8b         # CUDA: an 8B shape in bfloat16, compiled
 
-"ours" is this project, "theirs" transformers and peft: plain SFT; the adaptive objective as one writes it, on the logits of all positions,
-with a second model as the reference or with the adapter off; `generate` in batches of 8. Weights and tokens are random. All that is compared
-runs in turn, round after round; a ratio is the median of the rounds' ratios, so that the machine's drift cancels. Peaks are of one step,
-beyond what was allocated before it (weights, adapters, optimizer state).
+"ours" is this project, "theirs" transformers and peft: plain SFT; the adaptive objective as one writes it, on the logits of all
+positions, with a second model as the reference or with the adapter off; `generate` in batches of 8. Weights and tokens are random. All
+that is compared runs in turn, round after round; a ratio is the median of the rounds' ratios, so that the machine's drift cancels. Peaks
+are of one step, beyond what was allocated before it (weights, adapters, optimizer state).
 """
 
 import json
@@ -36,8 +36,9 @@ SHAPES = {  # hidden size, layers, heads, key/value heads, inner size, vocabular
     "small": (576, 6, 9, 3, 1536, 49152, 16, 128),
     "8b": (4096, 32, 32, 8, 14336, 128256, 64, 512),
 }
-COMPARED = [("ours, adaptive, cached", "ours, sft"), ("ours, adaptive, live", "ours, sft"), ("theirs, two models", "ours, adaptive, cached"),
-            ("theirs, adapter off", "ours, adaptive, cached"), ("theirs, sft", "ours, sft"), ("theirs, generate", "ours, generate")]
+COMPARED = [("ours, adaptive, cached", "ours, sft"), ("ours, adaptive, live", "ours, sft"),
+            ("theirs, two models", "ours, adaptive, cached"), ("theirs, adapter off", "ours, adaptive, cached"),
+            ("theirs, sft", "ours, sft"), ("theirs, generate", "ours, generate")]
 LORA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

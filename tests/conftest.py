@@ -10,6 +10,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import pytest
 import torch
 
+from data import WORLD
+from lora import add_lora
+from model import load_model
+
 torch.set_num_threads(1)
 
 
@@ -17,3 +21,14 @@ torch.set_num_threads(1)
 def seeded():
     """Every test draws the same numbers, alone or in any order."""
     torch.manual_seed(0)
+
+
+def policy(path=WORLD / "model", adapter=0.05, dtype=torch.float32):
+    """A checkpoint with adapters that already do something."""
+    model = load_model(path, dtype=dtype)
+    add_lora(model, 8, 16)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * adapter
+    return model

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused
 import train
+from conftest import policy
 from data import IGNORE, WORLD, Chat, DataError, Example, encode_examples, read_conversations
 from fused import ReferenceCache, reference_terms
-from lora import add_lora
 from model import load_model
 from train import TrainConfig, blend, micro_batch_loss, reference_of, response_states
 
@@ -120,16 +120,6 @@ class TestTokenLoss:
 def examples():
     chat = Chat(WORLD / "model")
     return encode_examples(chat, read_conversations(WORLD / "mixed_10.jsonl")[:24], 256)[0]
-
-
-def policy(path=WORLD / "model", adapter=0.05, dtype=torch.float32):
-    model = load_model(path, dtype=dtype)
-    add_lora(model, 8, 16)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * adapter
-    return model
 
 
 def gradients(model, examples, alpha, beta, **more):

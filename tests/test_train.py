@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fused
+from conftest import policy
 from data import IGNORE, WORLD, Chat, Conversation, DataError, Example, encode_examples, read_conversations
 from generate import generate
 from lora import add_lora, load_adapter
@@ -48,17 +49,6 @@ def chat():
 @pytest.fixture(scope="module")
 def examples(chat):
     return encode_examples(chat, read_conversations(WORLD / "mixed_10.jsonl")[:24], 256)[0]
-
-
-def policy(adapter=0.05):
-    """The embedded model with adapters that already do something."""
-    model = load_model(WORLD / "model", dtype=torch.float32)
-    add_lora(model, 8, 16)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * adapter
-    return model
 
 
 def count(examples):
@@ -563,7 +553,9 @@ class TestRuns:
         assert done.returncode == 1 and "data.jsonl:2: expected" in done.stderr and "Traceback" not in done.stderr
         assert not (tmp_path / "run").exists()
 
-    @pytest.mark.parametrize("script", ["train.py", "probe.py", "critic.py", "evaluate.py", "data/build.py", "tests/grid.py", "tests/bench.py"])
+    @pytest.mark.parametrize(
+        "script", ["train.py", "probe.py", "critic.py", "evaluate.py", "data/build.py", "tests/grid.py", "tests/bench.py"]
+    )
     def test_help_shows_every_option_and_typos_are_refused(self, script):
         shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
         assert shown.returncode == 0 and "default" in shown.stdout
