@@ -385,7 +385,7 @@ def main(config: TrainConfig) -> None:
     torch.manual_seed(config.seed)
     sets, judge = evaluation_sets(config), open_judge(config) if ranks.rank() == 0 else None
     conversations = read_conversations(config.data, need="answer")
-    full, ref = config.lora_r == 0, None
+    full = config.lora_r == 0
     policy, chat = open_model(config, config.model, working_dtype(config.device), adapters=not full), Chat(config.model)
     examples, report = encode_examples(chat, conversations, min(config.max_length, policy.config.max_position_embeddings))
     if report:
