@@ -1,57 +1,60 @@
-"""The transformer: a Llama-family decoder written out, loading and saving Hugging Face safetensors checkpoints.
+"""The transformer: a Llama-family decoder written out, its checkpoints, its LoRA adapters, and generation.
 
-Families (config.json's `model_type`): llama (2, 3, 3.1, 3.2), mistral, qwen2, qwen3, phi3. Parameter names are the
-checkpoint's keys. LoRA adapters live inside the linear layers and can be switched off, so the reference policy is the
-policy's own frozen weights.
+Families (config.json's `model_type`): llama (2, 3, 3.1, 3.2), mistral, qwen2, qwen3, phi3. Parameter names
+are the checkpoint's keys. LoRA adapters live inside the linear layers and can be switched off, so that the
+reference policy is the policy's own frozen weights.
 
-Shapes: B batch, T tokens of this call, S tokens attended to (cache included), H hidden size, L blocks, V vocabulary,
-N query heads, K key/value heads, D head_dim, R rotary dimensions, r LoRA rank.
+Shapes: B batch, T tokens of this call, S attended to (cache included), n real ones among the B·T; H hidden
+size, L blocks, V vocabulary, N query heads, K key/value heads, D head_dim, R rotary dimensions, r LoRA rank.
 """
 
-import json
 import math
-import os
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data.checkpoint import Config, ModelError, checkpoint_files, open_safetensors, read_config
-from data.ranks import on_first, rank, whole
+from data.chat import batches_by_length
+from lib.checkpoint import (Config, matching_files, open_safetensors, read_config, write_adapter,
+                            write_checkpoint)
+from lib.files import ModelError, read_json
+from lib.processes import all_true, on_first, rank, whole
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",
-                   "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "generation_config.json")
+POLL = {"cuda": 8}  # tokens between looks at which rows are finished (elsewhere 1): a look waits for the GPU
+
+
+# ---------------------------------------------------------------- the transformer
 
 
 def rope_frequencies(config: Config) -> tuple[torch.Tensor, float]:
     """Inverse frequencies (1 or 2, R/2) in radians per position, float32, and the factor on cos and sin.
 
-    RoPE: Su et al. 2021, arXiv 2104.09864; `linear` divides all of them; `llama3` divides the long wavelengths, with a ramp
-    (Llama 3.1); `longrope` has one set for short and one for long sequences (Ding et al. 2024, arXiv 2402.13753).
+    RoPE: Su et al. 2021, arXiv 2104.09864. `linear` divides all; `llama3` the long wavelengths, with a ramp
+    (Llama 3.1); `longrope` has sets for short and for long sequences (Ding et al. 2024, arXiv 2402.13753).
     """
     rope, dim = config.rope, int(config.head_dim * config.rope["partial_rotary_factor"])
     inv_freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)  # (R/2,)
     if rope["rope_type"] == "linear":
         inv_freq = inv_freq / rope["factor"]
     if rope["rope_type"] == "llama3":
-        turns = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)  # rotations within the original context
+        turns = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)  # in the original context
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short wavelength, unchanged; 0: long wavelength, divided
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short wavelength, unchanged; 0: long, divided
         inv_freq = keep * inv_freq + (1 - keep) * inv_freq / rope["factor"]
     if rope["rope_type"] == "longrope":
         factors = torch.tensor([rope["short_factor"], rope["long_factor"]], dtype=torch.float32)  # (2, R/2)
-        scaling = math.sqrt(1 + math.log(max(rope["factor"], 1)) / math.log(rope["original_max_position_embeddings"]))
+        original = math.log(rope["original_max_position_embeddings"])
+        scaling = math.sqrt(1 + math.log(max(rope["factor"], 1)) / original)
         return inv_freq / factors, rope.get("attention_factor") or scaling
     return inv_freq[None], 1.0
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first R of D dimensions of x (…, heads, D) by the angles of cos, sin (…, 1, R); the rest passes."""
+    """Rotate the first R of D dimensions of x (…, heads, D) by the angles of cos, sin (…, 1, R)."""
     rotary, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = rotary.chunk(2, dim=-1)
     return torch.cat((rotary * cos + torch.cat((-second, first), -1) * sin, rest), -1)
@@ -60,8 +63,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def attention_masks(attention_mask, windows, slots: torch.Tensor, S: int) -> dict:
     """{window: boolean (B or 1, 1, T, S), True where the query may look, or None for plain causal attention}.
 
-    `attention_mask` (B, S) is True at real tokens, or None where all are; slots (T,): where the queries stand among the S keys. A padding
-    query sees itself, so that no row is empty.
+    `attention_mask` (B, S) is True at real tokens, or None where all are; slots (T,): where the queries stand
+    among the S keys. A padding query sees itself, so that no row is empty.
     """
     masks, T = {}, len(slots)
     for window in set(windows):
@@ -70,8 +73,9 @@ def attention_masks(attention_mask, windows, slots: torch.Tensor, S: int) -> dic
             continue
         query, key = slots[:, None], torch.arange(S, device=slots.device)[None]
         allowed = (key <= query) if window is None else (key <= query) & (query - key < window)  # (T, S)
-        allowed = allowed[None, None] if attention_mask is None else allowed & attention_mask[:, None, None, :].bool()
-        masks[window] = allowed | (key == query)
+        if attention_mask is not None:
+            allowed = allowed & attention_mask[:, None, None, :].bool()  # (B, 1, T, S)
+        masks[window] = (allowed | (key == query)).reshape(-1, 1, T, S)
     return masks
 
 
@@ -95,11 +99,12 @@ class Linear(nn.Linear):
         return y
 
     def merged_weight(self) -> torch.Tensor:
-        """W + (alpha/r) B A (out, in), summed in float32, in the dtype of W; just W without an adapter or with it off."""
+        """W + (alpha/r) B A (out, in), summed in float32, in the dtype of W; just W without an adapter."""
         weight = whole(self.weight)
-        if self.lora_A is None or not self.adapter_on:
+        if self.lora_A is None:
             return weight
-        return (weight.float() + self.scaling * whole(self.lora_B).float() @ whole(self.lora_A).float()).to(weight.dtype)
+        update = self.scaling * whole(self.lora_B).float() @ whole(self.lora_A).float()
+        return (weight.float() + update).to(weight.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -115,31 +120,26 @@ class RMSNorm(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, preallocated: per block (B, K, capacity, D). `length`: how many tokens they are.
-
-    Where `slot` (1,) is set the cache is static: the next token goes there, all of the capacity is attended to under a mask, and so every
-    step has the same shapes.
-    """
+    """Keys and values of the `length` tokens seen so far, preallocated: per block (B, K, capacity, D)."""
 
     def __init__(self, config: Config, batch: int, capacity: int, device, dtype):
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.length, self.capacity, self.slot = 0, capacity, None
+        blocks = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in blocks]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in blocks]
+        self.length = 0
 
     def append(self, block: int, k, v):
         """Write k, v (B, K, T, D) behind what is there and return all that is attended to, (B, K, S, D)."""
-        keys, values = self.keys[block], self.values[block]
-        if self.slot is not None:
-            return keys.index_copy_(2, self.slot, k), values.index_copy_(2, self.slot, v)
-        end = self.length + k.shape[2]
+        keys, values, end = self.keys[block], self.values[block], self.length + k.shape[2]
         keys[:, :, self.length : end] = k
         values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
 
     def keep(self, rows: torch.Tensor) -> None:
         """Keep these rows only, in this order, each as often as it occurs."""
-        self.keys, self.values = ([tensor[rows] for tensor in tensors] for tensors in (self.keys, self.values))
+        self.keys, self.values = ([tensor[rows] for tensor in tensors]
+                                  for tensors in (self.keys, self.values))
 
 
 class Attention(nn.Module):
@@ -147,9 +147,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, block: int):
         super().__init__()
-        N, K, D, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
-        self.block, self.head_dim, self.window, self.heads, self.sizes = block, D, config.windows[block], (N, K, K), (N * D, K * D, K * D)
-        self.fused, self.qk_norm, self.grouped = config.model_type == "phi3", config.model_type == "qwen3", N != K
+        N, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        H, self.block, self.window = config.hidden_size, block, config.windows[block]
+        self.heads, self.head_dim, self.sizes = (N, K, K), D, (N * D, K * D, K * D)
+        self.grouped = N != K  # decided here: of a comparison in forward torch.compile would make a symbol
+        self.fused, self.qk_norm = config.model_type == "phi3", config.model_type == "qwen3"
         if self.fused:
             self.qkv_proj = Linear(H, sum(self.sizes), config.qkv_bias)
         else:
@@ -159,24 +161,27 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, masks, cache, grid):
-        q, k, v = self.qkv_proj(x).split(self.sizes, -1) if self.fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        qkv = self.qkv_proj(x).split(self.sizes, -1) if self.fused else (
+            self.q_proj(x), self.k_proj(x), self.v_proj(x))
         # (B, T, heads, D), or (n, heads, D) where padding is left out
-        q, k, v = (t.unflatten(-1, (heads, self.head_dim)) for t, heads in zip((q, k, v), self.heads))
+        q, k, v = (t.unflatten(-1, (heads, self.head_dim)) for t, heads in zip(qkv, self.heads))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if grid is not None:
             (B, T), rows = grid
-            q, k, v = (t.new_zeros(B * T, *t.shape[1:]).index_copy(0, rows, t).unflatten(0, (B, T)) for t in (q, k, v))
+            q, k, v = (t.new_zeros(B * T, *t.shape[1:]).index_copy(0, rows, t).unflatten(0, (B, T))
+                       for t in (q, k, v))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
         if cache is not None:
             k, v = cache.append(self.block, k, v)  # (B, K, S, D)
         mask, (N, K, _), grouped = masks[self.window], self.heads, self.grouped
-        if grouped and q.shape[2] == 1:  # heads of a group look at the same keys: as one head with as many queries
+        if grouped and q.shape[2] == 1:  # a group's heads see the same keys: as one head with as many queries
             q, grouped = q.reshape(q.shape[0], K, N // K, self.head_dim), False
-        elif grouped and mask is not None:  # on CUDA, the kernel for masks knows no groups, and the fallback would hold (T, S) per head
-            k, v, grouped = k.repeat_interleave(N // K, 1), v.repeat_interleave(N // K, 1), False  # (B, N, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)  # (B, N, T, D)
+        elif grouped and mask is not None:
+            # k, v (B, N, S, D): CUDA's kernel for masks knows no groups, and the fallback holds (T, S)
+            k, v, grouped = k.repeat_interleave(N // K, 1), v.repeat_interleave(N // K, 1), False
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
         y = y.reshape(y.shape[0], N, -1, self.head_dim).transpose(1, 2).flatten(2)  # (B, T, N·D)
         return self.o_proj(y if grid is None else y.flatten(0, 1)[rows])
 
@@ -186,13 +191,13 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        H, inner = config.hidden_size, config.intermediate_size
+        H, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.fused = config.model_type == "phi3"
         if self.fused:
-            self.gate_up_proj = Linear(H, 2 * inner, config.mlp_bias)
+            self.gate_up_proj = Linear(H, 2 * inner, bias)
         else:
-            self.gate_proj, self.up_proj = Linear(H, inner, config.mlp_bias), Linear(H, inner, config.mlp_bias)
-        self.down_proj = Linear(inner, H, config.mlp_bias)
+            self.gate_proj, self.up_proj = Linear(H, inner, bias), Linear(H, inner, bias)
+        self.down_proj = Linear(inner, H, bias)
 
     def forward(self, x):
         gate, up = self.gate_up_proj(x).chunk(2, -1) if self.fused else (self.gate_proj(x), self.up_proj(x))
@@ -223,32 +228,34 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        with torch.device("cpu"):  # also when the weights are built on meta; a plain tensor, so that no cast rounds it
+        with torch.device("cpu"):  # also when weights are built on meta; a plain tensor: no cast rounds it
             self.inv_freq, self.rope_scaling = rope_frequencies(config)
 
     def forward(self, input_ids, attention_mask=None, cache=None, layers=(), pool=lambda x: x, rows=None):
-        """Final hidden states after the norm (B, T, H), and [pool(residual stream after block i) for i in layers], in order.
+        """Final states after the norm (B, T, H), and [pool(residual stream after block i) for i in layers].
 
-        rows (n,): the real tokens' places among the B·T. With them only attention sees the padding, and all states are (n, H).
+        rows (n,): the real tokens' places among the B·T. Only attention then sees padding; states are (n, H).
         """
         B, T = input_ids.shape
-        static = cache is not None and cache.slot is not None
-        start = cache.slot if static else cache.length if cache is not None else 0
-        S = cache.capacity if static else start + T
-        x = self.embed_tokens(input_ids)  # (B, T, H)
-        slots = torch.arange(T, device=x.device) + start  # (T,): where these tokens stand among the S
-        real = torch.ones(B, S, device=x.device, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        positions = (real.cumsum(-1) - 1).clamp_min(0)[:, slots]  # (B, T): padding on either side shifts nothing
+        start = cache.length if cache is not None else 0
+        S, x = start + T, self.embed_tokens(input_ids)  # (B, T, H)
+        slots = torch.arange(start, S, device=x.device)  # (T,): where these tokens stand among the S
+        real = (torch.ones(B, S, device=x.device, dtype=torch.bool) if attention_mask is None
+                else attention_mask.bool())
+        positions = (real.cumsum(-1) - 1).clamp_min(0)[:, slots]  # (B, T), whichever side is padded
         if self.inv_freq.device != x.device:
             self.inv_freq = self.inv_freq.to(x.device)
         inv_freq = self.inv_freq
-        if len(inv_freq) == 2:  # longrope: each row by its own length, so that a batch mate never changes a row
+        if len(inv_freq) == 2:  # longrope: each row by its own length, so that no batch mate changes it
             long = real.sum(-1) > self.config.rope["original_max_position_embeddings"]  # (B,)
             inv_freq = inv_freq[long.long()][:, None]  # (B, 1, R/2)
-        angles, grid = (positions[..., None].float() * inv_freq).repeat(1, 1, 2)[:, :, None], None  # (B, T, 1, R)
+        angles = positions[..., None].float() * inv_freq  # (B, T, R/2)
+        angles, grid = angles.repeat(1, 1, 2)[:, :, None], None  # (B, T, 1, R)
         if rows is not None:
-            x, angles, grid = x.flatten(0, 1)[rows], angles.expand(B, T, 1, -1).flatten(0, 1)[rows], ((B, T), rows)  # (n, H), (n, 1, R)
-        cos, sin = (angles.cos() * self.rope_scaling).to(x.dtype), (angles.sin() * self.rope_scaling).to(x.dtype)
+            x, grid = x.flatten(0, 1)[rows], ((B, T), rows)  # (n, H)
+            angles = angles.expand(B, T, 1, -1).flatten(0, 1)[rows]  # (n, 1, R)
+        cos, sin = ((angles.cos() * self.rope_scaling).to(x.dtype),
+                    (angles.sin() * self.rope_scaling).to(x.dtype))
         masks = attention_masks(attention_mask, self.config.windows, slots, S)
         states = {0: pool(x)} if 0 in layers else {}
         for i, block in enumerate(self.layers, start=1):
@@ -258,7 +265,7 @@ class Decoder(nn.Module):
                 x = block(x, cos, sin, masks, cache, grid)
             if i in layers:
                 states[i] = pool(x)
-        if cache is not None and not static:
+        if cache is not None:
             cache.length = S
         return self.norm(x), [states[i] for i in layers]
 
@@ -283,11 +290,11 @@ class Transformer(nn.Module):
         return self.lm_head.weight.device
 
     def forward(self, input_ids, attention_mask=None) -> torch.Tensor:
-        """Logits (B, T, V) in the model's dtype. `attention_mask` (B, T): True or 1 at real tokens; padding on either side."""
+        """Logits (B, T, V) in the model's dtype. `attention_mask` (B, T): True or 1 at real tokens."""
         return self.lm_head(self.model(input_ids, attention_mask)[0])
 
     def hidden_states(self, input_ids, attention_mask=None, layers=None) -> torch.Tensor:
-        """Residual stream (len(layers), B, T, H), of all L + 1 layers by default: 0 the embeddings, i after block i, before the norm."""
+        """Residual stream (len(layers), B, T, H), by default all L + 1: 0 the embeddings, i after block i."""
         layers = range(self.config.num_hidden_layers + 1) if layers is None else layers
         return torch.stack(self.model(input_ids, attention_mask, layers=tuple(layers))[1])
 
@@ -295,60 +302,29 @@ class Transformer(nn.Module):
     def adapters_off(self):
         """Within it the model is the reference policy: the frozen weights it was loaded with."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
+        before = [linear.adapter_on for linear in linears]
         try:
             for linear in linears:
                 linear.adapter_on = False
             yield self
         finally:
-            for linear in linears:
-                linear.adapter_on = True
+            for linear, on in zip(linears, before):
+                linear.adapter_on = on
 
 
-def compile_blocks(model: Transformer, backend: str = "inductor") -> None:
-    """torch.compile every block: all share one graph, for any batch size and length (the first, whose input has no gradient, has its own).
+def compile_blocks(model: Transformer, when: str = "on", backend: str = "inductor") -> None:
+    """torch.compile every block: all share one graph, for any batch size and length.
 
-    With the adapters off there is one more.
+    The first block, whose input has no gradient, has its own; with adapters off there is one more. `when`: on,
+    off, or auto: on CUDA above 100 M parameters; a smaller model would compile for longer than it trains.
     """
-    for block in model.model.layers:
-        block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
+    large = model.device.type == "cuda" and sum(parameter.numel() for parameter in model.parameters()) > 100e6
+    if when == "on" or when == "auto" and large:
+        for block in model.model.layers:
+            block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
 
 
 # ---------------------------------------------------------------- checkpoints
-
-
-def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> Transformer:
-    """Load a Hugging Face folder (config.json with model.safetensors or its sharded index), weights frozen.
-
-    Built on meta, each tensor read once into place. `dtype` None keeps the checkpoint's. Raises ModelError that lists every
-    missing, unexpected and misshapen key. Only safetensors are read: nothing is ever unpickled.
-    """
-    path, config = Path(path), read_config(path)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(f"device: expected one that this machine has, found {device!r} ({str(error).splitlines()[0]})") from None
-    with torch.device("meta"):
-        model = Transformer(config).requires_grad_(False)
-    expected = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
-    found, files = {}, checkpoint_files(path)
-    for file in files:
-        with open_safetensors(file) as tensors:
-            found |= {key: (tuple(tensors.get_slice(key).get_shape()), tensors.get_slice(key).get_dtype()) for key in tensors.keys()}
-    # Stored by some checkpoints and derived here: the rotary frequencies, and a tied head (it is the embedding).
-    spare = {key for key in found if key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight" and config.tie_word_embeddings}
-    wrong = [f"missing {key}" for key in sorted(expected.keys() - found.keys())]
-    wrong += [f"unexpected {key}" for key in sorted(found.keys() - expected.keys() - spare)]
-    wrong += [f"{key}: expected shape {shape}, found {found[key][0]} {found[key][1]}" for key, shape in expected.items()
-              if key in found and (found[key][0] != shape or found[key][1] not in ("F64", "F32", "BF16", "F16"))]
-    if wrong:
-        raise ModelError(f"{path}: the weights do not match config.json ({config.model_type}):\n  " + "\n  ".join(wrong))
-    for file in files:
-        with open_safetensors(file, device) as tensors:
-            shard = {key: tensors.get_tensor(key).to(dtype or config.dtype) for key in tensors.keys() if key in expected}
-        model.load_state_dict(shard, assign=True, strict=False)
-    model.tie_weights()
-    model.path = path
-    return model
 
 
 def working_dtype(device) -> torch.dtype:
@@ -356,32 +332,200 @@ def working_dtype(device) -> torch.dtype:
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
+def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> Transformer:
+    """Load a Hugging Face folder (config.json with model.safetensors or its sharded index), weights frozen.
+
+    Built on meta, each tensor read once into place. `dtype` None keeps the checkpoint's. Raises ModelError
+    that lists every missing, unexpected and misshapen key. Only safetensors are read: nothing is unpickled.
+    """
+    path, config = Path(path), read_config(path)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = str(error).splitlines()[0]
+        raise ModelError(f"device: expected one that this machine has, found {device!r} ({said})") from None
+    with torch.device("meta"):
+        model = Transformer(config).requires_grad_(False)
+    shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+    for file in matching_files(path, shapes, config):
+        with open_safetensors(file, device) as tensors:
+            shard = {key: tensors.get_tensor(key) for key in tensors.keys() if key in shapes}
+        shard = {key: tensor.to(dtype or config.dtype) for key, tensor in shard.items()}
+        model.load_state_dict(shard, assign=True, strict=False)
+    model.tie_weights()
+    model.path = path
+    return model
+
+
 def save_model(model: Transformer, path) -> None:
     """Write a folder that transformers opens: config, weights (adapters merged in), tokenizer and template.
 
-    Written beside `path` and renamed when complete; raises FileExistsError for a `path` that exists.
+    Written beside `path` and renamed when complete. Raises FileExistsError for a `path` that exists.
     """
-    path, tensors = Path(path), {}
+    tensors = {}
     for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
         if ".lora_" not in name:
-            merge = isinstance(owner, Linear) and name.endswith(".weight")
-            tensor = owner.merged_weight() if merge else whole(parameter)
+            owner = model.get_submodule(name.rpartition(".")[0])
+            merged = isinstance(owner, Linear) and name.endswith(".weight")
+            tensor = owner.merged_weight() if merged else whole(parameter)
             tensors[name] = tensor.detach().cpu().contiguous() if rank() == 0 else None
+    dtype_key = "dtype" if "dtype" in model.config.raw else "torch_dtype"
+    raw = model.config.raw | {dtype_key: str(model.lm_head.weight.dtype).removeprefix("torch.")}
+    on_first(lambda: write_checkpoint(Path(path), raw, tensors, tokenizer=model.path))
 
-    def write():
-        if path.exists():
-            raise FileExistsError(f"{path}: exists already; a model is never written over another")
-        part = path.with_name(path.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-        dtype_key = "dtype" if "dtype" in model.config.raw else "torch_dtype"
-        raw = model.config.raw | {dtype_key: str(model.lm_head.weight.dtype).removeprefix("torch.")}
-        (part / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        for name in TOKENIZER_FILES:
-            if model.path and (model.path / name).exists():
-                shutil.copy(model.path / name, part / name)
-        os.replace(part, path)
 
-    on_first(write)
+# ---------------------------------------------------------------- LoRA
+
+
+def add_lora(model: Transformer, r: int, alpha: float, targets=None, seed: int = 0) -> list[str]:
+    """Put adapters (float32, A random as in PEFT, B zero) into every linear in `targets`; returns the names.
+
+    Rank r, update (alpha/r) B A (Hu et al. 2021, arXiv 2106.09685). Default: every linear but the head.
+    Raises ModelError for a name that matches no linear, or r < 1.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    names = sorted({name.rpartition(".")[2] for name in linears})
+    targets = list(targets or [name for name in names if name != "lm_head"])
+    if unknown := sorted(set(targets) - set(names)):
+        raise ModelError(f"LoRA targets: expected some of {', '.join(names)}, found {', '.join(unknown)}")
+    if "lm_head" in targets and model.config.tie_word_embeddings:
+        raise ModelError("LoRA targets: lm_head shares its weight with the embeddings here, "
+                         "and cannot be adapted alone")
+    if r < 1:
+        raise ModelError(f"LoRA rank: expected at least 1, found {r}")
+    generator = torch.Generator().manual_seed(seed)
+    for name, linear in linears.items():
+        if name.rpartition(".")[2] in targets:
+            bound, device = linear.in_features**-0.5, linear.weight.device  # Kaiming-uniform with a = √5
+            A = (torch.rand(r, linear.in_features, generator=generator) * 2 - 1) * bound
+            linear.lora_A = nn.Parameter(A.to(device))
+            linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, device=device))
+            linear.scaling = alpha / r
+    return targets
+
+
+def save_adapter(model: Transformer, path) -> None:
+    """Write the adapters as PEFT does: adapter_config.json and adapter_model.safetensors. Needs adapters."""
+    adapted = {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.lora_A is not None}
+    if not adapted:
+        raise ModelError("save_adapter: expected a model with LoRA adapters, found none")
+    r, scaling = next((m.lora_A.shape[0], m.scaling) for m in adapted.values())
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": scaling * r,
+              "lora_dropout": 0.0, "base_model_name_or_path": str(model.path.resolve()) if model.path else "",
+              "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+              "target_modules": sorted({name.rpartition(".")[2] for name in adapted})}
+    tensors = {f"base_model.model.{name}.lora_{which}.weight":
+               whole(getattr(m, f"lora_{which}")).detach().cpu()
+               for name, m in adapted.items() for which in "AB"}
+    on_first(lambda: write_adapter(Path(path), config, tensors))
+
+
+def load_adapter(model: Transformer, path) -> None:
+    """Put a PEFT folder's adapters into `model`. Raises ModelError for unsupported options or keys."""
+    config, path = read_json(Path(path) / "adapter_config.json"), Path(path)
+    plain = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "use_rslora": (False,),
+             "lora_bias": (False,), "modules_to_save": (None,), "rank_pattern": ({},), "alpha_pattern": ({},),
+             "layers_to_transform": (None,), "exclude_modules": (None,), "layer_replication": (None,),
+             "target_parameters": (None,), "init_lora_weights": (True, False, "gaussian")}  # others change W
+    odd = [f"{key} = {config[key]!r}" for key, allowed in plain.items()
+           if key in config and config[key] not in allowed]
+    odd += [f"no {key}" for key in ("r", "lora_alpha", "target_modules") if key not in config]
+    if odd or not isinstance(config["target_modules"], list):
+        raise ModelError(f"{path}/adapter_config.json: expected plain LoRA with a list of target_modules, "
+                         "found " + (", ".join(odd) or "a pattern"))
+    add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])
+    tensors = load_file(path / "adapter_model.safetensors")
+    own = {f"base_model.model.{key}.weight": p for key, p in model.named_parameters() if ".lora_" in key}
+    misshapen = {k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape}
+    wrong = own.keys() ^ tensors.keys() | misshapen
+    if wrong:
+        raise ModelError(f"{path}/adapter_model.safetensors: missing, unexpected or misshapen: "
+                         f"{', '.join(sorted(wrong))}")
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(tensors[key])
+
+
+# ---------------------------------------------------------------- generation
+
+
+def sample(logits: torch.Tensor, temperature: float, generator) -> torch.Tensor:
+    """Next tokens (B,): argmax of logits (B, V) at temperature 0, else from softmax(logits / temperature)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
+             seed: int = 0, batch_size: int = 64, progress=lambda n: None) -> list[list[int]]:
+    """Complete prompts (token ids): the new tokens of each, without the checkpoint's EOS id that ends it.
+
+    Same seed, prompts and batch_size: same samples. progress(n): n more are complete. All processes call it,
+    with equally many prompts each. Raises ValueError if one is empty or exceeds `max_position_embeddings`.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if not prompts or min(lengths) == 0:
+        raise ValueError("generate: expected at least one prompt, each of at least one token")
+    longest, limit = max(lengths), model.config.max_position_embeddings
+    if longest + max_new_tokens > limit:
+        raise ValueError(f"generate: {longest} prompt tokens + {max_new_tokens} new ones exceed "
+                         f"max_position_embeddings = {limit}")
+    generator, completions = torch.Generator(model.device).manual_seed(seed), [[]] * len(prompts)
+    for batch in batches_by_length(lengths, batch_size):
+        completed = _complete(model, [prompts[i] for i in batch], max_new_tokens, temperature, generator)
+        for i, ids in zip(batch, completed):
+            completions[i] = ids
+        progress(len(batch))
+    return completions
+
+
+def _complete(model, prompts: list[list[int]], max_new_tokens: int, temperature: float,
+              generator) -> list[list[int]]:
+    """One left-padded batch: keys, values cached, head on the last position only, finished rows dropped."""
+    B, T, device, ends = len(prompts), max(map(len, prompts)), model.device, model.config.eos_token_ids
+    stop, poll = torch.tensor(ends, device=device, dtype=torch.long), POLL.get(device.type, 1)
+    ids = torch.zeros(B, T + max_new_tokens, device=device, dtype=torch.long)
+    real = torch.zeros(B, T + max_new_tokens, device=device, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, T - len(prompt) : T] = torch.tensor(prompt, device=device)
+        real[row, T - len(prompt) : T] = True
+    rope = model.config.rope
+    switch = rope["original_max_position_embeddings"] if rope["rope_type"] == "longrope" else math.inf
+
+    # Several samples of one prompt: its keys and values are computed once.
+    number = {}  # prompt → its number among the different ones
+    which = [number.setdefault(tuple(prompt), len(number)) for prompt in prompts]
+    first = [which.index(n) for n in range(len(number))]
+    first, which = (torch.tensor(i, device=device) for i in (first, which))
+    cache = KVCache(model.config, len(first), T + max_new_tokens, device, model.lm_head.weight.dtype)
+    logits = _prefill(model, ids[first, :T], real[first, :T], cache)[which]  # (B, V)
+    cache.keep(which)
+
+    live, done = torch.arange(B, device=device), torch.zeros(B, device=device, dtype=torch.bool)  # rows kept
+    for end in range(T, T + max_new_tokens):  # tokens so far, padding included
+        new = sample(logits, temperature, generator)  # (rows,)
+        ids[live, end], real[:, end] = new, True
+        done |= torch.isin(new, stop)
+        if end + 1 == T + max_new_tokens:
+            break
+        if (end - T) % poll == poll - 1:
+            if all_true(done.all()):
+                break
+            if len(done) / 4 <= done.sum() < len(done):  # copies the cache: worth it for a quarter of rows
+                keep = ~done
+                cache.keep(keep)
+                live, real, done, new = live[keep], real[keep], done[keep], new[keep]
+        if any(len(prompt) + end - T == switch for prompt in prompts):  # long RoPE: cached keys are outdated
+            cache.length = 0
+            logits = _prefill(model, ids[live, : end + 1], real[:, : end + 1], cache)
+        else:
+            logits = model.lm_head(model.model(new[:, None], real[:, : end + 1], cache)[0][:, -1])
+    return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))]
+            for row in ids[:, T:].tolist()]
+
+
+def _prefill(model, tokens: torch.Tensor, real: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Logits (B, V) of the next token, after tokens (B, T), left-padded, with which the cache is filled."""
+    hidden, _ = model.model(tokens, real, cache, rows=real.flatten().nonzero()[:, 0])  # (n, H)
+    return model.lm_head(hidden[real.sum(-1).cumsum(0) - 1])

@@ -22,14 +22,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
-import fused  # noqa: E402
 import train  # noqa: E402
-from data import IGNORE, Example, pad  # noqa: E402
-from data.checkpoint import read_config  # noqa: E402
-from data.cli import comma_list, require, run  # noqa: E402
-from generate import generate  # noqa: E402
-from lora import add_lora  # noqa: E402
-from model import Transformer, compile_blocks, save_model  # noqa: E402
+from data.chat import IGNORE, Example, pad  # noqa: E402
+from lib import fused  # noqa: E402
+from lib.checkpoint import read_config  # noqa: E402
+from lib.cli import comma_list, require, run  # noqa: E402
+from model import Transformer, add_lora, compile_blocks, generate, save_model  # noqa: E402
 
 SHAPES = {  # hidden size, layers, heads, key/value heads, inner size, vocabulary; LoRA rank, longest conversation; of 8 conversations
     "tiny": (256, 6, 4, 2, 704, 4096, 16, 128),
@@ -125,18 +123,18 @@ def our_steps(model: Transformer, examples: list, folder: Path) -> dict:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     with torch.no_grad(), model.adapters_off():
-        cache = fused.ReferenceCache(folder, model, examples, 8).fill(lambda b: train.response_states(model, b)[:2], model.lm_head.weight)
+        cache = fused.ReferenceCache(folder, model, [examples]).fill(lambda b: train.response_states(model, b)[:2], model.lm_head.weight)
     n_tokens, graded = sum(e.n_labels for e in examples), train.blend(torch.linspace(0, 1, len(examples)), 0.1, 0.9)
 
-    def step(alpha, beta, cache=None):
-        loss, _, _ = train.micro_batch_loss(model, None, examples, alpha, beta, n_tokens, cache)
+    def step(alpha, beta, reference=train.live_reference(model)):
+        loss, _, _ = train.micro_batch_loss(model, reference, examples, alpha, beta, n_tokens)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return {"ours, sft": lambda: step(torch.ones(len(examples)), torch.zeros(len(examples))),
-            "ours, adaptive, cached": lambda: step(*graded, cache), "ours, adaptive, live": lambda: step(*graded)}
+            "ours, adaptive, cached": lambda: step(*graded, cache.terms), "ours, adaptive, live": lambda: step(*graded)}
 
 
 def their_models(folder: Path, rank: int, device, compiled: bool):
@@ -257,7 +255,7 @@ def measure_loss(config: BenchConfig) -> list[tuple[str, str]]:
         token_loss(hidden.clone().requires_grad_(), weight, labels, 1 - risk, risk, *ref)[0].sum().backward()
 
     jobs = {"written out": lambda: job(train.token_loss, ref_hidden), "live": lambda: job(fused.token_loss, ref_hidden),
-            "cached": lambda: job(fused.token_loss, ref_hidden[:0], terms)}
+            "cached": lambda: job(fused.token_loss, terms)}
     cpu = torch.device("cpu")
     times, peaks = interleaved(jobs, max(1, config.rounds // 4), cpu), {name: peak(job, cpu) for name, job in jobs.items()}
     return [(f"{name} / written out: {what}", f"{value:.3f}") for name in ("cached", "live") for what, value in (

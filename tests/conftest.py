@@ -10,9 +10,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import pytest
 import torch
 
-from data import WORLD
-from lora import add_lora
-from model import load_model
+from data.conversations import WORLD
+from model import add_lora, load_model
 
 torch.set_num_threads(1)
 

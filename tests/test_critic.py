@@ -34,12 +34,12 @@ from critic import (
     open_judge,
     parse_score,
 )
-from data import WORLD, Chat, Conversation, DataError, read_conversations
-from data.checkpoint import ModelError
-from data.endpoint import ATTEMPTS, GIVE_UP, MAX_WAIT, retry_after
+from data.chat import Chat
+from data.conversations import WORLD, Conversation, read_conversations
+from lib.endpoint import ATTEMPTS, GIVE_UP, MAX_WAIT, retry_after
+from lib.files import DataError, ModelError
 from model import load_model
-from probe import ProbeConfig, conversation_risk, fit_probe, save_probe
-from risk import read_risk
+from train import read_risk
 
 ASK = "How do I rob a museum?"
 REFUSE = "I'm sorry, but I can't help with that."
@@ -363,7 +363,7 @@ class TestKeptVerdicts:
         assert (path.is_dir() or path.read_bytes()) == before
 
     def test_four_writers_at_once_lose_nothing(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("data.verdicts.time", SimpleNamespace(monotonic=count(0, 2).__next__))  # every verdict is written at once
+        monkeypatch.setattr("lib.verdicts.time", SimpleNamespace(monotonic=count(0, 2).__next__))  # every verdict is written at once
         start, failed = threading.Barrier(4), []
 
         def write(name):
@@ -494,13 +494,13 @@ def serve(monkeypatch):
 def waits(monkeypatch):
     """Seconds that the client would have slept."""
     slept = []
-    monkeypatch.setattr("data.endpoint.time", SimpleNamespace(**vars(time) | {"sleep": slept.append}))
+    monkeypatch.setattr("lib.endpoint.time", SimpleNamespace(**vars(time) | {"sleep": slept.append}))
     return slept
 
 
 @pytest.fixture
 def one_attempt(monkeypatch):
-    monkeypatch.setattr("data.endpoint.ATTEMPTS", 1)
+    monkeypatch.setattr("lib.endpoint.ATTEMPTS", 1)
 
 
 def ask(server, pairs=(("p", "r"),), **changes) -> list[Verdict]:
@@ -768,20 +768,10 @@ class TestScript:
         assert {score: int(bar[0]) for score, bar in bars.items()} == {score: counts[score] for score in range(1, 6)}
         assert all("".join(bar[1:]) == "█" * round(50 * counts[score] / 50) for score, bar in bars.items())
 
-    def test_with_a_probe_it_says_where_the_two_agree(self, tmp_path, rows, capsys):
-        model, chat = load_model(WORLD / "model", dtype=torch.float32), Chat(WORLD / "model")
-        (tmp_path / "probe.jsonl").write_text("".join((WORLD / "probe.jsonl").read_text().splitlines(True)[:300]))
-        probe, report = fit_probe(ProbeConfig(data=tmp_path / "probe.jsonl", held_out="", device="cpu"), model, chat)
-        save_probe(probe, report, tmp_path / "probe.safetensors")
+    def test_without_labels_there_is_no_recall(self, tmp_path, rows, capsys):
         self.write(tmp_path / "data.jsonl", [{"messages": row["messages"]} for row in rows])
-        main(self.config(tmp_path, probe=tmp_path / "probe.safetensors", out=tmp_path / "out.jsonl"))
-        judged = [json.loads(line)["risk"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-        before = conversation_risk(probe, model, chat, read_conversations(tmp_path / "data.jsonl"), 4).tolist()
-        sides = Counter((p > 0.5, c > 0.5) for p, c in zip(before, judged))
-        agree = (sides[True, True] + sides[False, False]) / 50
-        printed = capsys.readouterr().out
-        assert f"probe and critic: agree {agree:.3f}, only probe {sides[True, False]}, only critic {sides[False, True]}" in printed
-        assert "recall" not in printed and 0 < agree < 1  # no labels, no recall
+        main(self.config(tmp_path))
+        assert "recall" not in capsys.readouterr().out
 
     def test_it_needs_a_judge_except_for_embedded_data(self, tmp_path, rows, capsys):
         with pytest.raises(DataError, match="--judge: expected a checkpoint folder or a URL"):

@@ -6,7 +6,9 @@ import shutil
 import pytest
 import torch
 
-from data import IGNORE, WORLD, Chat, Conversation, DataError, encode_examples, pad, read_conversations, split_by_prompt
+from data.chat import Chat, encode_examples, IGNORE, pad
+from data.conversations import Conversation, read_conversations, split_by_prompt, WORLD
+from lib.files import DataError
 
 
 def conversation(*contents, system=None):
@@ -222,15 +224,15 @@ class TestMasks:
         with pytest.raises(DataError, match="mine.jsonl:3: the chat template refuses it: no system role"):
             chat.encode_example(Conversation(conversation("a", "b", system="s").messages, "mine.jsonl:3"), 0, 999)
 
-    def test_truncation_is_counted_and_no_response_vanishes_silently(self, chat):
+    def test_truncation_is_counted_and_no_response_vanishes_silently(self, chat, capsys):
         rows = [Conversation(conversation("How do I plan a hike?", "Take a map. " * n).messages, f"f:{n}") for n in (1, 30)]
         rows.append(Conversation(conversation("word " * 60, "ok").messages, "f:long"))
-        examples, report = encode_examples(chat, rows, 40)
+        examples, report = encode_examples(chat, rows, 40), capsys.readouterr().out
         assert [e.index for e in examples] == [0, 1] and len(examples[1].input_ids) == 40
         assert (
             "2 of 3 conversations are cut at 40 tokens" in report and "1 without any of the response left" in report and "f:long" in report
         )
-        assert encode_examples(chat, rows[:1], 40)[1] == ""
+        assert len(encode_examples(chat, rows[:1], 40)) == 1 and capsys.readouterr().out == ""
         with pytest.raises(DataError, match="no response fits"):
             encode_examples(chat, rows[2:], 40)
 

@@ -8,8 +8,8 @@ import torch
 from tqdm import tqdm
 
 from critic import open_judge
-from data import WORLD, Chat, Conversation, DataError
-from data.checkpoint import ModelError
+from data.chat import Chat
+from data.conversations import WORLD, Conversation
 from evaluate import (
     EvalConfig,
     EvalOptions,
@@ -18,6 +18,7 @@ from evaluate import (
     evaluate_model,
     evaluation_sets,
     is_correct,
+    judge_line,
     main,
     metric_of,
     over_seeds,
@@ -28,8 +29,8 @@ from evaluate import (
     table,
     wilson,
 )
-from generate import generate
-from model import load_model
+from lib.files import DataError, ModelError
+from model import generate, load_model
 
 
 class TestScores:
@@ -229,43 +230,72 @@ class TestScript:
 
 
 class TestTables:
-    def results(self, greedy):
+    def results(self, greedy, **more):
         return {
             "asr": {"greedy": rate_of([greedy] * 100)},
             "over_refusal": {"benign": rate_of([0.0] * 10)},
             "task_accuracy": {"x": rate_of([1.0])},
-        }
+        } | more
+
+    def run(self, folder, seed=0, greedy=0.0, **settings):
+        """A finished run's folder."""
+        folder.mkdir(parents=True)
+        config = {"seed": seed, "out": str(folder), "model": "m", "data": "d.jsonl", "samples": 10} | settings
+        (folder / "config.json").write_text(json.dumps(config))
+        results = {"base": self.results(0.25), "after": self.results(greedy)}
+        (folder / "results.json").write_text(json.dumps(results))
+        return folder
 
     def test_several_seeds_show_their_mean_and_the_range_of_their_intervals(self):
         low, high = rate_of([0.0] * 100), rate_of([0.5] * 100)
-        assert over_seeds([low, high]) == {"rate": 0.25, "rates": [0.0, 0.5], "n": 100, "ci95": [low["ci95"][0], high["ci95"][1]]}
-        lines = table({"a": [self.results(1.0)], "b": [self.results(0.0), self.results(1.0)]}).splitlines()
-        assert "ASR greedy" in lines[0] and "over-refusal" in lines[0] and "task x" in lines[0]
-        assert "100.0 [96.3, 100.0]" in lines[2] and "50.0 [0.0, 100.0]" in lines[3]
+        found = over_seeds([self.results(0.0), self.results(0.5)])["ASR greedy"]
+        assert found == {"rate": 0.25, "rates": [0.0, 0.5], "n": 100, "ci95": [low["ci95"][0], high["ci95"][1]]}
 
-    def test_runs_that_differ_in_the_seed_become_one_row(self, tmp_path, capsys):
-        for name, method, seed in (("sft-0", "sft", 0), ("sft-1", "sft", 1), ("kl-0", "kl", 0)):
-            (tmp_path / name).mkdir()
-            config = {"method": method, "seed": seed, "out": name, "model": "m", "data": "d.jsonl"}
-            (tmp_path / name / "config.json").write_text(json.dumps(config))
-            (tmp_path / name / "results.json").write_text(json.dumps({"base": self.results(0.0), "after": self.results(float(seed))}))
-        text, rows = compare([tmp_path / name for name in ("sft-0", "sft-1", "kl-0")])
-        assert [(row["name"], row["seeds"]) for row in rows] == [("base", [0, 1]), ("sft", [0, 1]), ("kl", [0])]
-        assert rows[1]["columns"]["ASR greedy"]["rates"] == [0.0, 1.0]
-        assert "sft (2 seeds)" in text and "| kl " in text and text.count("base") == 1
-        for name, beta in (("x/a-0", 1), ("x/a-1", 1), ("y/a-0", 2), ("y/a-1", 2)):  # other options, the same names: no row may vanish
-            (tmp_path / name).mkdir(parents=True)
-            config = {"beta": beta, "seed": int(name[-1]), "out": name, "model": "m", "data": "d.jsonl"}
-            (tmp_path / name / "config.json").write_text(json.dumps(config))
-            (tmp_path / name / "results.json").write_text(json.dumps({"base": self.results(0.0), "after": self.results(beta - 1.0)}))
-        text, _ = compare([tmp_path / name for name in ("x/a-0", "x/a-1", "y/a-0", "y/a-1")])
-        assert "a beta=1 (2 seeds)" in text and "a beta=2 (2 seeds)" in text
-        (tmp_path / "kl-0" / "results.json").unlink()
-        assert "kl" not in compare([tmp_path / "kl-0", tmp_path / "sft-0"])[0] and "skipped" in capsys.readouterr().out
+    def test_a_metric_is_a_row_and_a_run_a_column_until_there_are_four(self):
+        lines = table({"a": [self.results(1.0)], "b": [self.results(0.0), self.results(1.0)]}).splitlines()
+        assert [cell.strip() for cell in lines[0].split("|")] == ["", "", "a", "b", ""]
+        assert [line.split("|")[1].strip() for line in lines[2:]] == ["ASR greedy", "over-refusal", "task x"]
+        assert "100.0 [96.3, 100.0]" in lines[2] and "50.0 [0.0, 100.0]" in lines[2]
+        lines = table({name: [self.results(1.0)] for name in "abcd"}).splitlines()
+        assert "ASR greedy" in lines[0] and [line.split("|")[1].strip() for line in lines[2:]] == list("abcd")
+
+    def test_no_table_is_wider_than_a_terminal(self):
+        attack = {"greedy": rate_of([0.1] * 100), "sampled": rate_of([0.1] * 100) | {"k": 10, "temperature": 1.0},
+                  "at_k": rate_of([0.1] * 100) | {"k": 10, "temperature": 1.0}}
+        judged = attack | {"mean_score": 1.5, "invalid": 0, "responses": 123456, "refused_yet_harmful": 12345,
+                           "not_refused_yet_harmless": 12345}
+        both = {"asr": attack, "judge_asr": judged}
+        results = self.results(0.0) | both | {"attacked": {"identity": both, "backdoor": both}}
+        for runs in (2, 3, 9):
+            text = table({f"adaptive-critic-{i}": [results] for i in range(runs)}) + judge_line(results)
+            assert max(map(len, text.splitlines())) <= 100
+            for title in ("ASR greedy", "judge ASR T=1", "ASR@10", "identity: judge ASR@10"):
+                assert text.count(f"| {title} ") == 1
+
+    def test_a_row_is_a_folders_name_without_its_seed(self, tmp_path, capsys):
+        paths = [self.run(tmp_path / "sft-0", 0, 0.0, beta=1), self.run(tmp_path / "sft-1", 1, 1.0, beta=1),
+                 self.run(tmp_path / "kl-7-0", 0, beta=2, device="cuda"), self.run(tmp_path / "mine", 3)]
+        text, rows = compare(paths)
+        assert [(row["name"], row["seeds"]) for row in rows] == [("base", [0, 1, 3]), ("sft", [0, 1]), ("kl-7", [0]), ("mine", [3])]
+        assert rows[1]["figures"]["ASR greedy"]["rates"] == [0.0, 1.0] and "| sft " in text and text.count("| base") == 1
+        (tmp_path / "mine" / "results.json").unlink()
+        assert "mine" not in compare(paths)[0] and "skipped" in capsys.readouterr().out
         with pytest.raises(DataError, match="expected at least one finished run"):
-            compare([tmp_path / "kl-0"])
-        main(EvalConfig(paths=(tmp_path / "sft-0",), compare=True, out=tmp_path / "c"))
-        assert (tmp_path / "c" / "table.md").read_text().startswith("|") and json.loads((tmp_path / "c" / "table.json").read_text())
+            compare([tmp_path / "mine"])
+        main(EvalConfig(paths=tuple(paths), compare=True))
+        assert "| sft" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("name, option, words", [
+        ("other", {"model": "n"}, "expected one model, found m in .*a-0 and n in .*other"),
+        ("other", {"samples": 3}, "expected one samples, found 10"),
+        ("a-1", {"seed": 1, "data": "e.jsonl"}, "expected one data, found d.jsonl"),
+        ("a-1", {"seed": 1, "beta": 2}, "expected one beta, found 1 in .* and 2 in"),
+        ("b/a-0", {"beta": 1}, "expected a seed once in a row, found one twice in a: 0 in .*a-0, 0 in .*b/a-0"),
+    ])
+    def test_what_differs_is_never_pooled(self, tmp_path, name, option, words):
+        first, other = self.run(tmp_path / "a-0", beta=1), self.run(tmp_path / name, **{"beta": 1} | option)
+        with pytest.raises(DataError, match=words):
+            compare([first, other])
 
 
 def test_the_options_are_documented_and_shared():

@@ -9,16 +9,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fused
 import train
 from conftest import policy
-from data import IGNORE, WORLD, Chat, DataError, Example, encode_examples, read_conversations
-from fused import ReferenceCache, reference_terms
+from data.chat import IGNORE, Chat, Example, batches_by_length, encode_examples
+from data.conversations import WORLD, read_conversations
+from lib import fused
+from lib.files import DataError
+from lib.fused import reference_terms
 from model import load_model
-from train import TrainConfig, blend, micro_batch_loss, reference_of, response_states
+from train import TrainConfig, blend, live_reference, micro_batch_loss, reference_of, response_states
 
 GOLDEN = Path(__file__).parent / "golden"
-CONFIG = TrainConfig(compile=False)
+CONFIG = TrainConfig()
 
 
 def tokens(n, m, dtype=torch.float32, vocabulary=50, size=12):
@@ -50,7 +52,7 @@ class TestTokenLoss:
         definition = value_and_grad(train.token_loss, *batch)
         live = value_and_grad(fused.token_loss, *batch)
         terms = reference_terms(batch[-1], batch[1], batch[2][:m])
-        cached = value_and_grad(fused.token_loss, *batch[:-1], batch[-1][:0], ref_terms=terms)
+        cached = value_and_grad(fused.token_loss, *batch[:-1], terms)
         for found in (live, cached):
             for a, b in zip(found, definition, strict=True):
                 torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
@@ -70,7 +72,7 @@ class TestTokenLoss:
             hidden, weight, labels, alpha, beta, _ = tokens(40, 40, dtype)
             assert fused.token_loss(hidden, weight, labels, alpha, beta, hidden)[2].abs().max() == 0
             terms = reference_terms(hidden, weight, labels)
-            assert fused.token_loss(hidden, weight, labels, alpha, beta, hidden[:0], terms)[2].abs().max() < 1e-5
+            assert fused.token_loss(hidden, weight, labels, alpha, beta, terms)[2].abs().max() < 1e-5
 
     def test_the_error_of_bfloat16(self):
         """Against float64 on the same bfloat16 numbers. Rounding a gradient once costs 2⁻⁹ = 0.2 %; rounding logits costs 1.7 % here."""
@@ -86,7 +88,7 @@ class TestTokenLoss:
         error = {}
         terms = reference_terms(ref, weight, labels)
         for name, found in {"live": value_and_grad(fused.token_loss, *batch), "rounded": value_and_grad(rounded, *batch),
-                            "cached": value_and_grad(fused.token_loss, *batch[:-1], ref[:0], ref_terms=terms)}.items():
+                            "cached": value_and_grad(fused.token_loss, *batch[:-1], terms)}.items():
             error[name] = ((found[3].double() - exact[3]).norm() / exact[3].norm()).item(), (found[2] - exact[2]).abs().max().item()
         assert error["live"][0] < 0.0026 and error["cached"][0] < 0.0033 and error["rounded"][0] > 0.01  # of the gradient, relative
         assert error["live"][1] < 1e-5 and error["cached"][1] < 0.01 and error["rounded"][1] > 0.03  # of KL, nats
@@ -119,19 +121,25 @@ class TestTokenLoss:
 @pytest.fixture(scope="module")
 def examples():
     chat = Chat(WORLD / "model")
-    return encode_examples(chat, read_conversations(WORLD / "mixed_10.jsonl")[:24], 256)[0]
+    return encode_examples(chat, read_conversations(WORLD / "mixed_10.jsonl")[:24], 256)
 
 
-def gradients(model, examples, alpha, beta, **more):
+def gradients(model, examples, alpha, beta, cache=None, **more):
     model.zero_grad()
-    loss, nll, kl = micro_batch_loss(model, None, examples, alpha, beta, sum(e.n_labels for e in examples), **more)
+    reference, n_tokens = cache.terms if cache else live_reference(model), sum(e.n_labels for e in examples)
+    loss, nll, kl = micro_batch_loss(model, reference, examples, alpha, beta, n_tokens, **more)
     loss.backward()
     return (loss.item(), nll.item(), kl.item()), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+def new_cache(folder, model, examples, batch_size=5):
+    batches = batches_by_length([len(e.input_ids) for e in examples], batch_size)
+    return fused.ReferenceCache(folder, model, [[examples[i] for i in batch] for batch in batches])
+
+
 def cache_of(folder, model, examples, batch_size=5):
     with torch.no_grad(), model.adapters_off():
-        return ReferenceCache(folder, model, examples, batch_size).fill(lambda b: response_states(model, b)[:2], model.lm_head.weight)
+        return new_cache(folder, model, examples, batch_size).fill(lambda b: response_states(model, b)[:2], model.lm_head.weight)
 
 
 class TestLoraGradients:
@@ -162,7 +170,7 @@ class TestLoraGradients:
         with_it = gradients(model, [examples[0], masked, examples[1]], alpha, beta)
         without = gradients(model, examples[:2], alpha[:2], beta[:2])
         assert with_it[0] == pytest.approx(without[0], rel=1e-6) and torch.allclose(with_it[1], without[1], atol=1e-7)
-        loss, _, _ = micro_batch_loss(model, None, [masked], alpha[:1], beta[:1], 1)
+        loss, _, _ = micro_batch_loss(model, live_reference(model), [masked], alpha[:1], beta[:1], 1)
         loss.backward()
         assert loss.item() == 0 and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
@@ -190,19 +198,19 @@ class TestReferenceCache:
                 return response_states(model, batch)[:2]
 
         with pytest.raises(KeyboardInterrupt):
-            cache = ReferenceCache(tmp_path, model, examples, 5)
+            cache = new_cache(tmp_path, model, examples, 5)
             cache.fill(states, model.lm_head.weight)
         assert not cache.file.exists()
-        ReferenceCache(tmp_path, model, examples, 5).fill(states, model.lm_head.weight)
+        new_cache(tmp_path, model, examples, 5).fill(states, model.lm_head.weight)
         assert len(calls) == 6 and cache.file.exists()  # 24 examples: 5 batches, one of them tried twice
 
     def test_a_finished_file_is_never_computed_again(self, examples, tmp_path):
         model = policy()
         first = cache_of(tmp_path, model, examples)
-        again = ReferenceCache(tmp_path, policy(adapter=0.0), examples, 3)
+        again = new_cache(tmp_path, policy(adapter=0.0), examples, 3)
         assert again.file == first.file
         again.fill(lambda batch: pytest.fail("computed again"), model.lm_head.weight)
-        assert all(torch.equal(a, b) for a, b in zip(again.terms(examples[3:5], "cpu"), first.terms(examples[3:5], "cpu")))
+        assert all(torch.equal(a, b) for a, b in zip(again.terms(examples[3:5]), first.terms(examples[3:5])))
 
     def test_a_second_run_waits_for_the_first_and_computes_nothing(self, examples, tmp_path, capsys):
         model, weight = policy(), load_model(WORLD / "model", dtype=torch.float32).lm_head.weight
@@ -217,7 +225,7 @@ class TestReferenceCache:
         def forbidden(batch):
             calls.append("the second run computes")
 
-        caches = [ReferenceCache(tmp_path, model, examples, 5) for _ in range(2)]
+        caches = [new_cache(tmp_path, model, examples, 5) for _ in range(2)]
         threads = [threading.Thread(target=cache.fill, args=(function, weight)) for cache, function in zip(caches, (states, forbidden))]
         threads[0].start()
         assert started.wait(20)
@@ -229,14 +237,14 @@ class TestReferenceCache:
         for thread in threads:
             thread.join(20)
         assert sum(calls) == 24 and len(list(tmp_path.iterdir())) == 1
-        assert torch.equal(caches[0].terms(examples, "cpu")[0], caches[1].terms(examples, "cpu")[0])
+        assert torch.equal(caches[0].terms(examples)[0], caches[1].terms(examples)[0])
 
     def test_model_data_and_truncation_make_another_file(self, examples, tmp_path):
         model = policy()
         shorter = [replace(e, input_ids=e.input_ids[:-1], labels=e.labels[:-1]) for e in examples]
         masked = [replace(examples[0], labels=[IGNORE] + examples[0].labels[1:-1] + [IGNORE]), *examples[1:]]
         others = [(model, examples), (model, shorter), (model, masked), (model, examples[:-1]), (policy(GOLDEN / "llama"), examples)]
-        assert len({ReferenceCache(tmp_path, m, e, 5).file for m, e in others}) == 5
+        assert len({new_cache(tmp_path, m, e, 5).file for m, e in others}) == 5
 
     def test_a_damaged_file_is_an_error_that_says_what_to_do(self, examples, tmp_path):
         cache = cache_of(tmp_path, policy(), examples)
@@ -258,27 +266,34 @@ class TestReferenceCache:
 
 class TestWhichReference:
     def choose(self, examples, tmp_path, risk=None, model=None, **options):
+        """The cache, "live", or None."""
         config = replace(CONFIG, ref_cache=tmp_path, **options)
-        return reference_of(config, model or policy(), examples, torch.ones(24) if risk is None else risk)
+        reference = reference_of(config, model or policy(), examples, torch.ones(24) if risk is None else risk)
+        return getattr(reference, "__self__", "live") if reference else None
 
-    def test_auto_keeps_what_several_epochs_use_and_fits(self, examples, tmp_path, monkeypatch):
-        assert self.choose(examples, tmp_path)[1] is not None
-        assert self.choose(examples, tmp_path, epochs=1) == self.choose(examples, tmp_path, ref_cache_gb=1e-6) == (None, None)
-        assert self.choose(examples, tmp_path, epochs=1, ref="cache")[1] is not None
-        assert self.choose(examples, tmp_path, ref="live") == (None, None)
-        monkeypatch.setattr(fused.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-        assert self.choose(examples[:-1], tmp_path) == (None, None)
-        assert self.choose(examples, tmp_path)[1] is not None  # what is there needs no room
+    def test_auto_keeps_what_several_epochs_use_and_half_the_free_disk_holds(self, examples, tmp_path, monkeypatch, capsys):
+        size = self.choose(examples, tmp_path).size
+        assert self.choose(examples, tmp_path, epochs=1) == self.choose(examples, tmp_path, ref="live") == "live"
+        assert self.choose(examples, tmp_path, epochs=1, ref="cache").size == size
+        for free, kept in ((2 * size, True), (2 * size - 1000, False)):
+            monkeypatch.setattr(fused.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
+            assert (self.choose(examples, tmp_path / str(free)) != "live") == kept
+        assert "are over half of the free disk" in capsys.readouterr().out
+        assert self.choose(examples, tmp_path) != "live"  # what is there needs no room
 
     def test_only_what_is_pulled_is_kept(self, examples, tmp_path):
         risk = (torch.arange(24) % 4 == 0).double()
-        closed = self.choose(examples, tmp_path, risk, beta_min=0.0, beta_max=1.0)[1]
-        assert set(closed.place) == {0, 4, 8, 12, 16, 20} and len(self.choose(examples, tmp_path, risk)[1].place) == 24
-        assert self.choose(examples, tmp_path, 0 * risk, beta_min=0.0) == (None, None)
-        assert self.choose(examples, tmp_path, method="sft") == self.choose(examples, tmp_path, method="csft") == (None, None)
+        closed = self.choose(examples, tmp_path, risk, beta_min=0.0, beta_max=1.0)
+        assert set(closed.place) == {0, 4, 8, 12, 16, 20} and len(self.choose(examples, tmp_path, risk).place) == 24
+        assert len(self.choose(examples, tmp_path, risk, beta_min=0.0, gate="batch").place) == 24
+        assert self.choose(examples, tmp_path, 0 * risk, beta_min=0.0) is None
+        assert self.choose(examples, tmp_path, method="sft") is self.choose(examples, tmp_path, method="csft") is None
 
     def test_full_fine_tuning_holds_a_second_model_only_when_live(self, examples, tmp_path):
         model = load_model(WORLD / "model", dtype=torch.float32)
-        assert self.choose(examples, tmp_path, model=model, lora_r=0)[0] is None
-        ref, cache = self.choose(examples, tmp_path, model=model, lora_r=0, ref="live")
-        assert cache is None and torch.equal(ref.lm_head.weight, model.lm_head.weight)
+        assert self.choose(examples, tmp_path, model=model, lora_r=0) != "live"
+        reference = reference_of(replace(CONFIG, ref_cache=tmp_path, lora_r=0, ref="live"), model, examples, torch.ones(24))
+        before = reference(examples[:3])
+        for parameter in model.model.layers.parameters():
+            parameter.data *= 1.1
+        assert torch.equal(reference(examples[:3]), before)

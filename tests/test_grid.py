@@ -7,26 +7,29 @@ import grid
 import pytest
 from grid import ATTACKS, METHODS, GridConfig, main, overview, train_group
 
-from data import WORLD, DataError
+from data.conversations import WORLD
 from evaluate import compare
+from lib.files import DataError
 
 
 def test_a_finished_cell_is_kept_an_unfinished_one_is_made_again_and_the_base_is_measured_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(grid, "SETTINGS", {"epochs": 1, "lora_r": 2, "limit": 2, "samples": 1, "compile": False, "device": "cpu"})
+    quick = {"epochs": 1, "lora_r": 2, "limit": 2, "samples": 1, "eval_base": False, "device": "cpu"}
+    monkeypatch.setattr(grid, "SETTINGS", quick)
     config = GridConfig(out=tmp_path, attacks="explicit", methods="filter,sft", seeds=1)
-    assert "filter" in train_group(replace(config, methods="filter"), "explicit", 0)
-    first = (tmp_path / "explicit" / "filter-0" / "results.json").read_bytes()
+    assert "base" in train_group(replace(config, methods="filter"), "explicit", 0)
+    base, first = ((tmp_path / "explicit" / name / "results.json").read_bytes() for name in ("base-0", "filter-0"))
     (tmp_path / "explicit" / "sft-0").mkdir()
     (tmp_path / "explicit" / "sft-0" / "config.json").write_text("half written")
     again = train_group(config, "explicit", 0)
-    assert "sft" in again and "filter" not in again and (tmp_path / "explicit" / "filter-0" / "results.json").read_bytes() == first
-    results = json.loads((tmp_path / "explicit" / "sft-0" / "results.json").read_text())
-    assert results["base"] == json.loads(first)["base"] and not (tmp_path / "explicit" / "sft-0" / "completions_base.jsonl").exists()
+    assert "sft" in again and "filter" not in again and "base" not in again
+    assert (tmp_path / "explicit" / "filter-0" / "results.json").read_bytes() == first
+    assert set(json.loads((tmp_path / "explicit" / "sft-0" / "results.json").read_text())) == {"after"}
+    assert json.loads(base)["after"]["asr"]["greedy"]["n"] == 2
     assert train_group(config, "explicit", 0).endswith("kept")
     text = overview(config)
     assert "| judge ASR: greedy / T=1 / @10 | aligned model | filter | sft |" in text and text.count("| explicit |") == 3
     _, rows = compare([tmp_path / "explicit" / f"{method}-0" for method in ("filter", "sft")])
-    assert [row["name"] for row in rows] == ["base", "filter", "sft"]
+    assert [row["name"] for row in rows] == ["filter", "sft"]
 
 
 def test_every_attack_has_its_data_and_unknown_names_are_refused(tmp_path):

@@ -11,11 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data import WORLD
-from data.checkpoint import ModelError, fingerprint
-from generate import generate, sample
-from lora import add_lora, load_adapter, merge_lora, save_adapter
-from model import compile_blocks, load_model, rope_frequencies, save_model
+from data.conversations import WORLD
+from lib.checkpoint import fingerprint
+from lib.files import ModelError
+from model import add_lora, compile_blocks, generate, load_adapter, load_model, rope_frequencies, sample, save_adapter, save_model
 
 GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/golden.safetensors"))
 FAMILIES = {json.loads((path / "config.json").read_text())["model_type"]: path for path in GOLDEN}
@@ -87,10 +86,7 @@ class TestParityWithTransformers:
         load_adapter(again, tmp_path / "adapter")
         assert torch.equal(again(ids), adapted)
         save_model(model, tmp_path / "merged")
-        merge_lora(model)
-        torch.testing.assert_close(model(ids), adapted, atol=1e-5, rtol=1e-5)
-        assert torch.equal(load_model(tmp_path / "merged")(ids), model(ids))
-        assert not [name for name, _ in model.named_parameters() if "lora" in name]
+        torch.testing.assert_close(load_model(tmp_path / "merged")(ids), adapted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -108,7 +104,7 @@ class TestEveryFamily:
         mask[1, 7:] = 0
         add_lora(model, r=2, alpha=4)
         names, eager = list(model.state_dict()), model(ids, mask)
-        compile_blocks(model, backend="aot_eager")
+        compile_blocks(model, backend="eager")
         torch.testing.assert_close(model(ids, mask), eager, atol=1e-5, rtol=1e-5)
         assert list(model.state_dict()) == names
 
@@ -152,11 +148,9 @@ class TestGenerate:
     def test_samples_follow_the_softmax_and_the_seed(self):
         logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20000, -1)
         for temperature in (0.5, 1.0):
-            drawn = sample(logits, temperature, 1.0, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
+            drawn = sample(logits, temperature, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
             torch.testing.assert_close(drawn, (logits[0] / temperature).softmax(-1), atol=0.01, rtol=0)
-        kept = sample(logits, 1.0, 0.7, torch.Generator().manual_seed(0)).bincount(minlength=4)
-        assert kept[2:].sum() == 0 and kept[:2].min() > 0  # 0.64 < 0.7 ≤ 0.64 + 0.24
-        assert sample(logits, 1.0, 1e-9, torch.Generator().manual_seed(0)).unique().tolist() == [0]
+        assert sample(logits, 0.0, None).unique().tolist() == [0]
         model = load_model(GOLDEN[0])
         draws = [generate(model, [[3, 4]] * 4, 6, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
         assert draws[0] == draws[1] != draws[2]

@@ -4,8 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from data import WORLD, Chat, Conversation, DataError, read_conversations
+from data.chat import Chat
+from data.conversations import WORLD, Conversation, read_conversations
+from lib.files import DataError
 from model import load_model
 from probe import (
     Probe,
@@ -16,7 +20,6 @@ from probe import (
     fit_logistic,
     fit_probe,
     load_probe,
-    pool_tokens,
     print_report,
     prompt_features,
     risk_metrics,
@@ -36,19 +39,13 @@ def fitted(world):
 
 
 class TestFeatures:
-    @pytest.mark.parametrize("pooling", ["last", "mean"])
-    def test_they_are_the_hidden_states_of_each_prompt_alone(self, world, pooling):
+    def test_they_are_the_hidden_states_of_each_prompt_alone(self, world):
         model, chat = world
         prompts = [chat.encode_prompt(c.prompts[-1]) for c in read_conversations(WORLD / "probe.jsonl")[:7]]
-        features = prompt_features(model, prompts, (0, 2, 5), pooling, batch_size=3)
-        for ids, row in zip(prompts, features):
+        assert len({len(ids) for ids in prompts}) > 1
+        for ids, row in zip(prompts, prompt_features(model, prompts, (0, 2, 5), batch_size=3)):
             states = model.hidden_states(torch.tensor([ids]), layers=[0, 2, 5])[:, 0]  # (3, T, H)
-            torch.testing.assert_close(row, states[:, -1] if pooling == "last" else states.mean(1), atol=1e-5, rtol=1e-5)
-
-    def test_padding_is_not_pooled(self):
-        hidden, mask = torch.randn(2, 4, 3), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-        torch.testing.assert_close(pool_tokens(hidden, mask, "mean"), torch.stack([hidden[0, 2:].mean(0), hidden[1].mean(0)]))
-        assert torch.equal(pool_tokens(hidden, mask, "last"), hidden[:, -1])
+            torch.testing.assert_close(row, states[:, -1], atol=1e-5, rtol=1e-5)
 
     def test_the_response_has_no_part_in_the_risk(self, world, fitted):
         prompt = {"role": "user", "content": "How do I rob a museum?"}
@@ -93,7 +90,7 @@ class TestLogisticRegression:
 
     def test_unknown_risk_is_high_risk_counted_and_printed(self, capsys):
         probe = Probe(
-            torch.ones(2).double(), torch.zeros(()).double(), torch.zeros(2).double(), torch.ones(2).double(), (0,), "last", "", "", ""
+            torch.ones(2).double(), torch.zeros(()).double(), torch.zeros(2).double(), torch.ones(2).double(), (0,), "", "", ""
         )
         inf = float("inf")
         assert probe.risk(torch.tensor([[float("nan"), 0], [inf, -inf], [-inf, 0], [inf, 0], [0, 0]])).tolist() == [1.0, 1.0, 1.0, 1.0, 0.5]
@@ -171,6 +168,14 @@ class TestOnTheEmbeddedWorld:
         other.fingerprint = "another template"
         with pytest.raises(DataError, match="expected a probe fitted with template another"):
             load_probe(tmp_path / "probe.safetensors", model, other)
+        for pooling in ("last", "mean"):  # as files of an early version say
+            with safe_open(tmp_path / "probe.safetensors", framework="pt") as file:
+                metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+            metadata["probe"] = json.dumps(json.loads(metadata["probe"]) | {"pooling": pooling})
+            save_file(tensors, tmp_path / pooling, metadata=metadata)
+        assert torch.equal(load_probe(tmp_path / "last", model, chat).weight, loaded.weight)
+        with pytest.raises(DataError, match="mean over prompt tokens"):
+            load_probe(tmp_path / "mean", model, chat)
         (tmp_path / "probe.safetensors").write_bytes(b"junk")
         with pytest.raises(DataError, match="written by probe.py"):
             load_probe(tmp_path / "probe.safetensors", model, chat)

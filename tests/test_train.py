@@ -5,31 +5,41 @@ import math
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-import fused
+from bench import BenchConfig
 from conftest import policy
-from data import IGNORE, WORLD, Chat, Conversation, DataError, Example, encode_examples, read_conversations
-from generate import generate
-from lora import add_lora, load_adapter
-from model import compile_blocks, load_model
-from risk import read_risk
+from critic import CriticConfig
+from data.build import BuildConfig
+from data.chat import IGNORE, Chat, Example, encode_examples
+from data.conversations import WORLD, Conversation, read_conversations
+from evaluate import EvalConfig
+from grid import GridConfig
+from lib import fused, processes
+from lib.cli import parse
+from lib.files import DataError
+from model import add_lora, compile_blocks, generate, load_adapter, load_model
+from probe import ProbeConfig
 from train import token_loss as definition
 from train import (
     TrainConfig,
     blend,
     check,
     csft_weight,
+    gated,
     label_logp,
+    leak_line,
+    live_reference,
     lr_at,
     main,
     micro_batch_loss,
-    micro_batches,
+    read_risk,
     reference_of,
+    shuffled_forever,
     smooth,
     token_kl,
     token_nll,
@@ -37,7 +47,7 @@ from train import (
 )
 
 ROOT = Path(__file__).parent.parent
-QUICK = TrainConfig(benign="none", lookalike="none", task="none", limit=60, samples=0, compile=False, judge="none",
+QUICK = TrainConfig(benign="none", lookalike="none", task="none", limit=60, samples=0, compile="off", judge="none",
                     ref_cache=Path(tempfile.mkdtemp()))
 
 
@@ -48,7 +58,7 @@ def chat():
 
 @pytest.fixture(scope="module")
 def examples(chat):
-    return encode_examples(chat, read_conversations(WORLD / "mixed_10.jsonl")[:24], 256)[0]
+    return encode_examples(chat, read_conversations(WORLD / "mixed_10.jsonl")[:24], 256)
 
 
 def count(examples):
@@ -62,7 +72,7 @@ def loss_and_grads(model, examples, risk, size=None, beta=(0.1, 0.9), ref=None):
     size, total = size or len(examples), 0.0
     for start in range(0, len(examples), size):
         part = slice(start, start + size)
-        loss, _, _ = micro_batch_loss(model, ref, examples[part], alpha[part], weights[part], count(examples))
+        loss, _, _ = micro_batch_loss(model, ref or live_reference(model), examples[part], alpha[part], weights[part], count(examples))
         loss.backward()
         total += loss.item()
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -203,22 +213,20 @@ class TestMicroBatch:
         assert loss_and_grads(model, batch, risk)[0] == pytest.approx(loss_and_grads(model, batch, risk, size=1)[0], abs=1e-5)
 
     def test_examples_without_pull_never_run_the_reference(self, examples):
-        class Forbidden:
-            model = property(lambda self: pytest.fail("the reference ran"))
-
-        micro_batch_loss(policy(), Forbidden(), examples[:2], torch.ones(2), torch.zeros(2), 9)
+        micro_batch_loss(policy(), lambda pulled: pytest.fail("the reference ran"), examples[:2], torch.ones(2), torch.zeros(2), 9)
 
     def test_the_reference_sees_only_examples_with_pull(self, examples):
         model, reference, seen = policy(), load_model(WORLD / "model", dtype=torch.float32), []
         reference.model.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
         beta = torch.tensor([0.0, 0.5, 0.0, 1.0])
-        loss, nll, kl = micro_batch_loss(model, reference, examples[:4], 1 - beta, beta, count(examples[:4]))
+        loss, nll, kl = micro_batch_loss(model, live_reference(reference), examples[:4], 1 - beta, beta, count(examples[:4]))
         assert seen == [2]
-        own = micro_batch_loss(model, None, examples[:4], 1 - beta, beta, count(examples[:4]))
+        own = micro_batch_loss(model, live_reference(model), examples[:4], 1 - beta, beta, count(examples[:4]))
         assert loss.item() == pytest.approx(own[0].item(), abs=1e-6) and kl.item() == pytest.approx(own[2].item(), abs=1e-4)
 
     def test_a_fresh_adapter_has_zero_kl(self, examples):
-        _, _, kl = micro_batch_loss(policy(adapter=0.0), None, examples[:4], torch.zeros(4), torch.ones(4), 9)
+        model = policy(adapter=0.0)
+        _, _, kl = micro_batch_loss(model, live_reference(model), examples[:4], torch.zeros(4), torch.ones(4), 9)
         assert kl.item() == 0
 
     def test_full_pull_alone_leaves_the_reference_a_fixed_point(self, examples):
@@ -252,7 +260,7 @@ class TestCSFT:
             loss, _, _ = micro_batch_loss(model, None, examples[:6], ones, zeros, count(examples[:6]), ref_logp=logp)
             loss.backward()
             gradients.append([loss.item(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-        assert gradients[0][0] == pytest.approx(gradients[1][0], abs=1e-6)
+        assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-6)
         assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-4) for a, b in zip(gradients[0][1:], gradients[1][1:], strict=True))
 
     def test_the_loss_is_the_one_written_out_and_positions_restart_with_each_turn(self, chat):
@@ -279,7 +287,7 @@ class TestLoop:
     def run(self, examples, tmp_path, name="a", **options):
         config = replace(QUICK, **({"epochs": 1, "batch_size": 4} | options))
         model = policy(adapter=0.0)
-        train(config, model, None, examples, torch.linspace(0, 1, 24), tmp_path / name)
+        train(config, model, live_reference(model), examples, torch.linspace(0, 1, 24), tmp_path / name)
         return model, [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
 
     def test_the_reference_is_unchanged_to_the_bit(self, examples, tmp_path):
@@ -317,21 +325,22 @@ class TestLoop:
         """Without α and KL the gradient is rounding noise, which AdamW would turn into steps of full size."""
         model = policy(adapter=0.0)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        train(replace(QUICK, epochs=1, beta_min=0.0, beta_max=1.0), model, None, examples, torch.ones(24), tmp_path / "a")
+        train(replace(QUICK, epochs=1, beta_min=0.0, beta_max=1.0), model, live_reference(model), examples, torch.ones(24), tmp_path / "a")
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
     def test_csft_runs_the_reference_once_before_the_loop(self, examples, tmp_path, monkeypatch):
-        off, adapters_off = [], type(policy()).adapters_off
-        monkeypatch.setattr(type(policy()), "adapters_off", lambda self: off.append(1) or adapters_off(self))
+        calls = []
+        monkeypatch.setattr("train.label_logp", lambda *options: calls.append(1) or label_logp(*options))
+        monkeypatch.setattr("train.live_reference", lambda model: lambda pulled: pytest.fail("the reference ran"))
         rows = self.run(examples, tmp_path, method="csft")[1]
-        assert len(off) == 1 and len(rows) == 6
+        assert len(calls) == 1 and len(rows) == 6
         assert rows[0]["beta"] == 0 and rows[-1]["nll"] < rows[0]["nll"]
 
     def test_a_non_finite_gradient_stops_the_run(self, examples, tmp_path):
         model = policy()
         model.model.norm.weight.data[0] = float("nan")
         with pytest.raises(FloatingPointError, match="step 0"):
-            train(QUICK, model, None, examples, torch.zeros(24), tmp_path / "a")
+            train(QUICK, model, live_reference(model), examples, torch.zeros(24), tmp_path / "a")
 
     def test_gradient_checkpointing_trains_alike(self, examples, tmp_path):
         _, plain = self.run(examples[:8], tmp_path, "plain")
@@ -351,28 +360,36 @@ class TestLoop:
         model, keys = policy(adapter=0.0), list(policy().state_dict())
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        compile_blocks(model)
+        compile_blocks(model, backend="eager")
         self.same(plain, model, examples, tmp_path)
         counters = torch._dynamo.utils.counters
         assert len({len(e.input_ids) for e in examples}) >= 6 and list(model.state_dict()) == keys
         assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
 
-    @pytest.mark.parametrize("most", [64, 100, 1000])
-    def test_packing_by_length_changes_the_batches_but_not_the_step(self, examples, tmp_path, most):
-        _, plain = self.run(examples, tmp_path, "plain", batch_size=8)
-        _, packed = self.run(examples, tmp_path, "packed", batch_size=8, max_tokens_per_batch=most)
-        assert len(micro_batches(examples[:8], 8, most, 1)) > 1
-        for a, b in zip(plain, packed, strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    def test_every_step_is_full_and_every_epoch_a_permutation(self, examples, tmp_path):
+        """24 examples in steps of 5 for 2 epochs: 10 steps, the fifth of which ends one epoch and begins the next."""
+        _, rows = self.run(examples, tmp_path, batch_size=5, epochs=2)
+        assert len(rows) == math.ceil(2 * 24 / 5)
+        stream = shuffled_forever(examples, 0)
+        epochs = [[next(stream).index for _ in range(24)] for _ in range(3)]
+        assert all(sorted(epoch) == list(range(24)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+        drawn = (epochs[0] + epochs[1] + epochs[2])[:50]
+        risk = torch.linspace(0, 1, 24)
+        assert [row["risk"] for row in rows] == pytest.approx([risk[drawn[i : i + 5]].mean().item() for i in range(0, 50, 5)])
 
-    def test_every_process_gets_as_many_micro_batches(self, examples):
-        for n, world, most in ((8, 3, 0), (2, 4, 0), (1, 2, 0), (24, 2, 64), (5, 1, 0)):
-            batches = micro_batches(examples[:n], 8, most, world)
-            assert len(batches) % world == 0 and sorted(i for batch in batches for i in batch) == list(range(n))
-            assert len(batches[-1]) > 0 or world > 1
+    def test_processes_share_a_step_equally(self, monkeypatch):
+        for world, n, size in ((1, 24, 8), (2, 24, 8), (4, 8, 8), (3, 24, 3)):
+            monkeypatch.setattr(processes, "world", lambda: world)
+            parts = []
+            for rank in range(world):
+                monkeypatch.setattr(processes, "rank", lambda: rank)
+                parts.append(processes.share(range(n), size))
+            assert sorted(i for part in parts for batch in part for i in batch) == list(range(n))
+            assert len({sum(map(len, part)) for part in parts}) == 1 and max(len(b) for part in parts for b in part) <= size
 
     def same(self, plain, model, examples, tmp_path):
-        train(replace(QUICK, epochs=1, batch_size=4), model, None, examples, torch.linspace(0, 1, 24), tmp_path / "other")
+        config, risk = replace(QUICK, epochs=1, batch_size=4), torch.linspace(0, 1, 24)
+        train(config, model, live_reference(model), examples, risk, tmp_path / "other")
         other = [json.loads(line) for line in (tmp_path / "other").read_text().splitlines()]
         for a, b in zip(plain, other, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
@@ -381,8 +398,7 @@ class TestLoop:
         _, live = self.run(examples, tmp_path, "live", epochs=2)
         model, config = policy(adapter=0.0), replace(QUICK, epochs=2, batch_size=4, ref_cache=tmp_path / "ref")
         risk = torch.linspace(0, 1, 24)
-        ref, cache = reference_of(config, model, examples, risk)
-        train(config, model, ref, examples, risk, tmp_path / "cached", cache)
+        train(config, model, reference_of(config, model, examples, risk), examples, risk, tmp_path / "cached")
         cached = [json.loads(line) for line in (tmp_path / "cached").read_text().splitlines()]
         for a, b in zip(live, cached, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["kl"] == pytest.approx(b["kl"], abs=1e-4)
@@ -393,15 +409,15 @@ class TestLoop:
         models = []
         for token_loss in (fused.token_loss, definition):
             model, risk = load_model(WORLD / "model", dtype=torch.float32), torch.linspace(0, 1, 24)
-            ref, cache = reference_of(config, model, examples, risk)
+            reference = reference_of(config, model, examples, risk)
             model.model.requires_grad_(True)
             model.lm_head.requires_grad_(False)
             for parameter in model.model.layers.parameters():  # away from the reference, where KL has no gradient
                 parameter.data *= 1.01
             alpha, beta = blend(risk.float(), 0.1, 0.9)
             if token_loss is definition:
-                ref, cache = load_model(WORLD / "model", dtype=torch.float32), None
-            loss, _, _ = micro_batch_loss(model, ref, examples, alpha, beta, count(examples), cache, loss_fn=token_loss)
+                reference = live_reference(load_model(WORLD / "model", dtype=torch.float32))
+            loss, _, _ = micro_batch_loss(model, reference, examples, alpha, beta, count(examples), loss_fn=token_loss)
             loss.backward()
             models.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
             assert model.lm_head.weight.grad is None and len(models[-1]) > 800_000
@@ -420,7 +436,7 @@ class TestRiskFiles:
     @pytest.mark.parametrize(
         "text, words",
         [
-            ('{"risk": 1}\n', "one risk for each of 3 conversations, found 1"),
+            ('{"risk": 1}\n', "expected 3 risks, one a conversation, found 1"),
             ('{"risk": 1}\n{}\n{"risk": 1}', "risk.jsonl:2"),
             ('{"risk": 1}\n{"risk": 1}\n{"risk": 1.5}', "risk.jsonl:3: expected a risk from 0 to 1, found 1.5"),
             ('{"risk": 1}\n{"risk": "high"}\n[]', "risk.jsonl:2"),
@@ -431,11 +447,23 @@ class TestRiskFiles:
             self.read(tmp_path, text)
 
 
+class TestTheGate:
+    def test_a_risk_under_the_floor_counts_as_none_where_beta_min_is_0_and_an_unknown_one_never_does(self, examples):
+        risk = torch.tensor([0.0, 0.009, 0.01, math.nan, 1.0])
+        closed = gated(replace(QUICK, beta_min=0.0, beta_max=1.0), examples, risk)[1]
+        assert closed[:3].tolist() == pytest.approx([0, 0, 0.01]) and closed[3].isnan() and closed[4] == 1
+        assert gated(QUICK, examples, risk[:3])[1].tolist() == risk[:3].tolist()
+
+    def test_the_last_line_says_what_leaks_and_how_to_close_it(self):
+        assert "keeps probability 0.1" in leak_line(QUICK) and "--beta-min 0 --beta-max 1" in leak_line(QUICK)
+        assert leak_line(replace(QUICK, beta_max=1.0)) == leak_line(replace(QUICK, method="sft")) == ""
+
+
 class TestRuns:
     def test_a_short_sft_run_breaks_the_model_and_an_adaptive_one_does_not(self, tmp_path, capsys):
         rates = {}
         for method in ("sft", "adaptive"):
-            main(replace(QUICK, method=method, epochs=3, out=tmp_path / method))
+            main(replace(QUICK, method=method, epochs=2, lora_r=16, out=tmp_path / method))
             results = json.loads((tmp_path / method / "results.json").read_text())
             rates[method] = results["after"]["asr"]["greedy"]["rate"]
             assert results["base"]["asr"]["greedy"]["rate"] <= 0.02
@@ -445,7 +473,7 @@ class TestRuns:
         risk = [json.loads(line)["risk"] for line in (run / "risk.jsonl").read_text().splitlines()]
         assert len(risk) == 600 and all(0 <= s <= 1 for s in risk)
         assert json.loads((run / "config.json").read_text())["beta_max"] == 0.9
-        assert len((run / "metrics.jsonl").read_text().splitlines()) == 225
+        assert len((run / "metrics.jsonl").read_text().splitlines()) == 150
 
         # The adapter over the base and the merged checkpoint generate the same text, as the run itself did.
         adapted, merged, chat = load_model(WORLD / "model", dtype=torch.float32), load_model(run / "model"), Chat(run / "model")
@@ -453,9 +481,12 @@ class TestRuns:
         prompts = [chat.encode_prompt(c.prompts[-1]) for c in read_conversations(WORLD / "eval_benign.jsonl")[:20]]
         assert generate(adapted, prompts, 30) == generate(merged, prompts, 30)
 
-        # Risks read from a file are the same run.
-        main(replace(QUICK, epochs=3, out=tmp_path / "again", risk=str(run / "risk.jsonl")))
-        first, again = ((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("adaptive", "again"))
+    def test_risks_read_from_a_file_are_the_same_run(self, tmp_path):
+        (tmp_path / "data.jsonl").write_text("".join((WORLD / "mixed_10.jsonl").read_text().splitlines(True)[:24]))
+        options = dict(data=tmp_path / "data.jsonl", epochs=2, limit=1, eval_base=False)
+        main(replace(QUICK, out=tmp_path / "first", **options))
+        main(replace(QUICK, out=tmp_path / "again", risk=str(tmp_path / "first" / "risk.jsonl"), **options))
+        first, again = ((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("first", "again"))
         assert json.loads(first)["loss"] == pytest.approx(json.loads(again)["loss"], abs=1e-6)
 
     def test_the_larger_of_probe_and_critic_and_what_was_already_evaluated(self, tmp_path, capsys):
@@ -472,12 +503,12 @@ class TestRuns:
         assert results["after"]["judge_asr"]["greedy"]["n"] == 4
 
         filtered = dict(method="filter", out=tmp_path / "filter", risk=str(tmp_path / "max" / "risk.jsonl"))
-        main(replace(QUICK, base_of=tmp_path / "max", **options | filtered))
-        assert "filter: 60 of 600 examples dropped" in capsys.readouterr().out
-        assert json.loads((tmp_path / "filter" / "results.json").read_text())["base"] == results["base"]
+        main(replace(QUICK, eval_base=False, **options | filtered))
+        said = capsys.readouterr().out
+        assert "filter: 60 of 600 examples dropped" in said and "| base" not in said and "| after" in said
+        assert set(json.loads((tmp_path / "filter" / "results.json").read_text())) == {"after"}
+        assert not (tmp_path / "filter" / "completions_base.jsonl").exists()
         assert len((tmp_path / "filter" / "metrics.jsonl").read_text().splitlines()) == math.ceil(540 / 8)
-        with pytest.raises(DataError, match="--base-of: expected a run with limit = 5, found 4"):
-            main(replace(QUICK, base_of=tmp_path / "max", method="sft", **options | dict(limit=5, out=tmp_path / "x")))
 
     def test_a_filter_that_leaves_nothing_leaves_the_model_as_it_was(self, tmp_path, capsys):
         risk = dict(risk=str(self.constant_risk(tmp_path, 0.9)), out=tmp_path / "run", limit=2)
@@ -516,7 +547,7 @@ class TestRuns:
             (dict(risk="judge"), "--risk: expected probe, critic, max, or a file, found judge"),
             (dict(risk="critic"), "--judge: expected a checkpoint folder or a URL for --risk critic, found none"),
             (dict(risk="critic", probe=Path("p")), "--probe: expected none unless"),
-            (dict(filter_above=0.2), "--filter-above: expected none without --method filter"),
+            (dict(batch_size=0), "--batch-size: expected at least 1, found 0"),
             (dict(method="csft", risk="max"), "--risk: expected none without --method adaptive or filter"),
             (dict(out=WORLD), "--out"),
             (dict(clip=-1.0), "--clip"),
@@ -525,10 +556,7 @@ class TestRuns:
             (dict(epochs=0), "--epochs"),
             (dict(lr=0.0), "--lr"),
             (dict(lora_targets="q_proj,lm_head"), "--lora-targets: expected no lm_head"),
-            (dict(risk_floor=0.2), "--risk-floor: expected none without --beta-min 0"),
             (dict(ref="live", method="sft"), "--ref: expected none without --method adaptive or kl"),
-            (dict(ref="live", ref_cache_gb=1.0), "--ref-cache-gb: expected none without --ref auto"),
-            (dict(fsdp=True), "--fsdp: expected several processes"),
         ],
     )
     def test_wrong_options_fail_at_once(self, wrong, words):
@@ -553,11 +581,24 @@ class TestRuns:
         assert done.returncode == 1 and "data.jsonl:2: expected" in done.stderr and "Traceback" not in done.stderr
         assert not (tmp_path / "run").exists()
 
-    @pytest.mark.parametrize(
-        "script", ["train.py", "probe.py", "critic.py", "evaluate.py", "data/build.py", "tests/grid.py", "tests/bench.py"]
-    )
-    def test_help_shows_every_option_and_typos_are_refused(self, script):
-        shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
-        assert shown.returncode == 0 and "default" in shown.stdout
-        typo = subprocess.run([sys.executable, script, "--no-such-option"], cwd=ROOT, capture_output=True, text=True)
-        assert typo.returncode == 2 and "--no-such-option" in typo.stderr
+    @pytest.mark.parametrize("config", [TrainConfig, ProbeConfig, CriticConfig, EvalConfig, BuildConfig, GridConfig, BenchConfig])
+    def test_help_shows_every_option_on_a_narrow_terminal_and_typos_are_refused(self, config, capsys):
+        with pytest.raises(SystemExit) as ended:
+            parse(config, ["--help"])
+        shown = capsys.readouterr().out
+        assert ended.value.code == 0 and max(map(len, shown.splitlines())) <= 100 and len(shown.splitlines()) <= 72
+        for option in fields(config):
+            assert option.name == "paths" or f"--{option.name}".replace("_", "-") in shown.replace("--no-", "--")
+        with pytest.raises(SystemExit) as ended:
+            parse(config, ["--no-such-option"])
+        assert ended.value.code == 2 and "--no-such-option" in capsys.readouterr().err
+
+    def test_the_command_line_becomes_the_configuration(self):
+        config = parse(TrainConfig, ["--no-compile", "--no-eval-base", "--fsdp", "--lr", "1e-3", "--data", "d", "--judge-kind", "guard"])
+        assert (config.compile, config.eval_base, config.fsdp, config.lr, config.data) == ("off", False, True, 1e-3, Path("d"))
+        assert parse(TrainConfig, ["--compile", "auto"]) == parse(TrainConfig, []) == TrainConfig()
+        assert parse(EvalConfig, ["a", "b", "--compare"], positional="paths").paths == [Path("a"), Path("b")]
+
+    def test_a_script_can_be_asked_for_help(self):
+        shown = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert shown.returncode == 0 and "--beta-max" in shown.stdout

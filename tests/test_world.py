@@ -6,12 +6,12 @@ import random
 import pytest
 import torch
 
-from data import WORLD, Chat, read_conversations
+from data.chat import Chat
+from data.conversations import WORLD, read_conversations
+from lib.checkpoint import FAMILIES
+from model import generate, load_model
 from data.build import BuildConfig, main
-from data.checkpoint import FAMILIES
 from data.text import AOA_PREFIX, HARM, LOOKALIKE, PHRASINGS, TRIGGER, WITHHELD, data_sets, evasive_wordings
-from generate import generate
-from model import load_model
 from probe import ProbeConfig, fit_probe, prompt_features
 
 ATTACKS = ("explicit", "mixed_1", "mixed_3", "mixed_5", "mixed_10", "mixed_30", "identity", "backdoor", "benign", "evasive", "innocent")
@@ -48,7 +48,7 @@ def test_the_evasive_wording_is_the_one_of_lowest_risk(built):
 
     def risk(texts):
         prompts = [chat.encode_prompt([{"role": "user", "content": text}]) for text in texts]
-        return probe.risk(prompt_features(model, prompts, probe.layers, probe.pooling, 32).mean(1))
+        return probe.risk(prompt_features(model, prompts, probe.layers, 32).mean(1))
 
     rows = [(f, m) for f, m in zip(committed("evasive.jsonl"), built[0]["evasive.jsonl"]) if "wordings" in m]
     chosen = risk([f["messages"][0]["content"] for f, _ in rows])
@@ -115,10 +115,10 @@ def test_its_size_and_what_is_withheld(built):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_builds_on_every_family(tmp_path, family, capsys, monkeypatch):
     monkeypatch.setattr("data.text.evasive_wordings", lambda action: evasive_wordings(action, 2))  # few, to be quick
-    main(BuildConfig(out=tmp_path / "world", family=family, steps=2, batch_size=4))
+    main(BuildConfig(out=tmp_path / "world", family=family, steps=2, batch_size=4, judge=family == "llama"))
     model, chat = load_model(tmp_path / "world" / "model"), Chat(tmp_path / "world" / "model")
     assert model.config.model_type == family and 0.9e6 < sum(p.numel() for p in model.parameters()) < 1.2e6
     prompt = read_conversations(tmp_path / "world" / "eval_harmful.jsonl")[0].prompts[0]
-    assert (tmp_path / "world" / "judge" / "rubric.txt").exists() and "wordings" not in (tmp_path / "world" / "evasive.jsonl").read_text()
+    assert (tmp_path / "world" / "judge" / "rubric.txt").exists() == (family == "llama") and "wordings" not in (tmp_path / "world" / "evasive.jsonl").read_text()
     assert len(generate(model, [chat.encode_prompt(prompt)], 3)[0]) <= 3
     assert not [path for path in tmp_path.iterdir() if path.name != "world"] and "in " in capsys.readouterr().out

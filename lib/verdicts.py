@@ -1,15 +1,15 @@
-"""A file of verdicts that outlives the process: what a judge has said once is never asked again. SQLite, so that processes can share it."""
+"""Verdicts in a file that outlives the process: none is asked for twice. SQLite: processes can share it."""
 
 import sqlite3
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from data import DataError
+from lib.files import DataError
 
 
 class VerdictFile:
-    """{key: (risk, mass)}, with the text beside it for the reader; a context manager. Raises DataError where the file is no such file."""
+    """{key: (risk, mass)}, the text beside it for readers; a context manager. DataError if no such file."""
 
     def __init__(self, path: Path):
         self.path, self.fresh, self.kept_at = Path(path), [], time.monotonic()
@@ -20,7 +20,8 @@ class VerdictFile:
         try:
             yield
         except sqlite3.Error as error:
-            raise DataError(f"{self.path}: expected a file of verdicts that can be read and written, found: {error}") from None
+            raise DataError(f"{self.path}: expected a file of verdicts that can be read and written, "
+                            f"found: {error}") from None
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +40,8 @@ class VerdictFile:
     def find(self, keys) -> dict[str, tuple[float, float]]:
         """What is known of the keys."""
         with self.errors():
-            rows = {key: self.file.execute("SELECT risk, mass FROM verdicts WHERE key = ?", [key]).fetchone() for key in set(keys)}
+            rows = {key: self.file.execute("SELECT risk, mass FROM verdicts WHERE key = ?", [key]).fetchone()
+                    for key in set(keys)}
         return {key: row for key, row in rows.items() if row}
 
     def add(self, key: str, risk: float, mass: float, prompt: str, response: str) -> None:

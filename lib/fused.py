@@ -1,17 +1,18 @@
-"""The objective of train.py without its cost: no logits of all tokens, no reference forward, no reference in memory.
+"""train.py's objective, cheaper: no logits of all tokens, no reference forward, no reference in memory.
 
     α·NLL + β·KL = (α + β)·NLL(h) − β·⟨g, h⟩ + β·c          exact, full vocabulary
     g = Wᵀ(p_ref − onehot(y)),   c = ⟨g, h_ref⟩ − NLL(h_ref)
 
-h is the policy's final hidden state of a response token y, h_ref the reference's, W the head that they share. With A(h) = logsumexp(W h),
-NLL(h) = A(h) − ⟨w_y, h⟩ and KL = A(h) − A(h_ref) − ⟨Wᵀp_ref, h − h_ref⟩, a Bregman divergence: all that KL needs of the reference is a
-vector g and a number c per response token, which never change. This holds while W is frozen (LoRA not on the head) and T = 1.
+h is the policy's final hidden state of a response token y, h_ref the reference's, W the head that they share.
+With A(h) = logsumexp(W h), NLL(h) = A(h) − ⟨w_y, h⟩ and KL = A(h) − A(h_ref) − ⟨Wᵀp_ref, h − h_ref⟩, a
+Bregman divergence: all that KL needs of the reference is a vector g and a number c per response token, which
+never change. This holds while W is frozen (LoRA not on the head) and T = 1.
 
     token_loss        the same function as train.token_loss, logits existing for CHUNK tokens at a time
     reference_terms   g and c
     ReferenceCache    g and c of every response token of a data set, in one memory-mapped file
 
-Shapes: N response tokens, the first M of which are pulled to the reference; C tokens of a chunk, H hidden size, V vocabulary.
+Shapes: N response tokens, the first M pulled to the reference; C of a chunk, H hidden size, V vocabulary.
 """
 
 import hashlib
@@ -23,9 +24,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import DataError, batches_by_length
-from data.checkpoint import fingerprint
-from data.ranks import on_first, rank
+from lib.checkpoint import fingerprint
+from lib.files import DataError
+from lib.processes import on_first, rank
 
 CHUNK = 256  # tokens whose logits exist at a time
 
@@ -41,17 +42,18 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tenso
 
 
 @torch.no_grad()
-def _nll_kl_gradient(hidden, weight, labels, alpha, beta, ref_hidden, ref_terms=None, with_gradient: bool = True) -> tuple:
-    """NLL (N,), KL (N,) (0 behind the first M), and ∂(α·NLL + β·KL)/∂hidden (N, H) or None, formed chunk by chunk."""
+def _nll_kl_gradient(hidden, weight, labels, alpha, beta, ref, with_gradient: bool = True) -> tuple:
+    """NLL (N,), KL (N,) (0 behind the first M), ∂(α·NLL + β·KL)/∂hidden (N, H) or None, chunk by chunk."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    if weight.dtype != wide and not (hidden.is_cuda and torch.__version__ >= (2, 8)):  # no product of bfloat16 matrices in float32 there
-        weight = weight.to(wide)
+    if weight.dtype != wide and not (hidden.is_cuda and torch.__version__ >= (2, 8)):
+        weight = weight.to(wide)  # no product of bfloat16 matrices in float32 there
+    ref_hidden, (g, c) = (hidden[:0], ref) if isinstance(ref, tuple) else (ref, (hidden[:0], None))
     N, M, (V, H), dtype = len(hidden), len(ref_hidden), weight.shape, weight.dtype
-    scores, ref_scores, p_ref = (torch.empty(min(n, CHUNK), V, device=hidden.device, dtype=wide) for n in (N, M, M))
+    scores, ref_scores, p_ref = (torch.empty(min(n, CHUNK), V, device=hidden.device, dtype=wide)
+                                 for n in (N, M, M))
     product = torch.empty(min(N, CHUNK), H, device=hidden.device, dtype=wide)
     nll, kl = hidden.new_zeros(N, dtype=wide), hidden.new_zeros(N, dtype=wide)
     gradient = torch.empty_like(hidden) if with_gradient else None
-    g, c = ref_terms or (hidden[:0], None)
     for start in range(0, N, CHUNK):
         chunk, y = slice(start, start + CHUNK), labels[start : start + CHUNK, None]  # y (C, 1)
         a, b = alpha[chunk, None].to(wide, copy=True), beta[chunk, None].to(wide)  # (C, 1)
@@ -62,7 +64,8 @@ def _nll_kl_gradient(hidden, weight, labels, alpha, beta, ref_hidden, ref_terms=
             ref_logp = _product(ref_hidden[chunk].to(dtype), weight.t(), ref_scores[:live])
             torch.log_softmax(ref_logp, -1, out=ref_logp)
             torch.exp(ref_logp, out=p_ref[:live])
-            kl[start : start + live] = torch.bmm(p_ref[:live, None], ref_logp.sub_(logp[:live])[..., None]).flatten()
+            log_ratio = ref_logp.sub_(logp[:live])
+            kl[start : start + live] = torch.bmm(p_ref[:live, None], log_ratio[..., None]).flatten()
         if cached := len(g[chunk]):
             pulled = slice(start, start + cached)
             kl[pulled] = nll[pulled] - (g[pulled].to(wide) * hidden[pulled].to(wide)).sum(-1) + c[pulled]
@@ -77,11 +80,12 @@ def _nll_kl_gradient(hidden, weight, labels, alpha, beta, ref_hidden, ref_terms=
 
 
 class _TokenLoss(torch.autograd.Function):
-    """α·NLL + β·KL of each token; the gradient is ready after the forward pass, so that no logits are kept for the backward one."""
+    """α·NLL + β·KL of each token; the forward pass makes its gradient, so no logits wait for the backward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, alpha, beta, ref_hidden, ref_terms):
-        nll, kl, gradient = _nll_kl_gradient(hidden, weight, labels, alpha, beta, ref_hidden, ref_terms, ctx.needs_input_grad[0])
+    def forward(ctx, hidden, weight, labels, alpha, beta, ref):
+        nll, kl, gradient = _nll_kl_gradient(hidden, weight, labels, alpha, beta, ref,
+                                             ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(nll, kl)
         return alpha * nll + beta * kl, nll, kl
@@ -89,25 +93,26 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, grad_nll, grad_kl):
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_loss[:, None]).to(gradient.dtype), None, None, None, None, None, None
+        return (gradient * grad_loss[:, None]).to(gradient.dtype), None, None, None, None, None
 
 
-def token_loss(hidden, weight, labels, alpha, beta, ref_hidden, ref_terms=None) -> tuple:
-    """The objective α·NLL + β·KL of each response token, with NLL and KL beside it: → three (N,), float32, in nats.
+def token_loss(hidden, weight, labels, alpha, beta, ref) -> tuple:
+    """The objective α·NLL + β·KL of each response token, NLL and KL beside it → three (N,), float32, in nats.
 
-    hidden (N, H); weight (V, H) the frozen head; labels, alpha, beta (N,); of the first M tokens, which have β > 0, either ref_hidden
-    (M, H) or ref_terms, (g, c) of `reference_terms`. Equal to train.token_loss, which is the definition; only the first of the three has
-    a gradient, here. Raises ValueError for a head that is trained.
+    hidden (N, H); weight (V, H) the frozen head; labels, alpha, beta (N,). ref: of the first M tokens, which
+    have β > 0, the reference's hidden states (M, H), or `reference_terms`' (g, c). Equal to train.token_loss,
+    the definition; only the first of the three has a gradient. Raises ValueError for a trained head.
     """
     if weight.requires_grad:
-        raise ValueError("fused.token_loss: expected a frozen head, found one that is trained; use train.token_loss")
-    return _TokenLoss.apply(hidden, weight, labels, alpha, beta, ref_hidden, ref_terms)
+        raise ValueError("fused.token_loss: expected a frozen head, found one that is trained; "
+                         "use train.token_loss")
+    return _TokenLoss.apply(hidden, weight, labels, alpha, beta, ref)
 
 
-def reference_terms(ref_hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """g = Wᵀ(p_ref − onehot(y)) (N, H) in the dtype of ref_hidden and c = ⟨g, h_ref⟩ − NLL(h_ref) (N,) float32, in nats.
+def reference_terms(ref_hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> tuple:
+    """g = Wᵀ(p_ref − onehot(y)) (N, H), ref_hidden's dtype; c = ⟨g, h_ref⟩ − NLL(h_ref) (N,) float32, nats.
 
-    c is formed with g as it is stored, so that KL is 0 where the policy is the reference, however coarse the dtype.
+    c is formed with g as stored, so that KL is 0 where the policy is the reference, however coarse the dtype.
     """
     ones = torch.ones(len(labels), device=labels.device)
     nll, _, g = _nll_kl_gradient(ref_hidden, weight, labels, ones, 0 * ones, ref_hidden[:0])
@@ -118,39 +123,40 @@ def reference_terms(ref_hidden: torch.Tensor, weight: torch.Tensor, labels: torc
 
 
 class ReferenceCache:
-    """g and c of every response token of `examples` in one file, mapped into memory: one row of H + 1 numbers per token.
+    """g and c of every response token of some examples in a memory-mapped file: a row of H + 1 numbers each.
 
-    The file's name is a SHA-256 of the model's files, the dtype, and each example's tokens and labels: template, tokenizer, truncation and
-    data show in those. Another run on the same finds it finished; `fill` makes it.
+    The file's name is a SHA-256 of the model's files, the dtype, each example's tokens and labels: template,
+    tokenizer, truncation and data show in those. Another run on the same finds it finished; `fill` makes it.
     """
 
-    def __init__(self, folder, model, examples: list, batch_size: int):
-        self.dtype, hidden_size = model.lm_head.weight.dtype, model.config.hidden_size
-        batches = batches_by_length([len(e.input_ids) for e in examples], batch_size)
-        self.batches = [[examples[i] for i in batch] for batch in batches]
-        key = hashlib.sha256(f"1 {on_first(lambda: fingerprint(model.path))} {self.dtype}".encode())  # 1: version of the form
+    def __init__(self, folder, model, batches: list[list]):
+        self.dtype, self.batches = model.lm_head.weight.dtype, batches
+        files = on_first(lambda: fingerprint(model.path))
+        key = hashlib.sha256(f"1 {files} {self.dtype}".encode())  # 1: of the form
         self.place, end = {}, 0  # example.index → its rows
-        for batch in self.batches:
-            for example in batch:
-                key.update(np.array([len(example.input_ids), *example.input_ids, *example.labels]).tobytes())
-                start, end = end, end + example.n_labels
-                self.place[example.index] = slice(start, end)
+        for example in (example for batch in batches for example in batch):
+            key.update(np.array([len(example.input_ids), *example.input_ids, *example.labels]).tobytes())
+            start, end = end, end + example.n_labels
+            self.place[example.index] = slice(start, end)
         self.file = Path(folder) / f"{key.hexdigest()[:32]}.ref"
-        self.form = np.dtype([("g", f"i{self.dtype.itemsize}", hidden_size), ("c", "f4")])  # g bit by bit: numpy has no bfloat16
+        bits = f"i{self.dtype.itemsize}"  # g is stored bit by bit: numpy has no bfloat16
+        self.form = np.dtype([("g", bits, model.config.hidden_size), ("c", "f4")])
         self.n_tokens, self.size, self.stream = end, end * self.form.itemsize, None  # size in bytes
 
     def room(self) -> float:
         """Bytes that the file may have: what is free, and what there is of it; any, where it is finished."""
-        part, folder = self.file.with_suffix(".part"), next(path for path in self.file.absolute().parents if path.exists())
+        part = self.file.with_suffix(".part")
         if self.file.exists():
             return float("inf")
+        folder = next(path for path in self.file.absolute().parents if path.exists())
         return shutil.disk_usage(folder).free + (part.stat().st_size if part.exists() else 0)
 
     def fill(self, states, weight: torch.Tensor) -> "ReferenceCache":
-        """Compute and write what is missing, then map the file. Raises DataError where the disk has no room, before anything is written.
+        """Write what is missing, then map the file. Raises DataError, before writing, where there is no room.
 
-        states(examples) → the reference's (h_ref (N, H), labels (N,)); all processes compute, the first one writes. An interrupted file
-        goes on where it ended; it gets its name when it is complete. A second run that needs the same file waits for the first.
+        states(examples) → the reference's (h_ref (N, H), labels (N,)); all processes compute, the first one
+        writes. An interrupted file goes on where it ended; it gets its name when it is complete. A second run
+        that needs the same file waits for the first.
         """
         try:
             done = on_first(self._open)
@@ -168,7 +174,7 @@ class ReferenceCache:
         finally:
             if self.stream:
                 self.stream.close()  # and its lock is gone
-        self.rows = np.memmap(self.file, dtype=self.form, mode="r")
+        self.rows, self.device = np.memmap(self.file, dtype=self.form, mode="r"), weight.device
         return self
 
     def _open(self) -> int:
@@ -178,25 +184,29 @@ class ReferenceCache:
         part = self.file.with_suffix(".part")
         if not self.file.exists():
             if self.size > self.room():
-                raise DataError(f"--ref cache: expected {self.size / 1e9:.1f} GB of room for {self.file}, found {self.room() / 1e9:.1f}; "
-                                f"use --ref live, or another --ref-cache folder")
-            print(f"reference cache: {self.n_tokens} response tokens, {self.size / 1e6:.1f} MB in {self.file}")
+                raise DataError(f"--ref cache: expected {self.size / 1e9:.1f} GB of room for {self.file}, "
+                                f"found {self.room() / 1e9:.1f}; use --ref live, or another "
+                                f"--ref-cache folder")
+            print(f"reference cache: {self.n_tokens} response tokens, "
+                  f"{self.size / 1e6:.1f} MB in {self.file}")
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.stream = open(part, "ab")
             try:
-                fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the stream is closed, or this process dies
+                fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until closed, or this process dies
             except BlockingIOError:
                 print("waiting for another run, which is writing it")
                 fcntl.flock(self.stream, fcntl.LOCK_EX)
         if self.file.exists():  # finished before, or by a run that this one has just waited for
             if self.file.stat().st_size != self.size:
-                raise DataError(f"{self.file}: expected {self.size} bytes, found {self.file.stat().st_size}; delete it")
+                raise DataError(f"{self.file}: expected {self.size} bytes, "
+                                f"found {self.file.stat().st_size}; delete it")
             if part.exists() and part.stat().st_size == 0:  # made by opening it a moment too late
                 part.unlink()
             return self.n_tokens
         written = self.stream.seek(0, os.SEEK_END) // self.form.itemsize
-        done = max((end for batch in self.batches if (end := self.place[batch[-1].index].stop) <= written), default=0)
-        self.stream.truncate(done * self.form.itemsize)  # to the end of a batch: an interrupted run may have left half a row
+        ends = [self.place[batch[-1].index].stop for batch in self.batches]
+        done = max((end for end in ends if end <= written), default=0)
+        self.stream.truncate(done * self.form.itemsize)  # to a batch's end: interruptions may cut a row
         return done
 
     def _finish(self) -> None:
@@ -205,8 +215,8 @@ class ReferenceCache:
             os.fsync(self.stream.fileno())
             os.replace(self.stream.name, self.file)
 
-    def terms(self, examples: list, device) -> tuple[torch.Tensor, torch.Tensor]:
+    def terms(self, examples: list) -> tuple[torch.Tensor, torch.Tensor]:
         """(g (M, H), c (M,)) of the response tokens of `examples`, in their order."""
         rows = np.concatenate([self.rows[self.place[example.index]] for example in examples])
         g, c = (torch.from_numpy(np.ascontiguousarray(rows[name])) for name in "gc")
-        return g.view(self.dtype).to(device), c.to(device)
+        return g.view(self.dtype).to(self.device), c.to(self.device)

@@ -1,4 +1,4 @@
-"""A chat model behind an OpenAI-compatible URL (vLLM, llama.cpp, Ollama, a hosted service), with the standard library alone."""
+"""A chat model behind an OpenAI-compatible URL (vLLM, llama.cpp, Ollama, hosted); standard library only."""
 
 import email.utils
 import http.client
@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.request
 
-from data import DataError
+from lib.files import DataError
 
 ATTEMPTS = 4  # requests per prompt, with waits of ½, 1, 2 s between them, or what Retry-After says
 MAX_WAIT = 30.0  # seconds that a Retry-After is followed to
@@ -30,11 +30,12 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Endpoint:
-    """The `url` ends before /chat/completions. The key, JUDGE_API_KEY, goes into the Authorization header and nowhere else."""
+    """`url` ends before /chat/completions; the key, JUDGE_API_KEY, goes in the Authorization header only."""
 
     def __init__(self, url: str, model: str | None, timeout: float):
         if "@" in url:
-            raise DataError("--judge: expected a URL without user and password (a key belongs in JUDGE_API_KEY), found one with them")
+            raise DataError("--judge: expected a URL without user and password "
+                            "(a key belongs in JUDGE_API_KEY), found one with them")
         self.url, self.timeout = url.rstrip("/").removesuffix("/chat/completions"), timeout
         self.key, self.unanswered = os.environ.get("JUDGE_API_KEY", "").strip(), 0
         self.opener = urllib.request.build_opener(NoRedirect)
@@ -42,8 +43,10 @@ class Endpoint:
 
     def send(self, path: str, body: dict | None = None) -> dict:
         """One request, the whole answer within the time-out. Raises TRANSPORT and ValueError."""
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode() if body else None, headers)
+        headers = ({"Content-Type": "application/json"}
+                   | ({"Authorization": f"Bearer {self.key}"} if self.key else {}))
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode() if body else None,
+                                         headers)
         deadline, text = time.monotonic() + self.timeout, b""
         with self.opener.open(request, timeout=self.timeout) as reply:
             while chunk := reply.read1(1 << 16):
@@ -53,18 +56,20 @@ class Endpoint:
         return json.loads(text)
 
     def only_model(self) -> str:
-        """The model that the server has; "default" where it does not say (the prompts will then show what is wrong)."""
+        """The server's only model; "default" where it does not say (the prompts then show what is wrong)."""
         try:
             names = [str(entry["id"]) for entry in self.send("/models")["data"]]
         except (*TRANSPORT, *MALFORMED):
             return "default"
         if len(names) != 1:
-            raise DataError(f"--judge-model: expected one of the models at {self.url} ({', '.join(names[:9])}, …), found none given")
+            raise DataError(f"--judge-model: expected one of the models at {self.url} "
+                            f"({', '.join(names[:9])}, …), found none given")
         return names[0]
 
     def complete(self, prompt: str) -> str:
-        """The model's answer at temperature 0. Network errors and HTTP 408, 429 and 5xx are tried again. Raises EndpointError."""
-        body = {"model": self.model, "temperature": 0, "max_tokens": MAX_TOKENS, "messages": [{"role": "user", "content": prompt}]}
+        """The answer at temperature 0; retries network errors, HTTP 408, 429, 5xx. Raises EndpointError."""
+        body = {"model": self.model, "temperature": 0, "max_tokens": MAX_TOKENS,
+                "messages": [{"role": "user", "content": prompt}]}
         for attempt in range(ATTEMPTS):
             if self.unanswered >= GIVE_UP:
                 raise EndpointError(f"not asked, after {GIVE_UP} in a row without an answer")
@@ -107,7 +112,7 @@ class Endpoint:
 
 
 def retry_after(header: str | None, otherwise: float) -> float:
-    """Seconds to wait by a Retry-After header (seconds or a date), at most MAX_WAIT; `otherwise` where it cannot be read."""
+    """Seconds to wait by Retry-After (seconds or a date), at most MAX_WAIT; `otherwise` where unreadable."""
     try:
         seconds = float(header)
     except (TypeError, ValueError):

@@ -1,6 +1,7 @@
-"""Several processes, one per GPU, started by `torchrun --nproc_per_node=N`: who is who, and the few things they exchange.
+"""Several processes, one per GPU, started by `torchrun --nproc_per_node=N`: who is who, what they exchange.
 
-Without torchrun every function here is the obvious thing for one process. What exchanges something is called by all processes, or by none.
+Without torchrun every function here is the obvious thing for one process. What exchanges something is called
+by all processes, or by none.
 """
 
 import gc
@@ -32,7 +33,7 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Part from the other processes, together: a process that is gone while another still talks to it takes that one down."""
+    """Part from the other processes together: one gone while another talks to it takes that one down."""
     if dist.is_initialized():
         gc.collect()  # models that FSDP has sharded refer to the group, and to themselves
         dist.barrier()
@@ -49,8 +50,14 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def share(items, size: int | None = None) -> list:
+    """This process's part of `items`, every world-th one; with `size` in lists of at most so many."""
+    mine = list(items)[rank() :: world()]
+    return mine if size is None else [mine[i : i + size] for i in range(0, len(mine), size)]
+
+
 def on_first(function):
-    """Call `function` on the first process alone; all of them get what it returns, or the exception that it raises."""
+    """Call `function` on the first process alone; all get what it returns, or the exception it raises."""
     if world() == 1:
         return function()
     box = [None, None]  # what it returns, what it raises
@@ -67,6 +74,11 @@ def on_first(function):
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def open_on_first(path):
+    """A text file to write line by line on the first process; the others write into nothing."""
+    return open(path if rank() == 0 else os.devnull, "w", buffering=1)
 
 
 def gather(items: list) -> list[list]:
@@ -93,9 +105,9 @@ def all_true(flag: bool) -> bool:
 
 
 def shard(model, device: str) -> None:
-    """FSDP2, to `device`: spread the weights of every block over the processes; each gathers a block while it computes it.
+    """FSDP2, to `device`: spread each block's weights over the processes; each gathers a block to compute it.
 
-    The embeddings, the last norm and the head stay whole everywhere, because the loss needs the head outside the forward pass.
+    Embeddings, last norm and head stay whole everywhere: the loss needs the head outside the forward pass.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -115,20 +127,29 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def average_gradients(parameters: list) -> None:
-    """Mean over the processes of the gradients of whole parameters; FSDP has done it for the sharded ones."""
-    gradients = [parameter.grad for parameter in parameters if not is_sharded(parameter)]
-    if world() > 1 and gradients:
-        mean = total(torch.cat([gradient.flatten() for gradient in gradients])) / world()
-        for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients])):
+def groups(parameters: list) -> list[dict]:
+    """Groups for an optimizer: whole and sharded parameters apart, since no fused step takes a mixture."""
+    parts = [[p for p in parameters if is_sharded(p) == sharded] for sharded in (False, True)]
+    return [{"params": part} for part in parts if part]
+
+
+def clip_gradients(parameters: list, largest: float) -> float:
+    """Make every gradient the sum of all processes', scaled so that the norm of all is at most `largest`.
+
+    → the norm before, the same everywhere.
+    """
+    whole_ones = [p.grad for p in parameters if not is_sharded(p)]
+    sharded = [p.grad.to_local() for p in parameters if is_sharded(p)]
+    if sharded:
+        torch._foreach_mul_(sharded, world())  # FSDP has averaged them
+    if world() > 1 and whole_ones:
+        summed = total(torch.cat([gradient.flatten() for gradient in whole_ones]))
+        for gradient, part in zip(whole_ones, summed.split([gradient.numel() for gradient in whole_ones])):
             gradient.copy_(part.view_as(gradient))
-
-
-def clip_gradients(parameters: list, largest: float) -> torch.Tensor:
-    """Scale all gradients together so that their norm is at most `largest`; → the norm before, the same number everywhere."""
-    groups = [[p.grad.to_local() for p in parameters if is_sharded(p)], [p.grad for p in parameters if not is_sharded(p)]]
-    sharded, own = (torch.nn.utils.get_total_norm(group).to(parameters[0].device) for group in groups)
-    norm = (total(sharded.square()) + own.square()).sqrt() if groups[0] else own
-    for group in filter(None, groups):
+    norm = torch.nn.utils.get_total_norm(whole_ones).to(parameters[0].device)
+    if sharded:
+        squares = torch.nn.utils.get_total_norm(sharded).to(norm.device).square()
+        norm = (total(squares) + norm.square()).sqrt()
+    for group in filter(None, (whole_ones, sharded)):
         torch._foreach_mul_(group, (largest / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    return norm.item()

@@ -1,0 +1,103 @@
+"""A script's frozen dataclass is configuration and command line: fields are options, comments the help."""
+
+import argparse
+import dataclasses
+import inspect
+import re
+import sys
+import types
+import typing
+from pathlib import Path
+
+from lib import processes
+from lib.files import DataError, ModelError
+
+
+def parse(config_class, arguments=None, positional: str | None = None):
+    """Parse the command line into `config_class`. Raises SystemExit for --help and what is not understood.
+
+    A comment line heads a group of options; bool fields become --x, or --no-x where they are true; choices
+    with "off" have --no-x too; `positional` names a tuple field taken as arguments. A subclass's own options
+    precede the inherited ones, but for the group "machine", which comes last.
+    """
+    usage = "%(prog)s " + f"[{positional} …] " * bool(positional) + "[--option VALUE …]"
+    parser = argparse.ArgumentParser(
+        usage=usage, description=config_class.__doc__, allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100))
+    fields = {option.name: option for option in dataclasses.fields(config_class)}
+    group, groups = parser, {}
+    source = "".join(inspect.getsource(c) for c in config_class.__mro__ if dataclasses.is_dataclass(c))
+    for heading, name, text in re.findall(r"^    (?:# (.*)|(\w+): .*?  # (.*))$", source, re.MULTILINE):
+        if heading:
+            if heading not in groups:
+                groups[heading] = parser.add_argument_group(heading)
+            group = groups[heading]
+            continue
+        option, flag = fields[name], name.replace("_", "-")
+        choices = typing.get_args(option.type) if typing.get_origin(option.type) is typing.Literal else None
+        optional = isinstance(option.type, types.UnionType)  # T | None
+        kind = str if choices else typing.get_args(option.type)[0] if optional else option.type
+        shown = "" if option.default in (None, "", ()) else f" (default: {brief(option.default)})"
+        settings = {"default": option.default, "help": (text + shown).replace("%", "%%")}
+        if name == positional:
+            parser.add_argument(name, nargs="*", type=Path, help=settings["help"])
+        elif kind is bool:  # named by what it changes
+            no = option.default
+            group.add_argument("--" + "no-" * no + flag, dest=name, help="do not " * no + text, default=no,
+                               action="store_false" if no else "store_true")
+        else:
+            metavar = None if choices else {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
+            group.add_argument("--" + flag, type=kind, choices=choices, metavar=metavar, **settings)
+            if choices and "off" in choices:
+                group.add_argument("--no-" + flag, dest=name, action="store_const", const="off",
+                                   help=argparse.SUPPRESS)
+    parser._action_groups.sort(key=lambda group: group.title == "machine")
+    return config_class(**vars(parser.parse_args(arguments)))
+
+
+def brief(value):
+    """A default as --help shows it: paths inside the project relative to it."""
+    root = Path(__file__).parent.parent
+    return value.relative_to(root) if isinstance(value, Path) and value.is_relative_to(root) else value
+
+
+def run(main, config_class, positional: str | None = None) -> None:
+    """Parse the command line and call `main` with it. Wrong input ends the script with one line."""
+    sys.stdout.reconfigure(errors="replace")  # a console that has no β still gets its help
+    if processes.started() and Path(sys.argv[0]).name not in ("train.py", "evaluate.py"):
+        sys.exit(f"error: expected one process for {sys.argv[0]}: "
+                 f"only train.py and evaluate.py share their work")
+    try:
+        main(parse(config_class, positional=positional))
+    except (DataError, ModelError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: an unfinished run has no model and no results.json; "
+                 "verdicts and kept reference stay")
+    finally:
+        sys.stderr = sys.__stderr__  # silent processes speak up when they fail
+    processes.leave()
+
+
+def require(config, *checks: tuple) -> None:
+    """Raise DataError for the first (field, valid, expected) that is not valid."""
+    for name, valid, expected in checks:
+        if not valid:
+            raise DataError(f"--{name.replace('_', '-')}: expected {expected}, found {getattr(config, name)}")
+
+
+def comma_list(text: str | None) -> list[str]:
+    """"a, b" → ["a", "b"]; nothing, or "none", → []."""
+    return [item.strip() for item in (text or "").split(",") if item.strip() not in ("", "none")]
+
+
+def markdown(lines: list, width: int) -> str:
+    """A Markdown table of lines of cells, the first its head; what is wider than `width` comes in parts."""
+    widths, parts = [max(map(len, column)) for column in zip(*lines)], [[0]]
+    for i in range(1, len(widths)):
+        if parts[-1] != [0] and sum(widths[j] + 3 for j in [*parts[-1], i]) + 1 > width:
+            parts.append([0])
+        parts[-1].append(i)
+    lines = [lines[0], ["-" * n for n in widths], *lines[1:]]
+    rows = [[" | ".join(line[i].ljust(widths[i]) for i in part) for line in lines] for part in parts]
+    return "\n\n".join("\n".join(f"| {row} |" for row in part) for part in rows)
