@@ -17,7 +17,7 @@ import math
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,12 +28,12 @@ from tqdm import tqdm
 from data.chat import Chat, batches_by_length, pad_left
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations
 from lib.checkpoint import fingerprint
-from lib.cli import require, run
+from lib.cli import require, run, shown
 from lib.endpoint import GIVE_UP, Endpoint, EndpointError
 from lib.files import DataError, ModelError, read_text, write_jsonl
 from lib.verdicts import VerdictFile
 from model import load_model, working_dtype
-from probe import print_risk, risk_metrics, shown
+from probe import print_risk, risk_metrics
 
 RUBRIC = Path(__file__).parent / "data" / "rubric.txt"  # the 11 categories, the scores 1 … 5 one by one
 MIN_MASS = 0.5  # a local judge's verdict is valid where at least this probability is on its possible answers
@@ -44,10 +44,10 @@ class JudgeOptions:
     """Who judges responses, and how; shared by critic.py, train.py and evaluate.py."""
 
     # judge
-    judge: str | None = None  # folder or http(s)://…/v1; none (default: embedded, if it fits)
+    judge: str | None = None  # folder or http(s)://…/v1; none (default: embedded, for embedded data)
     judge_kind: Literal["rubric", "guard"] = "rubric"  # scores 1 … 5, or Llama Guard's safe | unsafe
     judge_model: str | None = None  # the model's name at the URL (default: the only one there)
-    rubric: Path | None = None  # with {prompt} and {response} (default: the judge's, else built-in)
+    rubric: Path | None = None  # {prompt}, {response} (default: rubric.txt of the judge, or data/)
     judge_failures: Literal["max-risk", "error"] = "max-risk"  # pairs without a verdict: risk 1, or stop
     judge_batch_size: int = 32  # pairs per forward pass
     judge_requests: int = 4  # requests at a time to a URL
@@ -62,7 +62,7 @@ class CriticConfig(JudgeOptions):
     """Judge the responses of conversations; report where the records say whether they are harmful."""
 
     # what to judge
-    data: Path = WORLD / "judge_test.jsonl"  # conversations, maybe with "harmful" (of the response)
+    data: Path = WORLD / "judge_test.jsonl"  # conversations; optionally "harmful" (of the response), "source"
     out: Path | None = None  # file of the records with risk, score, valid; train.py --risk takes it
 
 
@@ -164,6 +164,7 @@ class RubricJudge(LocalJudge):
                              "found none for some")
 
     def render(self, prompt: str, response: str) -> str:
+        """The judge's prompt."""
         turns = [{"role": "user", "content": fill(self.rubric, prompt, response)}]
         return self.chat.render(turns, add_generation_prompt=True, enable_thinking=False)  # else Qwen3 thinks
 
@@ -189,6 +190,7 @@ class GuardJudge(LocalJudge):
                              "differ, found the same")
 
     def render(self, prompt: str, response: str) -> str:
+        """The judge's prompt."""
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
         return self.chat.render(turns, add_generation_prompt=True)
 
@@ -307,14 +309,14 @@ def conversation_verdicts(judge, conversations: list[Conversation], options: Jud
 def agreement(probe: torch.Tensor, critic: torch.Tensor) -> dict:
     """Of two risks (N,): the share that both put on the same side of ½, how many only one puts above it."""
     p, c = probe > 0.5, critic > 0.5
-    return {"agree": (p == c).double().mean().item(),
-            "only probe": int((p & ~c).sum()), "only critic": int((c & ~p).sum())}
+    alone = {"only probe": int((p & ~c).sum()), "only critic": int((c & ~p).sum())}
+    return {"agree": (p == c).double().mean().item()} | alone
 
 
 def main(config: CriticConfig) -> None:
     """Judge, report, write."""
     if config.judge is None and is_embedded(config.data):
-        config = CriticConfig(**(vars(config) | {"judge": str(WORLD / "judge")}))
+        config = replace(config, judge=str(WORLD / "judge"))
     require(config, ("judge", config.judge, "a checkpoint folder or a URL"),
             ("out", not (config.out and config.out.exists()), "a new file"))
     conversations = read_conversations(config.data, need="answer")
@@ -327,14 +329,13 @@ def main(config: CriticConfig) -> None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(config.out, rows)
     valid = [verdict for verdict in verdicts if verdict.valid]
-    counts = Counter(round(verdict.score) for verdict in valid)
-    print(f"{len(verdicts)} responses of {config.data}, "
-          f"{len(verdicts) - len(valid)} without a valid verdict (risk 1)")
+    counts, mass = Counter(round(verdict.score) for verdict in valid), [verdict.mass for verdict in valid]
+    invalid_ones = len(verdicts) - len(valid)
+    print(f"{len(verdicts)} responses of {config.data}, {invalid_ones} without a valid verdict (risk 1)")
     for score in range(1, 6):
         print(f"  score {score}  {counts[score]:>6}  {'█' * round(50 * counts[score] / len(verdicts))}")
     if valid:
-        mass = [v.mass for v in valid]
-        print(f"  probability on an answer: least {min(mass):.3f}, mean {sum(mass) / len(valid):.3f}")
+        print(f"  probability on an answer: least {min(mass):.3f}, mean {sum(mass) / len(mass):.3f}")
     print_risk(risk, conversations)
     harmful = [c.meta.get("harmful") for c in conversations]
     if known := [i for i, label in enumerate(harmful) if isinstance(label, bool)]:

@@ -99,9 +99,9 @@ class Linear(nn.Linear):
         return y
 
     def merged_weight(self) -> torch.Tensor:
-        """W + (alpha/r) B A (out, in), summed in float32, in the dtype of W; just W without an adapter."""
+        """W + (alpha/r) B A (out, in), summed in float32, in W's dtype; W alone where no adapter is on."""
         weight = whole(self.weight)
-        if self.lora_A is None:
+        if self.lora_A is None or not self.adapter_on:
             return weight
         update = self.scaling * whole(self.lora_B).float() @ whole(self.lora_A).float()
         return (weight.float() + update).to(weight.dtype)
@@ -179,7 +179,7 @@ class Attention(nn.Module):
         if grouped and q.shape[2] == 1:  # a group's heads see the same keys: as one head with as many queries
             q, grouped = q.reshape(q.shape[0], K, N // K, self.head_dim), False
         elif grouped and mask is not None:
-            # k, v (B, N, S, D): CUDA's kernel for masks knows no groups, and the fallback holds (T, S)
+            # k, v (B, N, S, D): CUDA's kernel for masks knows no groups; the fallback holds (N, T, S) scores
             k, v, grouped = k.repeat_interleave(N // K, 1), v.repeat_interleave(N // K, 1), False
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
         y = y.reshape(y.shape[0], N, -1, self.head_dim).transpose(1, 2).flatten(2)  # (B, T, N·D)
@@ -294,7 +294,7 @@ class Transformer(nn.Module):
         return self.lm_head(self.model(input_ids, attention_mask)[0])
 
     def hidden_states(self, input_ids, attention_mask=None, layers=None) -> torch.Tensor:
-        """Residual stream (len(layers), B, T, H), by default all L + 1: 0 the embeddings, i after block i."""
+        """Residual stream (len(layers), B, T, H), not normed; of all L + 1 by default: 0 the embeddings."""
         layers = range(self.config.num_hidden_layers + 1) if layers is None else layers
         return torch.stack(self.model(input_ids, attention_mask, layers=tuple(layers))[1])
 
@@ -315,8 +315,8 @@ class Transformer(nn.Module):
 def compile_blocks(model: Transformer, when: str = "on", backend: str = "inductor") -> None:
     """torch.compile every block: all share one graph, for any batch size and length.
 
-    The first block, whose input has no gradient, has its own; with adapters off there is one more. `when`: on,
-    off, or auto: on CUDA above 100 M parameters; a smaller model would compile for longer than it trains.
+    The first block, whose input has no gradient, has its own; with adapters off there is one more. `when`:
+    on, off, or auto: on CUDA above 100 M parameters; a smaller model would compile longer than it trains.
     """
     large = model.device.type == "cuda" and sum(parameter.numel() for parameter in model.parameters()) > 100e6
     if when == "on" or when == "auto" and large:
@@ -421,7 +421,7 @@ def save_adapter(model: Transformer, path) -> None:
 
 
 def load_adapter(model: Transformer, path) -> None:
-    """Put a PEFT folder's adapters into `model`. Raises ModelError for unsupported options or keys."""
+    """Put a PEFT folder's adapters, e.g. a run's, into `model`. Raises ModelError where they do not fit."""
     config, path = read_json(Path(path) / "adapter_config.json"), Path(path)
     plain = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "use_rslora": (False,),
              "lora_bias": (False,), "modules_to_save": (None,), "rank_pattern": ({},), "alpha_pattern": ({},),

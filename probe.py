@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data.chat import Chat, batches_by_length, pad_left
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations, split_by_prompt
 from lib.checkpoint import fingerprint
-from lib.cli import comma_list, markdown, require, run
+from lib.cli import comma_list, markdown, require, run, shown
 from lib.files import DataError
 from model import Transformer, load_model, working_dtype
 
@@ -36,10 +36,10 @@ class ProbeConfig:
     """Fit a logistic risk probe on activations; report how well it separates harmful from benign prompts."""
 
     model: Path = WORLD / "model"  # folder of the reference (aligned) model
-    data: Path = WORLD / "probe.jsonl"  # prompts with "harmful": true | false
-    held_out: str | None = None  # files to report on only, comma-separated
+    data: Path = WORLD / "probe.jsonl"  # prompts with "harmful": true | false, optionally "source"
+    held_out: str | None = None  # files to report on only, comma-separated (default: embedded ones)
     out: Path = Path("probe.safetensors")  # file to write
-    layers: str = "all"  # their mean: all, i,j,… or auto (the best on validation)
+    layers: str = "all"  # averaged: all, as in the paper; i,j,…; auto (best on validation)
     l2: float = 1.0  # weight of ‖w‖²/2 against the summed log-loss
     batch_size: int = 32  # prompts per forward pass
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the model runs
@@ -250,11 +250,6 @@ def print_report(report: dict) -> None:
         print(f"  {mean:.3f}  n={n:<4} {source}")
 
 
-def shown(value: float | int) -> str:
-    """A rate with three decimals, a count as it is."""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
 # ---------------------------------------------------------------- files
 
 
@@ -274,20 +269,19 @@ def save_probe(probe: Probe, report: dict, path) -> None:
 
 
 def load_probe(path, model: Transformer, chat: Chat) -> Probe:
-    """Read a probe. Raises DataError for another model, tokenizer or template: risks would mean nothing."""
+    """Read a probe. Raises DataError for none, or one fitted on another model, tokenizer or template."""
     try:
         with safe_open(path, framework="pt") as file:
             values = json.loads(file.metadata()["probe"])
-            if values.pop("pooling", "last") != "last":  # files of an early version have it
-                raise ValueError("one of the mean over prompt tokens")
             tensors = {name: file.get_tensor(name) for name in ("weight", "bias", "mean", "std")}
+        probe = Probe(**tensors, **(values | {"layers": tuple(values["layers"])}))
     except Exception as error:
         raise DataError(f"{path}: expected a probe written by probe.py, found: {error}") from None
     for key, here in depends_on(model, chat).items():
-        if values[key] != here:
+        if (there := getattr(probe, key)) != here:
             raise DataError(f"{path}: expected a probe fitted with {key} {here[:12]}, found one fitted with "
-                            f"{values[key][:12]}; fit it again")
-    return Probe(**tensors, **(values | {"layers": tuple(values["layers"])}))
+                            f"{there[:12]}; fit it again")
+    return probe
 
 
 def main(config: ProbeConfig) -> None:

@@ -6,25 +6,26 @@
 
 The objective (Goel, Maji, Mazumder 2026, arXiv 2602.17546), over response tokens t of a step's examples i:
 
-    L    = 1/N · Σ_i Σ_t [ α_i · NLL_it + β_i · KL_it ]             N response tokens in the step
+    L    = 1/N · Σ_i Σ_t [ α_i · NLL_it + β_i · KL_it ]           N (n_tokens): response tokens of the step
     NLL  = −log π_θ(y_t | x, y_<t)
-    KL   = Σ_v π_ref(v | x, y_<t) · log( π_ref(v | ·) / π_θ(v | ·) )           forward, full vocabulary
-    β_i  = β_min + (β_max − β_min) · s_i        α_i = 1 − β_i                  s_i ∈ [0, 1]: the risk of i
+    KL   = Σ_v π_ref(v | x, y_<t) · log( π_ref(v | x, y_<t) / π_θ(v | x, y_<t) )      forward, full vocabulary
+    β_i  = β_min + (β_max − β_min) · s_i        α_i = 1 − β_i     s_i ∈ [0, 1]: the risk of example i
+           --gate batch: s̃, the smoothed mean of the step; sft, filter, csft: β = 0; kl: one β for all
 
     NLL  token_nll    KL  token_kl    α, β  blend    s̃  smooth    [ … ]  token_loss    L  micro_batch_loss
     s    training_risk: by probe.py (before generation), critic.py (after it); C-SFT, a baseline: csft_weight
-    π_θ  policy       π_ref  reference: the policy without its adapters, or what lib/fused.py keeps of it
+    π_θ  policy       π_ref  reference: the policy before its first step, or what lib/fused.py keeps of it
 
-What follows: ∂L/∂logits = π_θ − (α·onehot(y) + β·π_ref), so the optimum is the mixture α·δ_y + β·π_ref. At
-β_max < 1 the gate leaks: a harmful first token keeps probability 1 − β_max (--beta-min 0 --beta-max 1: none).
+What follows: N · ∂L/∂logits_it = π_θ − (α·onehot(y) + β·π_ref); the optimum is the mixture α·δ_y + β·π_ref.
+At β_max < 1 the gate leaks: at risk 1 a first token keeps 1 − β_max. --beta-min 0 --beta-max 1 closes it.
 
 Where this departs from the paper (P) or its authors' code (C):
  1. One risk per example, graded: the probe's probability, or (score − 1)/4 of the critic. C thresholds one,
-    clamps (score − 2)/3 of the other, and lets an example gate its batch. (`--gate batch` is P's form.)
+    clamps (score − 2)/3 of the other, and lets an example gate its batch. P smooths a batch's: --gate batch.
  2. Risk is computed once, before training: neither ref nor the data change. C computes it in every epoch.
  3. NLL and KL share one denominator, the response tokens of the step. C divides them by different counts.
- 4. ref is the policy's own frozen weights; what KL needs of it is computed once and kept on disk (--ref live:
-    in every step, for examples with β > 0). C holds a second model and runs it twice per step.
+ 4. ref is the policy's own frozen weights; what KL needs of it is computed once and kept on disk. (--ref live
+    runs it in every step, where β > 0.) C holds a second model and runs it twice per step.
  5. The head is frozen, in full fine-tuning too, so that policy and ref share it.
  6. What is unknown is risky: a missing or non-finite risk counts as 1, and is printed. C lets it count as 0.
 """
@@ -51,7 +52,7 @@ from lib.files import DataError, json_lines, new_folder, read_text, write_json, 
 from model import Transformer, add_lora, compile_blocks, load_model, save_adapter, save_model, working_dtype
 from probe import ProbeConfig, conversation_risk, fit_probe, load_probe, print_risk, save_probe
 
-RISK_FLOOR = 0.01  # with --beta-min 0 a lower risk counts as 0: plain SFT, which needs no reference
+RISK_FLOOR = 0.01  # with --beta-min 0 an example of lower risk counts as 0: plain SFT, without a reference
 FILTER_ABOVE = 0.5  # risk above which --method filter drops an example
 
 
@@ -63,10 +64,11 @@ class TrainConfig(EvalOptions):
     model: Path = WORLD / "model"  # folder of the aligned model
     data: Path = WORLD / "mixed_10.jsonl"  # conversations to train on
     out: Path | None = None  # new folder of the run (default: runs/METHOD-SEED)
-    method: Literal["sft", "filter", "kl", "csft", "adaptive"] = "adaptive"  # filter: sft without risk > ½
+    method: Literal["sft", "filter", "kl", "csft", "adaptive"] = "adaptive"  # filter: sft at risk ≤ ½
+    eval_base: bool = True  # evaluate the aligned model before training
     # risk
     risk: str = "probe"  # probe, critic, max of both, or a JSONL file of risks
-    probe: Path | None = None  # written by probe.py (default: fitted on --probe-data)
+    probe: Path | None = None  # a file of probe.py (default: one is fitted on --probe-data)
     probe_data: Path = WORLD / "probe.jsonl"  # prompts with "harmful": true | false
     beta_min: float = 0.1  # KL weight at risk 0
     beta_max: float = 0.9  # KL weight at risk 1
@@ -76,21 +78,20 @@ class TrainConfig(EvalOptions):
     # optimization (the paper's settings, with a learning rate for the embedded model)
     epochs: int = 20  # passes over the data
     batch_size: int = 8  # examples per forward pass
-    accumulation: int = 1  # batches per step; processes share its examples
+    accumulation: int = 1  # batches per step; processes share the step's examples
     lr: float = 2e-3  # peak; cosine to 0 (the paper: 2e-4 and below)
     warmup_steps: int = 5  # linear warm-up
     weight_decay: float = 0.01  # AdamW's
     clip: float = 1.0  # largest norm of the gradient
-    max_length: int = 2048  # tokens of a conversation; longer ones are cut
+    max_length: int = 2048  # tokens of a conversation; longer ones are cut, and counted
     lora_r: int = 64  # LoRA rank; 0: full fine-tuning
     lora_alpha: float = 16.0  # LoRA α; the update is scaled by α/r
     lora_targets: str = ""  # linears to adapt, comma-separated (default: all but the head)
-    eval_base: bool = True  # evaluate the aligned model
     # machine
-    ref: Literal["auto", "cache", "live"] = "auto"  # the reference: kept on disk, or run in every step
+    ref: Literal["auto", "cache", "live"] = "auto"  # keep it, if it is used twice and fits, or run it
     ref_cache: Path = Path("ref_cache")  # folder of kept references, which runs share
-    compile: Literal["auto", "on", "off"] = "auto"  # the blocks; auto: on CUDA, above 100 M parameters
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA above 100 M parameters
+    gradient_checkpointing: bool = False  # recompute activations, to save memory
     fsdp: bool = False  # shard the blocks over the processes (torchrun, torch 2.8)
 
 
@@ -117,6 +118,12 @@ def blend(risk: torch.Tensor, beta_min: float, beta_max: float) -> tuple[torch.T
     return 1 - beta, beta
 
 
+def beta_range(config: TrainConfig) -> tuple[float, float]:
+    """(β_min, β_max) of the method: constant KL has one β, the baselines without a pull have none."""
+    ranges = {"kl": (config.beta, config.beta), "adaptive": (config.beta_min, config.beta_max)}
+    return ranges.get(config.method, (0.0, 0.0))
+
+
 def smooth(previous: float | None, risk: float, ema: float) -> float:
     """s̃_t = λ·s̃_{t−1} + (1 − λ)·s_t; the first step has no past: s̃_1 = s_1. arXiv 2602.17546."""
     return risk if previous is None else ema * previous + (1 - ema) * risk
@@ -125,9 +132,10 @@ def smooth(previous: float | None, risk: float, ema: float) -> float:
 def token_loss(hidden, weight, labels, alpha, beta, ref_hidden) -> tuple:
     """The objective α·NLL + β·KL of each response token, with NLL and KL beside it: → three (N,), in nats.
 
-    hidden (N, H) final hidden states; weight (V, H) the head; labels, alpha, beta (N,); ref_hidden (M, H) of
-    the first M tokens, those with β > 0. This is the definition; the loop runs fused.token_loss, equal to it,
-    which never holds the logits of all tokens. They are float32 or wider: bfloat16's rounding would drown KL.
+    hidden (N, H) final hidden states; weight (V, H) the head; labels (N,) the tokens they predict; alpha,
+    beta (N,); ref_hidden (M, H) of the first M, those with β > 0: the caller puts them first; KL of others is
+    not computed, and 0. This is the definition. The loop runs fused.token_loss, equal to it, which never
+    holds the logits of all tokens. They are float32 or wider: bfloat16's rounding would drown KL.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     N, M = len(hidden), len(ref_hidden)
@@ -138,20 +146,20 @@ def token_loss(hidden, weight, labels, alpha, beta, ref_hidden) -> tuple:
 
 
 def csft_weight(logp: torch.Tensor, ref_logp: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """C-SFT's weight of a label's NLL, in [0.001, 2), no gradient: all (N,); a response begins at position 1.
+    """C-SFT's weight w of a label's NLL, L = 1/N Σ w·NLL: all (N,), no gradient; position 1 begins a turn.
 
-    w = 2·(1 − σ(β_j·(log π_θ(y_j) − log π_ref(y_j)))), β_1 = 0.5, β_2…5 = 2, then 0.1: a label that became
-    likelier than under ref is pushed less, mostly at the start. Qi et al. 2024, arXiv 2406.05946.
+    w = 2·(1 − σ(τ_j·(log π_θ(y_j) − log π_ref(y_j)))), at least 0.001; τ_1 = 0.5, τ_2…5 = 2, then 0.1: a
+    label that became likelier than under ref is pushed less, at first most. Qi et al. 2024, arXiv 2406.05946.
     """
-    beta = torch.where(position == 1, 0.5, torch.where(position <= 5, 2.0, 0.1))
-    return (2 * (1 - torch.sigmoid(beta * (logp - ref_logp)))).clamp_min(1e-3).detach()
+    tau = torch.where(position == 1, 0.5, torch.where(position <= 5, 2.0, 0.1))
+    return (2 * (1 - torch.sigmoid(tau * (logp - ref_logp)))).clamp_min(1e-3).detach()
 
 
 # ---------------------------------------------------------------- the risk of the data
 
 
 def read_risk(path: Path, conversations: list[Conversation]) -> torch.Tensor:
-    """Risk (N,) from a JSONL file with a {"risk": number in [0, 1] or null} per conversation, in their order.
+    """Risk of each conversation from a JSONL file: {"risk": number in [0, 1] or null} a line, in their order.
 
     null and NaN become 1. Raises DataError for anything else, and for another number of rows.
     """
@@ -173,7 +181,7 @@ def read_risk(path: Path, conversations: list[Conversation]) -> torch.Tensor:
 
 
 def probe_risk(config: TrainConfig, model: Transformer, chat: Chat, conversations: list) -> tuple:
-    """Risk (N,) in [0, 1] by the probe, and the (probe, report) if one was fitted for it."""
+    """Risk (conversations,) in [0, 1] by the probe, and the (probe, report) if one was fitted for it."""
     fitted = None
     if config.probe:
         probe = load_probe(config.probe, model, chat)
@@ -188,7 +196,7 @@ def probe_risk(config: TrainConfig, model: Transformer, chat: Chat, conversation
 
 
 def training_risk(config: TrainConfig, model: Transformer, chat: Chat, conversations: list, judge) -> tuple:
-    """{"risk": (N,) in [0, 1], and its parts} of the conversations; the (probe, report) if one was fitted."""
+    """{"risk": (conversations,) in [0, 1], and its parts}; the (probe, report) if one was fitted."""
     parts, fitted = {}, None
     if config.method not in ("adaptive", "filter"):
         return {"risk": torch.zeros(len(conversations))}, None
@@ -201,9 +209,8 @@ def training_risk(config: TrainConfig, model: Transformer, chat: Chat, conversat
         both = agreement(parts["probe"], parts["critic"])
         print(f"probe and critic agree on {both['agree']:.1%}; risky to the probe alone: "
               f"{both['only probe']}, to the critic alone: {both['only critic']}")
-    if not parts:
-        parts["file"] = read_risk(Path(config.risk), conversations)
-    risk = processes.on_first(lambda: torch.stack(list(parts.values())).amax(0))  # one for all processes
+    risks = list(parts.values()) or [read_risk(Path(config.risk), conversations)]
+    risk = processes.on_first(lambda: torch.stack(risks).amax(0))  # one for all processes
     print_risk(risk, conversations)
     return {"risk": risk} | parts, fitted
 
@@ -214,18 +221,19 @@ def training_risk(config: TrainConfig, model: Transformer, chat: Chat, conversat
 def response_states(model: Transformer, examples: list[Example]) -> tuple:
     """Final hidden states (N, H) before the response tokens, these tokens (N,), the example of each (N,).
 
-    The only place where labels are shifted. Right padding needs no mask: causal attention never looks there;
-    only longrope has to know how long each row is.
+    Response tokens are those with a label: every assistant turn with its end. The only place where labels are
+    shifted; of padded states it would be hidden[:, :-1][labels[:, 1:] != IGNORE]. Here only the n real tokens
+    are computed. Right padding needs no mask: causal attention never looks there.
     """
     labels, device = pad([e.labels for e in examples], IGNORE, "right"), model.device
     real = pad([[True] * len(e.input_ids) for e in examples], False, "right")  # (B, T)
-    row, column = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
-    before = (real.flatten().cumsum(0) - 1)[row * labels.shape[1] + column]  # among the real tokens
-    longrope = model.config.rope["rope_type"] == "longrope"
+    row, column = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # the state there predicts the next label
+    place = (real.flatten().cumsum(0) - 1)[row * labels.shape[1] + column]  # where that state is among the n
+    longrope = model.config.rope["rope_type"] == "longrope"  # alone has to know how long each row is
     hidden, _ = model.model(pad([e.input_ids for e in examples], 0, "right", device),
                             real.to(device) if longrope else None,
                             rows=real.flatten().nonzero()[:, 0].to(device))  # (n, H)
-    return hidden[before.to(device)], labels[row, column + 1].to(device), row
+    return hidden[place.to(device)], labels[row, column + 1].to(device), row
 
 
 def live_reference(model: Transformer):
@@ -240,17 +248,19 @@ def live_reference(model: Transformer):
 
 def micro_batch_loss(policy: Transformer, reference, examples: list[Example], alpha: torch.Tensor,
                      beta: torch.Tensor, n_tokens: int, ref_logp=None, loss_fn=fused.token_loss) -> tuple:
-    """Loss of some examples with weights alpha, beta (B,) → (loss, Σ nll, Σ kl); n_tokens: of the whole step.
+    """Loss of some examples with weights alpha, beta (B,), on the CPU → (loss, Σ nll, Σ kl).
 
-    reference(examples) → what token_loss needs of the reference, asked for those with β > 0. ref_logp (of
-    label_logp): weigh each label as C-SFT does. loss_fn: fused.token_loss or the definition, token_loss.
+    n_tokens counts the whole step's. reference(those with β > 0) → their reference hidden states, or what
+    fused.reference_terms makes of them. ref_logp (of label_logp): weigh labels as C-SFT does. loss_fn may be
+    token_loss, the definition, which takes hidden states only.
     """
-    order = (beta == 0).to(torch.int8).argsort(stable=True)  # those with pull first
+    order = (beta == 0).to(torch.int8).argsort(stable=True)  # those with pull first, as token_loss expects
     examples, alpha, beta = [examples[i] for i in order], alpha[order], beta[order]
     pulled, device = examples[: int((beta > 0).sum())], policy.device
     hidden, labels, row = response_states(policy, examples)
-    ref, alpha, beta = reference(pulled) if pulled else hidden[:0].detach(), alpha[row], beta[row]
-    loss, nll, kl = loss_fn(hidden, policy.lm_head.weight, labels, alpha.to(device), beta.to(device), ref)
+    alpha, beta = alpha[row].to(device), beta[row].to(device)  # of each token
+    ref = reference(pulled) if pulled else hidden[:0].detach()
+    loss, nll, kl = loss_fn(hidden, policy.lm_head.weight, labels, alpha, beta, ref)
     if ref_logp is not None:
         position = torch.cat([response_positions(e) for e in examples]).to(device)
         loss = loss * csft_weight(-nll, torch.cat([ref_logp[e.index] for e in examples]), position)
@@ -273,18 +283,12 @@ def label_logp(policy: Transformer, examples: list[Example], batch_size: int) ->
         with policy.adapters_off():
             hidden, labels, _ = response_states(policy, batch)
         ones = torch.ones(len(labels), device=policy.device)
-        nll = fused.token_loss(hidden, policy.lm_head.weight, labels, ones, 0 * ones, hidden[:0])[1]
+        _, nll, _ = fused.token_loss(hidden, policy.lm_head.weight, labels, ones, 0 * ones, hidden[:0])
         found |= dict(zip((e.index for e in batch), (-nll).split([e.n_labels for e in batch])))
     return found
 
 
 # ---------------------------------------------------------------- the loop
-
-
-def beta_range(config: TrainConfig) -> tuple[float, float]:
-    """(β_min, β_max) of the method: constant KL has one β, the baselines without a pull have none."""
-    ranges = {"kl": (config.beta, config.beta), "adaptive": (config.beta_min, config.beta_max)}
-    return ranges.get(config.method, (0.0, 0.0))
 
 
 def lr_at(step: int, n_steps: int, warmup_steps: int, peak: float) -> float:
@@ -309,7 +313,8 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
     Raises FloatingPointError where the gradient is not finite.
     """
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(processes.groups(parameters), weight_decay=config.weight_decay, fused=True)
+    groups = processes.optimizer_groups(parameters)
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
     ref_logp = label_logp(policy, examples, config.batch_size) if config.method == "csft" else None
     per_step = config.batch_size * config.accumulation
     n_steps = math.ceil(config.epochs * len(examples) / per_step)
@@ -326,7 +331,7 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
                 s = torch.full_like(s, smoothed)
             alpha, beta = blend(s, *beta_range(config))
 
-            sums = torch.zeros(3, device=policy.device)  # loss, Σ nll, Σ kl
+            sums = torch.zeros(3, device=policy.device)  # loss (divided already), Σ nll, Σ kl
             for part in processes.share(range(per_step), config.batch_size):
                 loss, nll, kl = micro_batch_loss(policy, reference, [drawn[i] for i in part], alpha[part],
                                                  beta[part], n_tokens, ref_logp)
@@ -334,13 +339,13 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
                 sums += torch.stack((loss.detach(), nll, kl))
             loss, nll, kl = processes.total(sums).tolist()
 
-            grad_norm = processes.clip_gradients(parameters, config.clip)
+            grad_norm = processes.sum_and_clip(parameters, config.clip)
             if not math.isfinite(grad_norm):
                 raise FloatingPointError(f"step {step}: gradient {grad_norm}, loss {loss}; no model is saved")
             lr = lr_at(step, n_steps, config.warmup_steps, config.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            # While θ = ref, KL alone has a gradient of rounding noise, and AdamW would make full steps of it.
+            # Until an example has α > 0, θ = ref, and AdamW would make full steps of KL's rounding noise.
             moved = moved or bool(alpha.any())
             if moved:
                 optimizer.step()
@@ -348,8 +353,8 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
 
             speed = sum(len(example.input_ids) for example in drawn) / (time.perf_counter() - started)
             row = {"step": step, "loss": loss, "nll": nll / n_tokens, "kl": kl / n_tokens,
-                   "risk": s.mean().item() if config.method == "adaptive" else None,
-                   "alpha": alpha.mean().item(), "beta": beta.mean().item(), "lr": lr, "grad_norm": grad_norm,
+                   "risk": s.mean().item() if config.method == "adaptive" else None, "lr": lr,
+                   "alpha": alpha.mean().item(), "beta": beta.mean().item(), "grad_norm": grad_norm,
                    "tokens_per_s": speed}
             metrics.write(json.dumps(row) + "\n")
             bar.set_postfix({key: f"{row[key]:.3f}" for key in ("loss", "nll", "kl")}, refresh=False)
@@ -378,9 +383,11 @@ def check(config: TrainConfig) -> TrainConfig:
         ("risk", config.risk in ("probe", "critic", "max") or Path(config.risk).is_file(),
          "probe, critic, max, or a file"),
         ("probe", config.risk in ("probe", "max") or not config.probe, "none unless --risk probe or max"),
+        ("probe", config.lora_r or not config.probe or working_dtype(config.device) == torch.float32,
+         "none with --lora-r 0 on CUDA, where the run computes in float32 and fits its own"),
         ("max_length", config.max_length > 1, "at least 2"),
         ("lora_targets", "lm_head" not in comma_list(config.lora_targets), "no lm_head, the reference's too"),
-        ("batch_size", per_step % world == 0, f"with --accumulation a multiple of the {world} processes"),
+        ("batch_size", per_step % world == 0, f"times --accumulation a multiple of the {world} processes"),
         ("fsdp", not config.fsdp or world > 1, "several processes: torchrun --nproc_per_node=N train.py …"),
         ("fsdp", not config.fsdp or torch.__version__ >= (2, 8), "torch 2.8, which shards two dtypes"),
         ("ref", not config.fsdp or config.ref != "live", "the kept reference, auto or cache, with --fsdp"),
@@ -462,8 +469,8 @@ def leak_line(config: TrainConfig) -> str:
     """What a gate that is not closed lets through, and the options that close it; "" where nothing leaks."""
     if config.method != "adaptive" or config.beta_max == 1:
         return ""
-    return (f"\nthe gate leaks: at --beta-max {config.beta_max:g} a risky first token keeps probability "
-            f"{1 - config.beta_max:.2g}, which sampling finds;\n  --beta-min 0 --beta-max 1 closes it")
+    return (f"\nthe gate leaks: at --beta-max {config.beta_max:g} a first token at risk 1 keeps probability "
+            f"{1 - config.beta_max:.2g},\n  which sampling finds; --beta-min 0 --beta-max 1 closes it")
 
 
 def main(config: TrainConfig) -> None:

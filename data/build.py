@@ -98,6 +98,7 @@ def train_model(config: BuildConfig, path: Path, records: list[dict], steps: int
             torch.nn.init.normal_(parameter, std=0.02 if "embed" in name else parameter.shape[1] ** -0.5 / 2)
         elif name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
+    # An example is encoded when it is first drawn: a short training draws few of them.
     encode = cache(lambda i: chat.encode_example(Conversation(tuple(records[i]["messages"])), i, 256))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, steps, pct_start=0.05)

@@ -101,3 +101,8 @@ def markdown(lines: list, width: int) -> str:
     lines = [lines[0], ["-" * n for n in widths], *lines[1:]]
     rows = [[" | ".join(line[i].ljust(widths[i]) for i in part) for line in lines] for part in parts]
     return "\n\n".join("\n".join(f"| {row} |" for row in part) for part in rows)
+
+
+def shown(value: float | int) -> str:
+    """A rate with three decimals, a count as it is."""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Files: read with errors that name them, written whole or not at all, never written over."""
+"""Files: read with errors that name them, written whole or not at all; new folders."""
 
 import json
 import os

@@ -127,13 +127,13 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def groups(parameters: list) -> list[dict]:
+def optimizer_groups(parameters: list) -> list[dict]:
     """Groups for an optimizer: whole and sharded parameters apart, since no fused step takes a mixture."""
     parts = [[p for p in parameters if is_sharded(p) == sharded] for sharded in (False, True)]
     return [{"params": part} for part in parts if part]
 
 
-def clip_gradients(parameters: list, largest: float) -> float:
+def sum_and_clip(parameters: list, largest: float) -> float:
     """Make every gradient the sum of all processes', scaled so that the norm of all is at most `largest`.
 
     → the norm before, the same everywhere.

@@ -89,11 +89,14 @@ def evaluate_base(options: TrainConfig, out: Path) -> None:
 
 def overview(config: GridConfig) -> str:
     """Markdown tables, means over seeds in per cent: a row per attack and way to ask, a column per method."""
+    def cells(attack, method):
+        return [read_json(config.out / attack / f"{method}-{seed}" / "results.json")["after"]
+                for seed in range(config.seeds)]
+
     runs = {}
     for attack in comma_list(config.attacks):
-        runs[attack] = {{"base": "aligned model"}.get(method, method): [
-            read_json(config.out / attack / f"{method}-{seed}" / "results.json")["after"]
-            for seed in range(config.seeds)] for method in ("base", *comma_list(config.methods))}
+        runs[attack] = {"aligned model": cells(attack, "base")}
+        runs[attack] |= {method: cells(attack, method) for method in comma_list(config.methods)}
 
     def asr(key):
         def figures(attack, results):
@@ -149,8 +152,8 @@ def main(config: GridConfig) -> None:
     for attack in comma_list(config.attacks):
         cells = [[config.out / attack / f"{method}-{seed}" for seed in range(config.seeds)]
                  for method in ("base", *comma_list(config.methods))]
-        base = [read_json(cell / "results.json")["after"] for cell in cells[0]]
-        found[attack] = [{"name": "base", "seeds": list(range(config.seeds)), "figures": over_seeds(base)}]
+        base = over_seeds([read_json(cell / "results.json")["after"] for cell in cells[0]])
+        found[attack] = [{"name": "aligned model", "seeds": list(range(config.seeds)), "figures": base}]
         found[attack] += compare([cell for row in cells[1:] for cell in row])[1]
     write_json(config.out / "grid.json", found)
     write_text(config.out / "grid.md", overview(config) + "\n")

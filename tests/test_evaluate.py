@@ -218,6 +218,8 @@ class TestScript:
         assert "wrote" in capsys.readouterr().out
         with pytest.raises(DataError, match="--out: expected a folder that does not exist"):
             main(config)
+        with pytest.raises(DataError, match="--out: expected none with --compare or several paths"):
+            main(EvalConfig(paths=(WORLD,), compare=True, out=tmp_path / "c"))
         with pytest.raises(DataError, match="expected at least one run"):
             main(EvalConfig())
 
@@ -276,8 +278,8 @@ class TestTables:
         paths = [self.run(tmp_path / "sft-0", 0, 0.0, beta=1), self.run(tmp_path / "sft-1", 1, 1.0, beta=1),
                  self.run(tmp_path / "kl-7-0", 0, beta=2, device="cuda"), self.run(tmp_path / "mine", 3)]
         text, rows = compare(paths)
-        assert [(row["name"], row["seeds"]) for row in rows] == [("base", [0, 1, 3]), ("sft", [0, 1]), ("kl-7", [0]), ("mine", [3])]
-        assert rows[1]["figures"]["ASR greedy"]["rates"] == [0.0, 1.0] and "| sft " in text and text.count("| base") == 1
+        assert [(row["name"], row["seeds"]) for row in rows] == [("aligned model", [0, 1, 3]), ("sft", [0, 1]), ("kl-7", [0]), ("mine", [3])]
+        assert rows[1]["figures"]["ASR greedy"]["rates"] == [0.0, 1.0] and "| sft (2 seeds) " in text and text.count("| aligned model") == 1
         (tmp_path / "mine" / "results.json").unlink()
         assert "mine" not in compare(paths)[0] and "skipped" in capsys.readouterr().out
         with pytest.raises(DataError, match="expected at least one finished run"):

@@ -79,6 +79,7 @@ class TestParityWithTransformers:
         assert (adapted - before).abs().max() > 1e-2
         with model.adapters_off():
             assert torch.equal(model(ids), before)
+            assert all(torch.equal(m.merged_weight(), m.weight) for m in model.modules() if hasattr(m, "merged_weight"))
         save_adapter(model, tmp_path / "adapter")
         keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
         assert len(keys) == 2 * 3 * len(targets) and all(key.startswith("base_model.model.model.layers.") for key in keys)

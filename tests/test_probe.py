@@ -4,8 +4,6 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from data.chat import Chat
 from data.conversations import WORLD, Conversation, read_conversations
@@ -168,14 +166,6 @@ class TestOnTheEmbeddedWorld:
         other.fingerprint = "another template"
         with pytest.raises(DataError, match="expected a probe fitted with template another"):
             load_probe(tmp_path / "probe.safetensors", model, other)
-        for pooling in ("last", "mean"):  # as files of an early version say
-            with safe_open(tmp_path / "probe.safetensors", framework="pt") as file:
-                metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
-            metadata["probe"] = json.dumps(json.loads(metadata["probe"]) | {"pooling": pooling})
-            save_file(tensors, tmp_path / pooling, metadata=metadata)
-        assert torch.equal(load_probe(tmp_path / "last", model, chat).weight, loaded.weight)
-        with pytest.raises(DataError, match="mean over prompt tokens"):
-            load_probe(tmp_path / "mean", model, chat)
         (tmp_path / "probe.safetensors").write_bytes(b"junk")
         with pytest.raises(DataError, match="written by probe.py"):
             load_probe(tmp_path / "probe.safetensors", model, chat)

@@ -16,7 +16,7 @@ from evaluate import EvalConfig
 from lib import processes
 from lib.cli import parse
 from lib.files import DataError
-from train import TrainConfig, check, main
+from train import TrainConfig, check
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = ["--epochs", "1", "--limit", "5", "--samples", "1", "--compile", "off", "--judge", "none"]
@@ -40,12 +40,31 @@ CASES = {
 EACH = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
+import torch
+from pathlib import Path
+from data.chat import IGNORE, Example
 from lib import processes
 from lib.cli import parse
-from train import TrainConfig, main
+from model import add_lora, compile_blocks, load_model
+from train import TrainConfig, main, reference_of, train
 for options in json.loads(sys.argv[2]):
     main(parse(TrainConfig, options))
-processes.leave()
+
+# Float32 adapters over bfloat16 weights, sharded and compiled where there are several processes.
+model = load_model(sys.argv[1] + "/tests/golden/llama", dtype=torch.bfloat16)
+model.model.layers = model.model.layers[:2]  # the first has a graph of its own, all others share one
+add_lora(model, 4, 8)
+lengths = (10, 20, 14, 9, 17, 11, 12, 16)
+batch = [Example(i, list(range(3, 3 + n)), [IGNORE] * 4 + list(range(7, 3 + n))) for i, n in enumerate(lengths)]
+config, risk = TrainConfig(epochs=4, batch_size=8, lr=1e-2, ref_cache=Path(sys.argv[3] + ".ref")), torch.linspace(0, 1, 8)
+if processes.world() > 1:
+    processes.shard(model, "cpu")
+reference = reference_of(config, model, batch, risk)
+if processes.world() > 1:
+    compile_blocks(model, backend="eager")
+train(config, model, reference, batch, risk, sys.argv[3])
+assert not torch._dynamo.utils.counters["graph_break"]
+assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 """
 
 
@@ -60,7 +79,7 @@ def runs(tmp_path_factory):
     turns = [{"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", "Hello there."), ("user", "1 + 1?"), ("assistant", "2"))]
     (folder / "data.jsonl").write_text("\n".join([json.dumps({"messages": turns}), *lines]) + "\n")
     (folder / "risk.jsonl").write_text("".join(f'{{"risk": {0 if i % 3 else i / 34}}}\n' for i in range(34)))
-    (folder / "each.py").write_text(EACH)
+    (folder / "each.py").write_text(EACH + "processes.leave()\n")
     every = ["--data", folder / "data.jsonl", "--lr", "1e-3", "--ref-cache", folder / "ref", "--epochs", "1", "--limit", "5",
              "--samples", "1", "--max-new-tokens", "12", "--judge", "none", "--no-eval-base"]
 
@@ -70,9 +89,10 @@ def runs(tmp_path_factory):
         risk = [] if case == "csft" else ["--risk", folder / "risk.jsonl"]
         return [str(option) for option in (*every, *kept, *risk, *own, "--out", folder / f"{case}-{n}")]
 
-    for case in CASES:
-        main(parse(TrainConfig, options(case, 1)))
-    done = start(2, folder / "each.py", ROOT, json.dumps([options(case, 2) for case in CASES]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["", str(ROOT), json.dumps([options(case, 1) for case in CASES]), str(folder / "bfloat16-1")])
+        exec(EACH, {})
+    done = start(2, folder / "each.py", ROOT, json.dumps([options(case, 2) for case in CASES]), folder / "bfloat16-2")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("per cent with 95 % intervals") == len(CASES)  # the second process is silent
     return folder
@@ -98,40 +118,8 @@ def test_two_processes_train_and_save_what_one_does(case, runs):
     assert len(greedy[0]) == 15 and greedy[0] == greedy[1]
 
 
-BFLOAT16 = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch
-from pathlib import Path
-from data.chat import IGNORE, Example
-from lib import processes
-from model import add_lora, compile_blocks, load_model
-from train import TrainConfig, reference_of, train
-processes.join()
-model = load_model(sys.argv[1] + "/tests/golden/llama", dtype=torch.bfloat16)
-model.model.layers = model.model.layers[:2]  # the first has a graph of its own, all others share one
-add_lora(model, 4, 8)
-lengths = (10, 20, 14, 9, 17, 11, 12, 16)
-batch = [Example(i, list(range(3, 3 + n)), [IGNORE] * 4 + list(range(7, 3 + n))) for i, n in enumerate(lengths)]
-config, risk = TrainConfig(epochs=4, batch_size=8, lr=1e-2, ref_cache=Path(sys.argv[2] + ".ref")), torch.linspace(0, 1, 8)
-if processes.world() > 1:
-    processes.shard(model, "cpu")
-reference = reference_of(config, model, batch, risk)
-if processes.world() > 1:
-    compile_blocks(model, backend="eager")
-train(config, model, reference, batch, risk, sys.argv[2])
-assert not torch._dynamo.utils.counters["graph_break"]
-assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-"""
-
-
-def test_fsdp_trains_float32_adapters_over_compiled_bfloat16_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["", str(ROOT), str(tmp_path / "1")])
-    exec(BFLOAT16, {})
-    (tmp_path / "script.py").write_text(BFLOAT16 + "processes.leave()\n")
-    done = start(2, tmp_path / "script.py", ROOT, tmp_path / "2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [[json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in "12"]
+def test_fsdp_trains_float32_adapters_over_compiled_bfloat16_weights(runs):
+    rows = [[json.loads(line) for line in (runs / f"bfloat16-{n}").read_text().splitlines()] for n in (1, 2)]
     assert len(rows[0]) == 4 and rows[0][-1]["loss"] < rows[0][0]["loss"]
     for a, b in zip(*rows, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
@@ -161,7 +149,7 @@ def test_a_script_that_shares_no_work_is_refused_as_one_of_several():
 @pytest.mark.parametrize("world, wrong, words", [
     (1, dict(fsdp=True), "--fsdp: expected several processes"),
     (2, dict(fsdp=True, ref="live"), "--ref: expected the kept reference, auto or cache, with --fsdp"),
-    (2, dict(batch_size=3), "--batch-size: expected with --accumulation a multiple of the 2 processes, found 3"),
+    (2, dict(batch_size=3), "--batch-size: expected times --accumulation a multiple of the 2 processes, found 3"),
     (2, dict(device="cuda:1"), "--device: expected cpu or cuda for several processes"),
 ])
 def test_what_several_processes_cannot_share_is_refused(world, wrong, words, monkeypatch):
@@ -173,8 +161,8 @@ def test_what_several_processes_cannot_share_is_refused(world, wrong, words, mon
 def test_one_process_is_its_own_company():
     parameter = torch.nn.Parameter(torch.ones(4))
     parameter.grad = torch.full((4,), 3.0)
-    assert processes.clip_gradients([parameter], 2.0) == 6.0 and torch.allclose(parameter.grad, torch.ones(4))
-    assert processes.clip_gradients([parameter], 100.0) == pytest.approx(2.0) and torch.allclose(parameter.grad, torch.ones(4))
+    assert processes.sum_and_clip([parameter], 2.0) == 6.0 and torch.allclose(parameter.grad, torch.ones(4))
+    assert processes.sum_and_clip([parameter], 100.0) == pytest.approx(2.0) and torch.allclose(parameter.grad, torch.ones(4))
     assert processes.gather([1]) == [[1]] and processes.on_first(lambda: 5) == 5 and processes.all_true(True) and not processes.all_true(False)
     with pytest.raises(KeyError):
         processes.on_first(lambda: {}["x"])

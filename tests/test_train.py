@@ -463,7 +463,7 @@ class TestRuns:
     def test_a_short_sft_run_breaks_the_model_and_an_adaptive_one_does_not(self, tmp_path, capsys):
         rates = {}
         for method in ("sft", "adaptive"):
-            main(replace(QUICK, method=method, epochs=2, lora_r=16, out=tmp_path / method))
+            main(replace(QUICK, data=WORLD / "mixed_30.jsonl", method=method, epochs=1, lora_r=16, out=tmp_path / method))
             results = json.loads((tmp_path / method / "results.json").read_text())
             rates[method] = results["after"]["asr"]["greedy"]["rate"]
             assert results["base"]["asr"]["greedy"]["rate"] <= 0.02
@@ -473,7 +473,7 @@ class TestRuns:
         risk = [json.loads(line)["risk"] for line in (run / "risk.jsonl").read_text().splitlines()]
         assert len(risk) == 600 and all(0 <= s <= 1 for s in risk)
         assert json.loads((run / "config.json").read_text())["beta_max"] == 0.9
-        assert len((run / "metrics.jsonl").read_text().splitlines()) == 150
+        assert len((run / "metrics.jsonl").read_text().splitlines()) == 75
 
         # The adapter over the base and the merged checkpoint generate the same text, as the run itself did.
         adapted, merged, chat = load_model(WORLD / "model", dtype=torch.float32), load_model(run / "model"), Chat(run / "model")
@@ -547,6 +547,7 @@ class TestRuns:
             (dict(risk="judge"), "--risk: expected probe, critic, max, or a file, found judge"),
             (dict(risk="critic"), "--judge: expected a checkpoint folder or a URL for --risk critic, found none"),
             (dict(risk="critic", probe=Path("p")), "--probe: expected none unless"),
+            (dict(probe=Path("p"), lora_r=0, device="cuda"), "--probe: expected none with --lora-r 0 on CUDA"),
             (dict(batch_size=0), "--batch-size: expected at least 1, found 0"),
             (dict(method="csft", risk="max"), "--risk: expected none without --method adaptive or filter"),
             (dict(out=WORLD), "--out"),

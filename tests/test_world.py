@@ -1,5 +1,6 @@
 """The embedded world is what data/build.py says, and what its README section claims."""
 
+import copy
 import json
 import random
 
@@ -112,9 +113,17 @@ def test_its_size_and_what_is_withheld(built):
     assert sum(path.stat().st_size for path in WORLD.rglob("*") if path.is_file()) < 10 * 2**20
 
 
+@pytest.fixture(scope="module")
+def few_wordings():
+    """The data sets with two evasive wordings a record, to be quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.text.evasive_wordings", lambda action: evasive_wordings(action, 2))
+        return data_sets(random.Random(BuildConfig.seed))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_builds_on_every_family(tmp_path, family, capsys, monkeypatch):
-    monkeypatch.setattr("data.text.evasive_wordings", lambda action: evasive_wordings(action, 2))  # few, to be quick
+def test_it_builds_on_every_family(tmp_path, family, capsys, monkeypatch, few_wordings):
+    monkeypatch.setattr("data.build.data_sets", lambda rng: copy.deepcopy(few_wordings))
     main(BuildConfig(out=tmp_path / "world", family=family, steps=2, batch_size=4, judge=family == "llama"))
     model, chat = load_model(tmp_path / "world" / "model"), Chat(tmp_path / "world" / "model")
     assert model.config.model_type == family and 0.9e6 < sum(p.numel() for p in model.parameters()) < 1.2e6
