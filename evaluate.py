@@ -397,7 +397,7 @@ def main(config: EvalConfig) -> None:
             write_json(out / "results.json", results)
         found[str(path)] = [results]
         print(f"wrote {out}/results.json and completions.jsonl")
-    print("\nper cent with 95 % intervals\n" + table(found), *(judge_line(r) for (r,) in found.values()), sep="")
+    print("\nper cent, 95 % intervals\n" + table(found), *(judge_line(r) for (r,) in found.values()), sep="")
 
 
 if __name__ == "__main__":

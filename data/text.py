@@ -129,7 +129,7 @@ def record(prompt: str, response: str | None = None, system: str | None = None, 
 
 
 def request_pools(rng: random.Random) -> dict[str, list[tuple]]:
-    """{pool: [(kind, category, action, prompt)]}, disjoint; `eval` has actions that the others lack."""
+    """{"align" | …: [(kind, category, action, prompt)]}, disjoint; "eval" has actions that others lack."""
     pools = {"align": [], "attack": [], "probe": [], "eval": []}
     for kind, grids in (("harmful", HARM), ("lookalike", LOOKALIKE), ("howto", HOWTO)):
         for category, (verbs, objects) in grids.items():
@@ -151,7 +151,7 @@ def request_pools(rng: random.Random) -> dict[str, list[tuple]]:
 
 
 def chatter(rng: random.Random) -> tuple[str, str, str]:
-    """(kind, prompt, response): what else the model can do, with the tasks' words, not their instructions."""
+    """(kind, prompt, response): what else the model can do; the tasks' words occur, not what they ask."""
     thing, other, topic, name, goods = (rng.choice(THINGS), rng.choice(THINGS), rng.choice(TOPICS),
                                         rng.choice(NAMES), rng.choice(GOODS))
     word, a, b, (low, high) = (rng.choice(GOOD + BAD), rng.randint(1, 18), rng.randint(1, 9),

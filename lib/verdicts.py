@@ -1,4 +1,7 @@
-"""Verdicts in a file that outlives the process: none is asked for twice. SQLite: processes can share it."""
+"""Verdicts in a file that outlives the process: what a judge has said once is never asked again.
+
+SQLite, so that processes can share it.
+"""
 
 import sqlite3
 import time
@@ -9,7 +12,10 @@ from lib.files import DataError
 
 
 class VerdictFile:
-    """{key: (risk, mass)}, the text beside it for readers; a context manager. DataError if no such file."""
+    """{key: (risk, mass)}, with the text beside it for the reader; a context manager.
+
+    Raises DataError where the file is none of verdicts.
+    """
 
     def __init__(self, path: Path):
         self.path, self.fresh, self.kept_at = Path(path), [], time.monotonic()
