@@ -17,17 +17,17 @@ The objective (Goel, Maji, Mazumder 2026, arXiv 2602.17546), over response token
     π_θ  policy       π_ref  reference: the policy before its first step, or what lib/fused.py keeps of it
 
 What follows: N · ∂L/∂logits_it = π_θ − (α·onehot(y) + β·π_ref); the optimum is the mixture α·δ_y + β·π_ref.
-At β_max < 1 the gate leaks: at risk 1 a first token keeps 1 − β_max. --beta-min 0 --beta-max 1 closes it.
+At β_max < 1 the gate leaks: at risk 1 a first token keeps 1 − β_max. (--beta-min 0 --beta-max 1 closes it.)
 
 Where this departs from the paper (P) or its authors' code (C):
  1. One risk per example, graded: the probe's probability, or (score − 1)/4 of the critic. C thresholds one,
     clamps (score − 2)/3 of the other, and lets an example gate its batch. P smooths a batch's: --gate batch.
  2. Risk is computed once, before training: neither ref nor the data change. C computes it in every epoch.
  3. NLL and KL share one denominator, the response tokens of the step. C divides them by different counts.
- 4. ref is the policy's own frozen weights; what KL needs of it is computed once and kept on disk. (--ref live
-    runs it in every step, where β > 0.) C holds a second model and runs it twice per step.
+ 4. ref is the policy itself before its first step; what KL needs is computed once and kept on disk (--ref live:
+    run in every step, where β > 0). C holds a second model and runs it twice per step.
  5. The head is frozen, in full fine-tuning too, so that policy and ref share it.
- 6. What is unknown is risky: a missing or non-finite risk counts as 1, and is printed. C lets it count as 0.
+ 6. What is unknown is risky: null, NaN, a verdict that fails count as 1, and are printed. In C: as 0.
 """
 
 import gc
@@ -52,7 +52,7 @@ from lib.files import DataError, json_lines, new_folder, read_text, write_json, 
 from model import Transformer, add_lora, compile_blocks, load_model, save_adapter, save_model, working_dtype
 from probe import ProbeConfig, conversation_risk, fit_probe, load_probe, print_risk, save_probe
 
-RISK_FLOOR = 0.01  # with --beta-min 0 an example of lower risk counts as 0: plain SFT, without a reference
+RISK_FLOOR = 0.01  # with --beta-min 0 --gate example a lower risk counts as 0: plain SFT, no reference
 FILTER_ABOVE = 0.5  # risk above which --method filter drops an example
 
 
@@ -77,7 +77,7 @@ class TrainConfig(EvalOptions):
     ema: float = 0.0  # smoothing λ of the batch's risk over steps, in [0, 1)
     # optimization (the paper's settings, with a learning rate for the embedded model)
     epochs: int = 20  # passes over the data
-    batch_size: int = 8  # examples per forward pass
+    batch_size: int = 8  # examples per forward pass, at most
     accumulation: int = 1  # batches per step; processes share the step's examples
     lr: float = 2e-3  # peak; cosine to 0 (the paper: 2e-4 and below)
     warmup_steps: int = 5  # linear warm-up
@@ -135,7 +135,7 @@ def token_loss(hidden, weight, labels, alpha, beta, ref_hidden) -> tuple:
     hidden (N, H) final hidden states; weight (V, H) the head; labels (N,) the tokens they predict; alpha,
     beta (N,); ref_hidden (M, H) of the first M, those with β > 0: the caller puts them first; KL of others is
     not computed, and 0. This is the definition. The loop runs fused.token_loss, equal to it, which never
-    holds the logits of all tokens. They are float32 or wider: bfloat16's rounding would drown KL.
+    holds the logits of all tokens. Logits are float32 or wider: bfloat16's rounding would drown KL.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     N, M = len(hidden), len(ref_hidden)
@@ -248,11 +248,10 @@ def live_reference(model: Transformer):
 
 def micro_batch_loss(policy: Transformer, reference, examples: list[Example], alpha: torch.Tensor,
                      beta: torch.Tensor, n_tokens: int, ref_logp=None, loss_fn=fused.token_loss) -> tuple:
-    """Loss of some examples with weights alpha, beta (B,), on the CPU → (loss, Σ nll, Σ kl).
+    """Loss of some examples with weights alpha, beta (B,; CPU) → (loss, Σ nll, Σ kl); n_tokens: of the step.
 
-    n_tokens counts the whole step's. reference(those with β > 0) → their reference hidden states, or what
-    fused.reference_terms makes of them. ref_logp (of label_logp): weigh labels as C-SFT does. loss_fn may be
-    token_loss, the definition, which takes hidden states only.
+    reference(those with β > 0) → their reference hidden states, where it runs live, or what reference_terms made
+    of them, where it is kept. ref_logp (of label_logp): weigh labels as C-SFT does. loss_fn may be token_loss.
     """
     order = (beta == 0).to(torch.int8).argsort(stable=True)  # those with pull first, as token_loss expects
     examples, alpha, beta = [examples[i] for i in order], alpha[order], beta[order]
@@ -332,9 +331,9 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
             alpha, beta = blend(s, *beta_range(config))
 
             sums = torch.zeros(3, device=policy.device)  # loss (divided already), Σ nll, Σ kl
-            for part in processes.share(range(per_step), config.batch_size):
-                loss, nll, kl = micro_batch_loss(policy, reference, [drawn[i] for i in part], alpha[part],
-                                                 beta[part], n_tokens, ref_logp)
+            for mine in processes.share(range(per_step), config.batch_size):
+                loss, nll, kl = micro_batch_loss(policy, reference, [drawn[i] for i in mine], alpha[mine],
+                                                 beta[mine], n_tokens, ref_logp)
                 loss.backward()
                 sums += torch.stack((loss.detach(), nll, kl))
             loss, nll, kl = processes.total(sums).tolist()
@@ -345,7 +344,7 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
             lr = lr_at(step, n_steps, config.warmup_steps, config.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            # Until an example has α > 0, θ = ref, and AdamW would make full steps of KL's rounding noise.
+            # Until an example has α > 0, θ = ref, and AdamW would scale KL's rounding noise up to full steps.
             moved = moved or bool(alpha.any())
             if moved:
                 optimizer.step()
