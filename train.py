@@ -24,8 +24,8 @@ Where this departs from the paper (P) or its authors' code (C):
     clamps (score − 2)/3 of the other, and lets an example gate its batch. P smooths a batch's: --gate batch.
  2. Risk is computed once, before training: neither ref nor the data change. C computes it in every epoch.
  3. NLL and KL share one denominator, the response tokens of the step. C divides them by different counts.
- 4. ref is the policy itself before its first step; what KL needs is computed once and kept on disk (--ref live:
-    run in every step, where β > 0). C holds a second model and runs it twice per step.
+ 4. ref is the policy itself before its first step; what KL needs is computed once and kept on disk, or run in
+    every step where β > 0 (--ref live). C holds a second model and runs it twice per step.
  5. The head is frozen, in full fine-tuning too, so that policy and ref share it.
  6. What is unknown is risky: null, NaN, a verdict that fails count as 1, and are printed. In C: as 0.
 """
@@ -250,8 +250,8 @@ def micro_batch_loss(policy: Transformer, reference, examples: list[Example], al
                      beta: torch.Tensor, n_tokens: int, ref_logp=None, loss_fn=fused.token_loss) -> tuple:
     """Loss of some examples with weights alpha, beta (B,; CPU) → (loss, Σ nll, Σ kl); n_tokens: of the step.
 
-    reference(those with β > 0) → their reference hidden states, where it runs live, or what reference_terms made
-    of them, where it is kept. ref_logp (of label_logp): weigh labels as C-SFT does. loss_fn may be token_loss.
+    reference(those with β > 0) → their reference hidden states, where it runs live; where it is kept, what
+    reference_terms made of them. ref_logp (of label_logp): weigh labels as C-SFT. loss_fn may be token_loss.
     """
     order = (beta == 0).to(torch.int8).argsort(stable=True)  # those with pull first, as token_loss expects
     examples, alpha, beta = [examples[i] for i in order], alpha[order], beta[order]
