@@ -1,7 +1,7 @@
 """Fine-tune an aligned chat model with a pull towards its refusals that follows the risk of the data.
 
-    python train.py                                                    # the embedded model, 10 % harmful data
-    python train.py --risk max                                         # the riskier of probe and critic
+    python train.py                                                      # the embedded model, 10 % harmful
+    python train.py --risk max                                           # the riskier of probe and critic
     python train.py --model DIR --data FILE --probe-data FILE --lr 2e-4  # your own
 
 The objective (Goel, Maji, Mazumder 2026, arXiv 2602.17546), over response tokens t of a step's examples i:
