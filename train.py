@@ -468,8 +468,8 @@ def leak_line(config: TrainConfig) -> str:
     """What a gate that is not closed lets through, and the options that close it; "" where nothing leaks."""
     if config.method != "adaptive" or config.beta_max == 1:
         return ""
-    kept = f"{1 - config.beta_max:.2g}"
-    return f"\nthe gate leaks: a first token at risk 1 keeps probability {kept}; --beta-min 0 --beta-max 1 closes it"
+    kept = f"a first token at risk 1 keeps probability {1 - config.beta_max:.2g}"
+    return f"\nthe gate leaks: {kept}; --beta-min 0 --beta-max 1 closes it"
 
 
 def main(config: TrainConfig) -> None:
