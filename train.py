@@ -83,7 +83,7 @@ class TrainConfig(EvalOptions):
     warmup_steps: int = 5  # linear warm-up
     weight_decay: float = 0.01  # AdamW's
     clip: float = 1.0  # largest norm of the gradient
-    max_length: int = 2048  # tokens of a conversation; longer ones are cut, and counted
+    max_length: int = 2048  # tokens of a conversation; the rest is cut, and counted
     lora_r: int = 64  # LoRA rank; 0: full fine-tuning
     lora_alpha: float = 16.0  # LoRA α; the update is scaled by α/r
     lora_targets: str = ""  # linears to adapt, comma-separated (default: all but the head)

@@ -32,8 +32,8 @@ def start(n, script, *options):
 CASES = {
     "live": ["--ref", "live"],
     "cached, accumulated": ["--accumulation", "2", "--batch-size", "3"],
-    "fsdp, closed gate": ["--fsdp", "--beta-min", "0", "--beta-max", "1"],  # some examples need no reference
-    "fsdp, checkpointing": ["--fsdp", "--gradient-checkpointing"],
+    "fsdp, closed gate, checkpointing": [  # some examples need no reference
+        "--fsdp", "--gradient-checkpointing", "--beta-min", "0", "--beta-max", "1"],
     "fsdp, full": ["--fsdp", "--lora-r", "0", "--lr", "1e-4"],
     "csft": ["--method", "csft"],
 }
