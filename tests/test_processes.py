@@ -81,7 +81,7 @@ def runs(tmp_path_factory):
     (folder / "risk.jsonl").write_text("".join(f'{{"risk": {0 if i % 3 else i / 34}}}\n' for i in range(34)))
     (folder / "each.py").write_text(EACH + "processes.leave()\n")
     every = ["--data", folder / "data.jsonl", "--lr", "1e-3", "--ref-cache", folder / "ref", "--epochs", "1", "--limit", "5",
-             "--samples", "1", "--max-new-tokens", "12", "--judge", "none", "--no-eval-base"]
+             "--samples", "0", "--max-new-tokens", "12", "--judge", "none", "--no-eval-base"]
 
     def options(case, n):
         own = [option for option in CASES[case] if n == 2 or option != "--fsdp"]
@@ -126,7 +126,7 @@ def test_fsdp_trains_float32_adapters_over_compiled_bfloat16_weights(runs):
 
 
 def test_evaluation_in_two_processes_gives_the_same_greedy_responses(tmp_path):
-    options = [WORLD / "model", "--limit", "7", "--samples", "2", "--verdicts", tmp_path / "v.sqlite", "--eval-batch-size", "3"]
+    options = [WORLD / "model", "--limit", "7", "--samples", "2", "--max-new-tokens", "16", "--verdicts", tmp_path / "v.sqlite", "--eval-batch-size", "3"]
     evaluate.main(parse(EvalConfig, [*map(str, options), "--out", str(tmp_path / "1")], positional="paths"))
     done = start(2, "evaluate.py", *options, "--out", tmp_path / "2")
     assert done.returncode == 0, done.stderr[-3000:]
