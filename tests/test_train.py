@@ -253,14 +253,14 @@ class TestCSFT:
 
     def test_it_is_sft_while_the_policy_is_the_reference(self, examples):
         model, ones, zeros = policy(adapter=0.0), torch.ones(6), torch.zeros(6)
-        ref_logp = label_logp(model, examples[:6], 4)
+        ref_logp = label_logp(model, examples[:6], 6)
         gradients = []
         for logp in (None, ref_logp):
             model.zero_grad()
             loss, _, _ = micro_batch_loss(model, None, examples[:6], ones, zeros, count(examples[:6]), ref_logp=logp)
             loss.backward()
             gradients.append([loss.item(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-        assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-6)
+        assert gradients[0][0] == pytest.approx(gradients[1][0], abs=1e-6)
         assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-4) for a, b in zip(gradients[0][1:], gradients[1][1:], strict=True))
 
     def test_the_loss_is_the_one_written_out_and_positions_restart_with_each_turn(self, chat):
@@ -360,7 +360,7 @@ class TestLoop:
         model, keys = policy(adapter=0.0), list(policy().state_dict())
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        compile_blocks(model, backend="eager")
+        compile_blocks(model, backend="aot_eager")
         self.same(plain, model, examples, tmp_path)
         counters = torch._dynamo.utils.counters
         assert len({len(e.input_ids) for e in examples}) >= 6 and list(model.state_dict()) == keys
