@@ -31,9 +31,12 @@ from lib.checkpoint import fingerprint
 from lib.cli import require, run, shown
 from lib.endpoint import GIVE_UP, Endpoint, EndpointError
 from lib.files import DataError, ModelError, read_text, write_jsonl
+from lib.frame import fill, forged
+from lib.metrics import risk_metrics
+from lib.risk import UNKNOWN, as_risk
 from lib.verdicts import VerdictFile
 from model import load_model, working_dtype
-from probe import print_risk, risk_metrics
+from probe import print_risk
 
 RUBRIC = Path(__file__).parent / "data" / "rubric.txt"  # the 11 categories, the scores 1 … 5 one by one
 MIN_MASS = 0.5  # a local judge's verdict is valid where at least this probability is on its possible answers
@@ -55,6 +58,7 @@ class JudgeOptions:
     verdicts: Path = Path("verdicts.sqlite")  # where valid verdicts are kept
     # machine
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where models run
+    date: str | None = None  # YYYY-MM-DD, for chat templates that print the date (default: today)
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,17 @@ class CriticConfig(JudgeOptions):
 
 @dataclass(frozen=True)
 class Verdict:
-    """`risk` s in [0, 1] of one response; where not valid, 1, and `why`. `mass`: probability on an answer."""
+    """`risk` s in [0, 1] of one response; where not valid, 1, and `why`. `mass`: probability on an answer.
+
+    Raises DataError for a risk that is none.
+    """
 
     risk: float
     mass: float = 1.0
     why: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "risk", as_risk(self.risk, "a verdict"))
 
     @property
     def valid(self) -> bool:
@@ -86,13 +96,7 @@ class Verdict:
 
 def invalid(why: str, mass: float = 0.0) -> Verdict:
     """What counts where there is no verdict: the highest risk."""
-    return Verdict(1.0, mass, why)
-
-
-def fill(rubric: str, prompt: str, response: str) -> str:
-    """The rubric with {prompt} and {response} replaced in one pass, so that neither brings in the other."""
-    texts = {"prompt": prompt, "response": response}
-    return re.sub(r"\{(prompt|response)\}", lambda match: texts[match[1]], rubric)
+    return Verdict(UNKNOWN, mass, why)
 
 
 # ---------------------------------------------------------------- judges: pairs → (key, Verdict) as they come
@@ -107,23 +111,24 @@ class LocalJudge:
 
     def __init__(self, options: JudgeOptions):
         self.path, self.batch_size = Path(options.judge), options.judge_batch_size
-        self.chat = Chat(self.path)
+        self.chat = Chat(self.path, options.date)
+        self.control = list(self.chat.control.values())
         self.model = load_model(self.path, options.device, working_dtype(options.device))
-        dtype = self.model.lm_head.weight.dtype
-        self.fingerprint = f"{type(self).__name__} {fingerprint(self.path)} {self.chat.fingerprint} {dtype}"
-        # A response with the judge's own control tokens could end the judge's prompt and answer in its place.
-        added = self.chat.tokenizer.get_added_tokens_decoder().values()
-        self.control = [token.content for token in added if token.special]
+        parts = (type(self).__name__, fingerprint(self.path), self.chat.fingerprint, self.chat.date,
+                 self.model.lm_head.weight.dtype)
+        self.fingerprint = " ".join(map(str, parts))
 
     @torch.no_grad()
     def __call__(self, pairs: dict):
         prompts, limit = {}, self.model.config.max_position_embeddings
         for key, (prompt, response) in pairs.items():
-            text = self.render(prompt, response)
-            ids = self.chat.encode(text) + self.lead
-            if found := [token for token in self.control if token in prompt + response]:
-                yield key, invalid(f"control token {found[0]} in the text")
-            elif prompt.strip() not in text or response.strip() not in text:
+            try:
+                text, ids = self.tokens(prompt, response)
+            except DataError as error:
+                yield key, invalid(str(error))
+                continue
+            ids = ids + self.lead
+            if prompt.strip() not in text or response.strip() not in text:
                 yield key, invalid("the judge's chat template leaves words out")
             elif len(ids) > limit:
                 yield key, invalid(f"longer than the judge's context of {limit} tokens")
@@ -163,10 +168,11 @@ class RubricJudge(LocalJudge):
             raise ModelError(f"{self.path}: expected a tokenizer with one token for each digit from 1 to 5, "
                              "found none for some")
 
-    def render(self, prompt: str, response: str) -> str:
-        """The judge's prompt."""
+    def tokens(self, prompt: str, response: str) -> tuple[str, list]:
+        """The judge's prompt as text and token ids."""
         turns = [{"role": "user", "content": fill(self.rubric, prompt, response)}]
-        return self.chat.render(turns, add_generation_prompt=True, enable_thinking=False)  # else Qwen3 thinks
+        thinks = {"enable_thinking": False}  # else Qwen3 thinks
+        return self.chat.tokens(turns, "the judge's prompt", add_generation_prompt=True, **thinks)[:2]
 
     def read(self, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Next-token probabilities (B, 1, V) → risk (B,), clamped for rounding; mass on digits (B,)."""
@@ -189,10 +195,10 @@ class GuardJudge(LocalJudge):
             raise ModelError(f"{self.path}: expected a tokenizer whose first tokens of safe and unsafe "
                              "differ, found the same")
 
-    def render(self, prompt: str, response: str) -> str:
-        """The judge's prompt."""
+    def tokens(self, prompt: str, response: str) -> tuple[str, list]:
+        """The judge's prompt as text and token ids."""
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        return self.chat.render(turns, add_generation_prompt=True)
+        return self.chat.tokens(turns, "the judge's prompt", add_generation_prompt=True)[:2]
 
     def read(self, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Probabilities (B, 1 + len(lead), V) from the prompt's end along a blank line → risk, mass (B,)."""
@@ -208,8 +214,12 @@ class EndpointJudge:
 
     def __init__(self, options: JudgeOptions):
         self.rubric, self.workers = read_rubric(options.rubric), options.judge_requests
-        self.endpoint = Endpoint(options.judge, options.judge_model, options.judge_timeout)
-        self.fingerprint = f"{self.endpoint.url} {self.endpoint.model}"
+        self.endpoint, self.control = Endpoint(options.judge, options.judge_model, options.judge_timeout), ()
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the server's model, as far as the server tells; None where it does not: nothing is kept then."""
+        return self.endpoint.identity
 
     def ask(self, prompt: str, response: str) -> Verdict:
         """The verdict on one pair."""
@@ -231,10 +241,9 @@ class EndpointJudge:
 
 
 def parse_score(text: str) -> int | None:
-    """The score where the last line (after any reasoning) is a digit from 1 to 5; prose is not searched."""
+    """The score where the answer (after <think>…</think>) is one digit from 1 to 5 and nothing else."""
     answer = re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL)
-    lines = [""] if "<think>" in answer else answer.strip().splitlines() or [""]
-    match = re.fullmatch(r"(?:score:\s*)?\**([1-5])\**\.?", lines[-1].strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(?:score:\s*)?\**([1-5])\**\.?", answer.strip(), re.IGNORECASE)
     return int(match[1]) if match else None
 
 
@@ -249,11 +258,16 @@ def read_rubric(path: Path | None) -> str:
 # ---------------------------------------------------------------- verdicts
 
 
+def is_url(judge: str) -> bool:
+    """Whether a judge is a server, not a folder."""
+    return "://" in judge
+
+
 def open_judge(options: JudgeOptions) -> LocalJudge | EndpointJudge | None:
     """The judge the options name, None for "none". Raises DataError or ModelError where it cannot be one."""
     if options.judge in (None, "none"):
         return None
-    url, guard = re.match("https?://", options.judge, re.IGNORECASE), options.judge_kind == "guard"
+    url, guard = is_url(options.judge), options.judge_kind == "guard"
     require(options, *((name, getattr(options, name) > 0, "at least 1")
                        for name in ("judge_batch_size", "judge_requests")),
             ("judge_timeout", 0 < options.judge_timeout < math.inf, "above 0"),
@@ -270,19 +284,19 @@ def judge_pairs(judge, pairs: list[tuple[str, str]], options: JudgeOptions, desc
 
     Prints how many are not valid, and why; raises DataError instead under --judge-failures error.
     """
-    about = [judge.fingerprint, judge.rubric]
+    about = ["2", judge.fingerprint, judge.rubric]  # 2: of the frame
     keys = [hashlib.sha256(json.dumps([*about, *pair]).encode()).hexdigest() for pair in pairs]
-    # A text with the rubric's own marks could close its frame and speak as the rubric.
-    marks = re.findall(r"^\[.+\]$", judge.rubric, re.MULTILINE)
+    if not judge.fingerprint:
+        print("judge: the server does not say which model it runs: no verdict is kept")
     with VerdictFile(options.verdicts) as file:
-        verdicts = {key: Verdict(*row) for key, row in file.find(keys).items()}
+        verdicts = {key: Verdict(*row) for key, row in file.find(keys if judge.fingerprint else []).items()}
         for key, pair in zip(keys, pairs):
-            if forged := [mark for mark in marks if mark in "\n".join(pair)]:
-                verdicts[key] = invalid(f"the rubric's mark {forged[0]} in the text")
+            if found := forged(*pair, judge.control):
+                verdicts[key] = invalid(f"{found} in the text, which could pass for the judge's prompt")
         todo = {key: pair for key, pair in zip(keys, pairs) if key not in verdicts}
         for key, verdict in tqdm(judge(todo), desc, len(todo), unit="pairs", disable=not todo):
             verdicts[key] = verdict
-            if verdict.valid:
+            if verdict.valid and judge.fingerprint:  # a judge that nothing identifies is asked every time
                 file.add(key, verdict.risk, verdict.mass, *todo[key])
     result = [verdicts[key] for key in keys]
     if why := Counter(verdict.why for verdict in result if not verdict.valid):
@@ -306,13 +320,6 @@ def conversation_verdicts(judge, conversations: list[Conversation], options: Jud
     return [worst[i] for i in range(len(conversations))]
 
 
-def agreement(probe: torch.Tensor, critic: torch.Tensor) -> dict:
-    """Of two risks (N,): the share that both put on the same side of ½, how many only one puts above it."""
-    p, c = probe > 0.5, critic > 0.5
-    alone = {"only probe": int((p & ~c).sum()), "only critic": int((c & ~p).sum())}
-    return {"agree": (p == c).double().mean().item()} | alone
-
-
 def main(config: CriticConfig) -> None:
     """Judge, report, write."""
     if config.judge is None and is_embedded(config.data):
@@ -324,7 +331,7 @@ def main(config: CriticConfig) -> None:
     verdicts = conversation_verdicts(judge, conversations, config)
     risk = torch.tensor([verdict.risk for verdict in verdicts], dtype=torch.float64)
     if config.out:
-        rows = [c.meta | {"risk": v.risk, "score": v.score, "valid": v.valid}
+        rows = [c.meta | {"risk": v.risk, "score": v.score, "valid": v.valid, "hash": c.hash}
                 for c, v in zip(conversations, verdicts)]
         config.out.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(config.out, rows)

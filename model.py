@@ -10,6 +10,7 @@ size, L blocks, V vocabulary, N query heads, K key/value heads, D head_dim, R ro
 
 import math
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -178,8 +179,9 @@ class Attention(nn.Module):
         mask, (N, K, _), grouped = masks[self.window], self.heads, self.grouped
         if grouped and q.shape[2] == 1:  # a group's heads see the same keys: as one head with as many queries
             q, grouped = q.reshape(q.shape[0], K, N // K, self.head_dim), False
-        elif grouped and mask is not None:
-            # k, v (B, N, S, D): CUDA's kernel for masks knows no groups; the fallback holds (N, T, S) scores
+        elif grouped and (mask is not None or q.is_cuda and q.dtype == torch.float32):
+            # k, v (B, N, S, D): CUDA's kernels for masks and for float32 know no groups; the fallback holds
+            # (N, T, S) scores
             k, v, grouped = k.repeat_interleave(N // K, 1), v.repeat_interleave(N // K, 1), False
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
         y = y.reshape(y.shape[0], N, -1, self.head_dim).transpose(1, 2).flatten(2)  # (B, T, N·D)
@@ -319,17 +321,35 @@ def compile_blocks(model: Transformer, when: str = "on", backend: str = "inducto
     on, off, or auto: on CUDA above 100 M parameters; a smaller model would compile longer than it trains.
     """
     large = model.device.type == "cuda" and sum(parameter.numel() for parameter in model.parameters()) > 100e6
-    if when == "on" or when == "auto" and large:
+    if (when == "on" or when == "auto" and large) and can_compile(model.device.type, backend):
         for block in model.model.layers:
             block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
+
+
+@cache
+def can_compile(device: str, backend: str) -> bool:
+    """Whether torch.compile works here, tried on one function; where it does not, a printed line says why."""
+    try:
+        torch.compile(torch.sin, backend=backend)(torch.ones(8, device=device))
+    except Exception as error:  # no compiler, no Triton, a torch that is too old for the card, …
+        why = str(error).strip().splitlines()[0][:100]
+        print(f"torch.compile does not work here ({why}): going on without")
+        return False
+    return True
 
 
 # ---------------------------------------------------------------- checkpoints
 
 
+@cache
 def working_dtype(device) -> torch.dtype:
     """What the scripts compute in: bfloat16 on CUDA, float32 on the CPU, where bfloat16 is slow."""
-    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    if torch.device(device).type != "cuda":
+        return torch.float32
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    print("this card has no bfloat16: computing in float32")
+    return torch.float32
 
 
 def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> Transformer:
@@ -340,7 +360,7 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> Transfor
     """
     path, config = Path(path), read_config(path)
     try:
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=device).device  # "cuda" with its number: to safetensors it is GPU 0
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         said = str(error).splitlines()[0]
         raise ModelError(f"device: expected one that this machine has, found {device!r} ({said})") from None
@@ -449,20 +469,27 @@ def load_adapter(model: Transformer, path) -> None:
 # ---------------------------------------------------------------- generation
 
 
-def sample(logits: torch.Tensor, temperature: float, generator) -> torch.Tensor:
-    """Next tokens (B,): argmax of logits (B, V) at temperature 0, else from softmax(logits / temperature)."""
+def sample(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> torch.Tensor:
+    """Next tokens (B,): argmax of logits (B, V) at temperature 0, else from softmax(logits / temperature).
+
+    By inversion: the first token at which the cumulative probability exceeds u (B, 1), uniform in [0, 1).
+    """
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
+    total = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    return torch.searchsorted(total, u * total[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
 @torch.no_grad()
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
-             seed: int = 0, batch_size: int = 64, progress=lambda n: None) -> list[list[int]]:
+             seeds: list[int] | None = None, batch_size: int = 64,
+             progress=lambda n: None) -> list[list[int]]:
     """Complete prompts (token ids): the new tokens of each, without the checkpoint's EOS id that ends it.
 
-    Same seed, prompts and batch_size: same samples. progress(n): n more are complete. All processes call it,
-    with equally many prompts each. Raises ValueError if one is empty or exceeds `max_position_embeddings`.
+    A completion of max_new_tokens has no such end: it was cut. seeds (default: 0, 1, …): one per prompt; what
+    is sampled depends on prompt and seed, not on what is beside it. progress(n): n more are complete. All
+    processes call it, with equally many prompts each. Raises ValueError if one is empty or exceeds
+    `max_position_embeddings`.
     """
     lengths = [len(prompt) for prompt in prompts]
     if not prompts or min(lengths) == 0:
@@ -471,9 +498,11 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     if longest + max_new_tokens > limit:
         raise ValueError(f"generate: {longest} prompt tokens + {max_new_tokens} new ones exceed "
                          f"max_position_embeddings = {limit}")
-    generator, completions = torch.Generator(model.device).manual_seed(seed), [[]] * len(prompts)
+    seeds, completions = seeds or list(range(len(prompts))), [[]] * len(prompts)
     for batch in batches_by_length(lengths, batch_size):
-        completed = _complete(model, [prompts[i] for i in batch], max_new_tokens, temperature, generator)
+        u = torch.stack([torch.rand(max_new_tokens, dtype=torch.float64,
+                                    generator=torch.Generator().manual_seed(seeds[i])) for i in batch])
+        completed = _complete(model, [prompts[i] for i in batch], max_new_tokens, temperature, u)
         for i, ids in zip(batch, completed):
             completions[i] = ids
         progress(len(batch))
@@ -481,8 +510,11 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
 
 
 def _complete(model, prompts: list[list[int]], max_new_tokens: int, temperature: float,
-              generator) -> list[list[int]]:
-    """One left-padded batch: keys, values cached, head on the last position only, finished rows dropped."""
+              u: torch.Tensor) -> list[list[int]]:
+    """One left-padded batch: keys, values cached, head on the last position only, finished rows dropped.
+
+    u (B, max_new_tokens): the random number of each row and place.
+    """
     B, T, device, ends = len(prompts), max(map(len, prompts)), model.device, model.config.eos_token_ids
     stop, poll = torch.tensor(ends, device=device, dtype=torch.long), POLL.get(device.type, 1)
     ids = torch.zeros(B, T + max_new_tokens, device=device, dtype=torch.long)
@@ -502,9 +534,10 @@ def _complete(model, prompts: list[list[int]], max_new_tokens: int, temperature:
     logits = _prefill(model, ids[first, :T], real[first, :T], cache)[which]  # (B, V)
     cache.keep(which)
 
-    live, done = torch.arange(B, device=device), torch.zeros(B, device=device, dtype=torch.bool)  # rows kept
+    u, live = u.to(device), torch.arange(B, device=device)  # the rows that are kept
+    done = torch.zeros(B, device=device, dtype=torch.bool)
     for end in range(T, T + max_new_tokens):  # tokens so far, padding included
-        new = sample(logits, temperature, generator)  # (rows,)
+        new = sample(logits, temperature, u[live, end - T, None])  # (rows,)
         ids[live, end], real[:, end] = new, True
         done |= torch.isin(new, stop)
         if end + 1 == T + max_new_tokens:

@@ -11,10 +11,10 @@ w, b     = argmin  Σ_i log-loss_i + (l2 / 2) ‖w‖²               solved to 
 """
 
 import json
-import math
 import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -28,7 +28,10 @@ from data.conversations import WORLD, Conversation, is_embedded, read_conversati
 from lib.checkpoint import fingerprint
 from lib.cli import comma_list, markdown, require, run, shown
 from lib.files import DataError
+from lib.metrics import auroc, risk_metrics
 from model import Transformer, load_model, working_dtype
+
+WEAK_AUROC = 0.8  # a probe below it opens the gate to what it does not see
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class ProbeConfig:
     batch_size: int = 32  # prompts per forward pass
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the model runs
     seed: int = 0  # of the 60/20/20 split into train, validation, test
+    date: str | None = None  # YYYY-MM-DD, for chat templates that print the date (default: today)
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Probe:
     model: str  # fingerprint of the checkpoint
     dtype: str  # that the model ran in
     template: str  # fingerprint of tokenizer and chat template
+    date: str | None  # that the template printed
 
     def risk(self, features: torch.Tensor) -> torch.Tensor:
         """σ(w·(x − mean)/std + b): (N, H) → (N,) in [0, 1]; 1, and printed, where the logit is not finite."""
@@ -206,34 +211,21 @@ def choose_layers(layers: str, validation: dict[int, float]) -> list[int]:
     return chosen
 
 
-# ---------------------------------------------------------------- metrics
+# ---------------------------------------------------------------- reports
 
 
-def auroc(risk: torch.Tensor, harmful: torch.Tensor) -> float:
-    """P(risk of a harmful prompt > risk of a benign one), ties counted half. NaN where a class is absent."""
-    positive, negative = risk[harmful == 1], risk[harmful == 0]
-    wins = (positive[:, None] > negative).double() + (positive[:, None] == negative).double() / 2
-    return wins.mean().item()
+def expect_strong(report: dict, where, weak: bool = False) -> None:
+    """Print a probe's held-out AUROC. Raises DataError for one that separates little, or nothing (NaN).
 
-
-def tpr_at_fpr(risk: torch.Tensor, harmful: torch.Tensor, fpr: float = 0.01) -> float:
-    """Largest share of harmful prompts above a threshold that a share ≤ `fpr` of benign ones exceeds."""
-    negative = risk[harmful == 0].sort(descending=True).values
-    if not len(negative):
-        return math.nan
-    threshold = negative[int(fpr * len(negative))]
-    return (risk[harmful == 1] > threshold).double().mean().item()
-
-
-def risk_metrics(risk: torch.Tensor, harmful: torch.Tensor) -> dict:
-    """AUROC, TPR at 1 % FPR; recall, precision, FPR at s > ½; Brier; mean risk, n by class; NaN if absent."""
-    positive, negative = risk[harmful == 1], risk[harmful == 0]
-    hits, alarms = (positive > 0.5).double(), (negative > 0.5).double()
-    return {"auroc": auroc(risk, harmful), "tpr_at_1%_fpr": tpr_at_fpr(risk, harmful),
-            "recall": hits.mean().item(), "precision": (hits.sum() / (hits.sum() + alarms.sum())).item(),
-            "fpr": alarms.mean().item(), "brier": (risk - harmful).square().mean().item(),
-            "mean_risk_harmful": positive.mean().item(), "mean_risk_benign": negative.mean().item(),
-            "n_harmful": len(positive), "n_benign": len(negative)}
+    weak: only say so. `where`: the probe's file, or that of its data, for the error.
+    """
+    test = report["test"]
+    print(f"probe: AUROC {test['auroc']:.3f} on {test['n_harmful'] + test['n_benign']} held-out prompts")
+    if not test["auroc"] >= WEAK_AUROC:
+        found = f"expected a probe with a held-out AUROC of at least {WEAK_AUROC}, found {test['auroc']:.3f}"
+        if not weak:
+            raise DataError(f"{where}: {found}; --weak-probe trains all the same")
+        print(f"WEAK PROBE: {found}; the gate does not see what it misses")
 
 
 def print_report(report: dict) -> None:
@@ -253,35 +245,48 @@ def print_report(report: dict) -> None:
 # ---------------------------------------------------------------- files
 
 
-def depends_on(model: Transformer, chat: Chat) -> dict[str, str]:
+def depends_on(model: Transformer, chat: Chat) -> dict[str, str | None]:
     """What features depend on beside the probe's settings: weights, config, dtype, tokenizer, template."""
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    return {"model": fingerprint(model.path), "dtype": dtype, "template": chat.fingerprint}
+    return {"model": fingerprint(model.path), "dtype": dtype, "template": chat.fingerprint, "date": chat.date}
 
 
 def save_probe(probe: Probe, report: dict, path) -> None:
-    """Write the probe, what it depends on and its report as one safetensors file."""
+    """Write the probe, what it depends on, its report and a checksum as one safetensors file."""
     values = asdict(probe)
     tensors = {name: values.pop(name) for name in ("weight", "bias", "mean", "std")}
+    metadata = {"probe": json.dumps(values), "report": json.dumps(report)}
     part = Path(path).with_name(Path(path).name + ".part")
-    save_file(tensors, part, metadata={"probe": json.dumps(values), "report": json.dumps(report)})
+    save_file(tensors, part, metadata=metadata | {"sha256": checksum(tensors, metadata)})
     os.replace(part, path)
 
 
-def load_probe(path, model: Transformer, chat: Chat) -> Probe:
-    """Read a probe. Raises DataError for none, or one fitted on another model, tokenizer or template."""
+def checksum(tensors: dict, metadata: dict) -> str:
+    """SHA-256 (hex) of a probe file's tensors, bit by bit, and of its metadata."""
+    digest = sha256(json.dumps([metadata["probe"], metadata["report"]]).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_probe(path, model: Transformer, chat: Chat) -> tuple[Probe, dict]:
+    """(probe, report) of a file. Raises DataError for none, a damaged one, one fitted on something else."""
     try:
         with safe_open(path, framework="pt") as file:
-            values = json.loads(file.metadata()["probe"])
-            tensors = {name: file.get_tensor(name) for name in ("weight", "bias", "mean", "std")}
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if checksum(tensors, metadata) != metadata.get("sha256"):
+            raise ValueError("another checksum than the file says: it is damaged, or older than checksums")
+        values = json.loads(metadata["probe"])
         probe = Probe(**tensors, **(values | {"layers": tuple(values["layers"])}))
+        report = json.loads(metadata["report"])
     except Exception as error:
         raise DataError(f"{path}: expected a probe written by probe.py, found: {error}") from None
     for key, here in depends_on(model, chat).items():
         if (there := getattr(probe, key)) != here:
-            raise DataError(f"{path}: expected a probe fitted with {key} {here[:12]}, found one fitted with "
-                            f"{there[:12]}; fit it again")
-    return probe
+            raise DataError(f"{path}: expected a probe fitted with {key} {str(here)[:12]}, found one fitted "
+                            f"with {str(there)[:12]}; fit it again" + ", or --date" * (key == "date"))
+    return probe, report
 
 
 def main(config: ProbeConfig) -> None:
@@ -290,7 +295,7 @@ def main(config: ProbeConfig) -> None:
             ("out", not config.out.is_dir(), "a file"))
     config.out.parent.mkdir(parents=True, exist_ok=True)
     model = load_model(config.model, config.device, working_dtype(config.device))
-    probe, report = fit_probe(config, model, Chat(config.model))
+    probe, report = fit_probe(config, model, Chat(config.model, config.date))
     print_report(report)
     save_probe(probe, report, config.out)
     print(f"\nwrote {config.out}")

@@ -34,7 +34,7 @@ import gc
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -42,18 +42,24 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from critic import agreement, conversation_verdicts, open_judge
+from critic import conversation_verdicts, open_judge
 from data.chat import IGNORE, Chat, Example, batches_by_length, encode_examples, pad
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations
-from evaluate import EvalOptions, default_sets, evaluate_model, evaluation_sets, judge_line, table
+from data.risks import read_risk
+from evaluate import EvalOptions, default_sets, evaluate_model, evaluation_sets
 from lib import fused, processes
 from lib.cli import comma_list, require, run
-from lib.files import DataError, json_lines, new_folder, read_text, write_json, write_jsonl
+from lib.files import DataError, new_folder, write_config, write_json, write_jsonl
+from lib.metrics import agreement
+from lib.report import figures, lines_below, table
+from lib.risk import UNKNOWN, expect_risks
 from model import Transformer, add_lora, compile_blocks, load_model, save_adapter, save_model, working_dtype
-from probe import ProbeConfig, conversation_risk, fit_probe, load_probe, print_risk, save_probe
+from probe import (ProbeConfig, conversation_risk, expect_strong, fit_probe, load_probe, print_risk,
+                   save_probe)
 
 RISK_FLOOR = 0.01  # with --beta-min 0 --gate example a lower risk counts as 0: plain SFT, no reference
 FILTER_ABOVE = 0.5  # risk above which --method filter drops an example
+AT_START = {4: 1e-4, 2: 1e-2}  # largest KL per token of a policy that has not moved, by bytes of its dtype
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,10 @@ class TrainConfig(EvalOptions):
     eval_base: bool = True  # evaluate the aligned model before training
     # risk
     risk: str = "probe"  # probe, critic, max of both, or a JSONL file of risks
+    risk_by_line: bool = False  # take that file's rows in their order, without conversations
     probe: Path | None = None  # a file of probe.py (default: one is fitted on --probe-data)
     probe_data: Path = WORLD / "probe.jsonl"  # prompts with "harmful": true | false
+    weak_probe: bool = False  # train with a probe whose held-out AUROC is under 0.8
     beta_min: float = 0.1  # KL weight at risk 0
     beta_max: float = 0.9  # KL weight at risk 1
     beta: float = 0.5  # KL weight of --method kl
@@ -158,60 +166,47 @@ def csft_weight(logp: torch.Tensor, ref_logp: torch.Tensor, position: torch.Tens
 # ---------------------------------------------------------------- the risk of the data
 
 
-def read_risk(path: Path, conversations: list[Conversation]) -> torch.Tensor:
-    """Risk of each conversation from a JSONL file: {"risk": number in [0, 1] or null} a line, in their order.
-
-    null and NaN become 1. Raises DataError for anything else, and for another number of rows.
-    """
-    rows, risk = list(json_lines(read_text(path), path)), []
-    if len(rows) != len(conversations):
-        raise DataError(f"{path}: expected {len(conversations)} risks, one a conversation, found {len(rows)}")
-    for line, row in rows:
-        try:
-            value = row["risk"]
-            risk.append(math.nan if value is None else float(value))
-        except (ValueError, KeyError, TypeError, OverflowError):
-            expected = '{"risk": number from 0 to 1}'
-            raise DataError(f"{path}:{line}: expected {expected}, found {str(row)[:60]}") from None
-        if not (math.isnan(risk[-1]) or 0 <= risk[-1] <= 1):
-            raise DataError(f"{path}:{line}: expected a risk from 0 to 1, found {value}")
-    if unknown := sum(map(math.isnan, risk)):
-        print(f"{unknown} of {len(risk)} risks are unknown: taken as 1")
-    return torch.tensor(risk, dtype=torch.float64).nan_to_num(nan=1.0)
-
-
 def probe_risk(config: TrainConfig, model: Transformer, chat: Chat, conversations: list) -> tuple:
     """Risk (conversations,) in [0, 1] by the probe, and the (probe, report) if one was fitted for it."""
     fitted = None
     if config.probe:
-        probe = load_probe(config.probe, model, chat)
+        probe, report = load_probe(config.probe, model, chat)
     else:
         if is_embedded(config.probe_data) and not is_embedded(config.model):
             print("the probe is fitted on the embedded prompts; your own (--probe-data FILE) teach it more")
         options = ProbeConfig(model=config.model, data=config.probe_data, device=config.device)
         probe, report = fitted = fit_probe(options, model, chat)
-        test = report["test"]
-        print(f"probe: AUROC {test['auroc']:.3f} on {test['n_harmful'] + test['n_benign']} held-out prompts")
+    expect_strong(report, config.probe or config.probe_data, config.weak_probe)
     return conversation_risk(probe, model, chat, conversations, ProbeConfig.batch_size), fitted
 
 
-def training_risk(config: TrainConfig, model: Transformer, chat: Chat, conversations: list, judge) -> tuple:
-    """{"risk": (conversations,) in [0, 1], and its parts}; the (probe, report) if one was fitted."""
-    parts, fitted = {}, None
+def training_risk(config: TrainConfig, model: Transformer, chat: Chat, examples: list[Example],
+                  conversations: list[Conversation], judge) -> tuple:
+    """{"risk": (examples,) in [0, 1], and its parts}; the (probe, report) if one was fitted.
+
+    Probe and critic see what the examples hold, not what a cut has left out. What a file says of a cut
+    conversation is of more than that, hence unknown.
+    """
+    parts, fitted, seen = {}, None, [example.seen for example in examples]
     if config.method not in ("adaptive", "filter"):
-        return {"risk": torch.zeros(len(conversations))}, None
+        return {"risk": torch.zeros(len(examples))}, None
     if config.risk in ("probe", "max"):
-        parts["probe"], fitted = probe_risk(config, model, chat, conversations)
+        parts["probe"], fitted = probe_risk(config, model, chat, seen)
     if config.risk in ("critic", "max"):
-        verdicts = processes.on_first(lambda: conversation_verdicts(judge, conversations, config))
+        verdicts = processes.on_first(lambda: conversation_verdicts(judge, seen, config))
         parts["critic"] = torch.tensor([verdict.risk for verdict in verdicts], dtype=torch.float64)
     if config.risk == "max":
         both = agreement(parts["probe"], parts["critic"])
         print(f"probe and critic agree on {both['agree']:.1%}; risky to the probe alone: "
               f"{both['only probe']}, to the critic alone: {both['only critic']}")
-    risks = list(parts.values()) or [read_risk(Path(config.risk), conversations)]
-    risk = processes.on_first(lambda: torch.stack(risks).amax(0))  # one for all processes
-    print_risk(risk, conversations)
+    if not parts:
+        known = read_risk(Path(config.risk), conversations, config.risk_by_line)
+        parts["file"] = torch.tensor([UNKNOWN if e.cut else known[e.conversation.hash] for e in examples],
+                                     dtype=torch.float64)
+        if cut := sum(e.cut for e in examples):
+            print(f"{cut} conversations are cut, and the file's risks are of the whole: taken as 1")
+    risk = processes.on_first(lambda: expect_risks(torch.stack(list(parts.values())).amax(0)))  # one for all
+    print_risk(risk, seen)
     return {"risk": risk} | parts, fitted
 
 
@@ -308,8 +303,8 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
           metrics_file: Path) -> None:
     """Train `policy` in place; metrics_file gains a line per step.
 
-    reference: as in micro_batch_loss. risk (conversations,) in [0, 1], looked up by an example's index.
-    Raises FloatingPointError where the gradient is not finite.
+    reference: as in micro_batch_loss. risk (examples,) in [0, 1], looked up by an example's index. Raises
+    FloatingPointError where the gradient is not finite, DataError where the reference is not the policy.
     """
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     groups = processes.optimizer_groups(parameters)
@@ -337,10 +332,15 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
                 loss.backward()
                 sums += torch.stack((loss.detach(), nll, kl))
             loss, nll, kl = processes.total(sums).tolist()
+            pulled = sum(example.n_labels for example, b in zip(drawn, beta) if b > 0)
+            kl = kl / pulled if pulled else None  # of other tokens it is not computed
 
             grad_norm = processes.sum_and_clip(parameters, config.clip)
             if not math.isfinite(grad_norm):
                 raise FloatingPointError(f"step {step}: gradient {grad_norm}, loss {loss}; no model is saved")
+            if pulled and not moved and kl >= AT_START[policy.lm_head.weight.element_size()]:
+                raise DataError(f"step {step}: expected KL 0 before the policy moves, found {kl:.2g} a token: the "
+                                f"reference is not the model's; delete {config.ref_cache}, or --ref live")
             lr = lr_at(step, n_steps, config.warmup_steps, config.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -351,12 +351,13 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
             optimizer.zero_grad(set_to_none=True)
 
             speed = sum(len(example.input_ids) for example in drawn) / (time.perf_counter() - started)
-            row = {"step": step, "loss": loss, "nll": nll / n_tokens, "kl": kl / n_tokens,
+            row = {"step": step, "loss": loss, "nll": nll / n_tokens, "kl": kl,  # of tokens with β > 0
                    "risk": s.mean().item() if config.method == "adaptive" else None, "lr": lr,
                    "alpha": alpha.mean().item(), "beta": beta.mean().item(), "grad_norm": grad_norm,
                    "tokens_per_s": speed}
             metrics.write(json.dumps(row) + "\n")
-            bar.set_postfix({key: f"{row[key]:.3f}" for key in ("loss", "nll", "kl")}, refresh=False)
+            shown = {key: f"{row[key]:.3f}" for key in ("loss", "nll", "kl") if row[key] is not None}
+            bar.set_postfix(shown, refresh=False)
 
 
 # ---------------------------------------------------------------- the run
@@ -381,6 +382,7 @@ def check(config: TrainConfig) -> TrainConfig:
         ("ema", config.ema == 0 or config.gate == "batch", "0 unless --gate batch"),
         ("risk", config.risk in ("probe", "critic", "max") or Path(config.risk).is_file(),
          "probe, critic, max, or a file"),
+        ("risk_by_line", Path(config.risk).is_file() or not config.risk_by_line, "none unless --risk FILE"),
         ("probe", config.risk in ("probe", "max") or not config.probe, "none unless --risk probe or max"),
         ("probe", config.lora_r or not config.probe or working_dtype(config.device) == torch.float32,
          "none with --lora-r 0 on CUDA, where the run computes in float32 and fits its own"),
@@ -395,7 +397,7 @@ def check(config: TrainConfig) -> TrainConfig:
     out = new_folder(config.out, f"runs/{config.method}-{config.seed}")
     if config.judge is None and not is_embedded(config.model):
         config = replace(config, judge="none")  # the embedded judge knows no other model's language
-    config = replace(default_sets(config, config.data, {}), out=out)
+    config = replace(default_sets(config, config.data), out=out)
     judged = config.judge != "none" or config.risk not in ("critic", "max")
     require(config, ("judge", judged, f"a checkpoint folder or a URL for --risk {config.risk}"))
     return config
@@ -426,6 +428,7 @@ def gated(config: TrainConfig, examples: list[Example], risk: torch.Tensor) -> t
         print(f"filter: {len(examples) - len(kept)} of {len(examples)} examples dropped"
               + ", the model stays as it was" * (not kept))
         return kept, risk
+    expect_risks(risk)
     floor = RISK_FLOOR if config.gate == "example" and beta_range(config)[0] == 0 else 0.0
     return examples, torch.where(risk < floor, 0.0, risk)
 
@@ -449,16 +452,16 @@ def reference_of(config: TrainConfig, policy: Transformer, examples: list[Exampl
     return live_reference(policy if config.lora_r else open_model(config, config.model))
 
 
-def write_start(config: TrainConfig, conversations: list, risk: dict, fitted, completions: list) -> None:
+def write_start(config: TrainConfig, examples: list[Example], risk: dict, fitted, completions: list) -> None:
     """Make the run folder, with all that is known before training."""
     config.out.mkdir(parents=True)
-    options = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
-    write_json(config.out / "config.json", options)
+    write_config(config.out / "config.json", config)
     if completions:
         write_jsonl(config.out / "completions_base.jsonl", completions)
     if config.method in ("adaptive", "filter"):
         columns = {name: values.tolist() for name, values in risk.items()}
-        columns["where"] = [conversation.where for conversation in conversations]
+        columns["where"] = [example.conversation.where for example in examples]
+        columns["hash"] = [example.conversation.hash for example in examples]
         write_jsonl(config.out / "risk.jsonl", [dict(zip(columns, row)) for row in zip(*columns.values())])
     if fitted:
         save_probe(*fitted, config.out / "probe.safetensors")
@@ -479,18 +482,18 @@ def main(config: TrainConfig) -> None:
     torch.manual_seed(config.seed)
     sets, conversations = evaluation_sets(config), read_conversations(config.data, need="answer")
     judge = open_judge(config) if processes.rank() == 0 else None
-    policy, chat = open_model(config, config.model, to_train=True), Chat(config.model)
+    policy, chat = open_model(config, config.model, to_train=True), Chat(config.model, config.date)
     longest = min(config.max_length, policy.config.max_position_embeddings)
     examples = encode_examples(chat, conversations, longest)
 
     base, completions = None, []
     with policy.adapters_off():
-        risk, fitted = training_risk(config, policy, chat, conversations, judge)
+        risk, fitted = training_risk(config, policy, chat, examples, conversations, judge)
         if config.eval_base:
             base, completions = evaluate_model(policy, chat, sets, config, "base", judge)
+    processes.on_first(lambda: write_start(config, examples, risk, fitted, completions))
     examples, gate = gated(config, examples, risk["risk"])
     reference = reference_of(config, policy, examples, gate)
-    processes.on_first(lambda: write_start(config, conversations, risk, fitted, completions))
 
     compile_blocks(policy, config.compile)
     train(config, policy, reference, examples, gate, config.out / "metrics.jsonl")
@@ -505,8 +508,9 @@ def main(config: TrainConfig) -> None:
     results = {"base": base, "after": after} if base else {"after": after}
     processes.on_first(lambda: write_jsonl(config.out / "completions_after.jsonl", completions))
     processes.on_first(lambda: write_json(config.out / "results.json", results))
-    print(f"\n{config.out}, per cent with 95 % intervals\n{table({name: [r] for name, r in results.items()})}"
-          + judge_line(after) + leak_line(config))
+    shown = {name: figures(found) for name, found in results.items()}
+    print(f"\n{config.out}, per cent with 95 % intervals\n{table(shown)}{lines_below(after)}"
+          + leak_line(config))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from data.conversations import WORLD, Conversation  # noqa: E402
 from data.text import JUDGE_RUBRIC, data_sets, record  # noqa: E402
 from lib.checkpoint import read_config  # noqa: E402
 from lib.cli import require, run  # noqa: E402
+from lib.frame import fill  # noqa: E402
 from lib.files import write_json, write_jsonl, write_text  # noqa: E402
 from model import Transformer, load_model, save_model  # noqa: E402
 from probe import ProbeConfig, fit_probe, prompt_features  # noqa: E402
@@ -41,7 +42,7 @@ class BuildConfig:
 
     out: Path = WORLD  # folder to write; replaced when the new one is complete
     family: Literal["llama", "mistral", "qwen2", "qwen3", "phi3"] = "llama"  # architecture
-    steps: int = 1100  # optimizer steps of the aligned model's training; the judge's are three fifths
+    steps: int = 1100  # optimizer steps of the aligned model's training; the judge's are four fifths
     batch_size: int = 48  # conversations per step
     lr: float = 3e-3  # peak learning rate
     judge: bool = True  # train the judge (that of data/world serves every family)
@@ -149,10 +150,11 @@ def main(config: BuildConfig) -> None:
     for folder in (part, source):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    files, align, judge = data_sets(random.Random(config.seed))
+    files, align, judged = data_sets(random.Random(config.seed))
+    judge = [record(fill(JUDGE_RUBRIC, p, r), str(score)) for p, r, score, _ in judged]
     texts = [m["content"] for r in align + files["mixed_10.jsonl"] for m in r["messages"]]
     jobs = {"model": (align, config.steps, {}),
-            "judge": (judge, max(1, config.steps * 3 // 5),
+            "judge": (judge, max(1, config.steps * 4 // 5),
                       {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3})}
     if not config.judge:
         del jobs["judge"]

@@ -3,9 +3,10 @@
 The one place where conversations become text and tokens: training, probe, judge and evaluation all come here.
 """
 
+import datetime
 import json
-from dataclasses import dataclass
-from datetime import datetime
+import re
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,8 +18,23 @@ from tokenizers import Tokenizer
 
 from data.conversations import Conversation
 from lib.files import DataError, read_json
+from lib.frame import visible
 
 IGNORE = -100  # label of a token that is not trained on
+BREAK = "\ufdd0"  # a noncharacter: put into a control token that a message types; there its tokens are parted
+
+
+def today() -> str:
+    """Today's date, YYYY-MM-DD."""
+    return datetime.date.today().isoformat()
+
+
+def parse_date(text: str | None) -> datetime.datetime:
+    """A date YYYY-MM-DD, None for today's. Raises DataError for anything else."""
+    try:
+        return datetime.datetime.strptime(text or today(), "%Y-%m-%d")
+    except ValueError:
+        raise DataError(f"--date: expected YYYY-MM-DD, found {text!r}") from None
 
 
 class _Generation(jinja2.ext.Extension):
@@ -44,20 +60,30 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 class Example:
     """A conversation's token ids and as many labels: labels[t] is input_ids[t] in a response, else IGNORE."""
 
-    index: int  # of the conversation in its file: risk files are matched by it
+    index: int  # among the examples of a run: risks and kept references are looked up by it
     input_ids: list
     labels: list
+    conversation: Conversation | None = None  # as it was read
+    seen: Conversation | None = None  # what of it the tokens hold: all of it, or what a cut has left
 
     @property
     def n_labels(self) -> int:
         """Labels that train something: predicted from the token before, one at position 0 does not."""
         return sum(label != IGNORE for label in self.labels[1:])
 
+    @property
+    def cut(self) -> bool:
+        """Whether the conversation is longer than the tokens."""
+        return self.seen is not self.conversation
+
 
 class Chat:
-    """A checkpoint's tokenizer and chat template."""
+    """A checkpoint's tokenizer and template. Messages are words: only the template writes control tokens.
 
-    def __init__(self, path):
+    `date`: what a template that prints today's date is told, YYYY-MM-DD; None for all other templates.
+    """
+
+    def __init__(self, path, date: str | None = None):
         path = Path(path)
         config_file, template_file = path / "tokenizer_config.json", path / "chat_template.jinja"
         if not (path / "tokenizer.json").exists():
@@ -81,41 +107,102 @@ class Chat:
         special = {key: value["content"] if isinstance(value, dict) else value
                    for key, value in config.items()
                    if key.endswith("_token") and isinstance(value, (str, dict))}
+        self.date = (date or today()) if "strftime_now" in source else None
         try:
-            self.template = self.compile(source, special)
+            self.template = self.compile(source, special, self.date)
         except jinja2.TemplateError as error:
             raise DataError(f"{path}: the chat template does not compile: {error}") from None
         content = source + json.dumps(special, sort_keys=True) + self.tokenizer.to_str()
         self.fingerprint = sha256(content.encode()).hexdigest()
+        self._learn_structure(special.get("unk_token"))
 
     @staticmethod
-    def compile(source: str, special_tokens: dict) -> jinja2.Template:
+    def compile(source: str, special_tokens: dict, date: str | None = None) -> jinja2.Template:
         """A chat template in the sandbox, with what transformers' `apply_chat_template` offers it."""
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                     extensions=[_Generation, jinja2.ext.loopcontrols])
         environment.filters["tojson"] = _tojson
         environment.globals |= special_tokens
         environment.globals |= {"raise_exception": _raise_exception,
-                                "strftime_now": lambda form: datetime.now().strftime(form)}
+                                "strftime_now": parse_date(date).strftime}
         return environment.from_string(source)
+
+    def _learn_structure(self, unknown: str | None) -> None:
+        """How the template parts turns, from conversations of plain words.
+
+        `control` {id: text}: special tokens, and others that it writes. `marks`: where it parts two turns by
+        words alone (Llama 2's [/INST]), these words, as `visible` shows them: no message may have them.
+        """
+        added = {i: token for i, token in self.tokenizer.get_added_tokens_decoder().items()
+                 if token.content != unknown}  # a tokenizer gives that one for words that it lacks
+        self.control, self.marks = {i: token.content for i, token in added.items() if token.special}, set()
+        self._typed = None
+        system, *turns = [{"role": role, "content": content} for role, content in
+                          (("system", "qaz"), ("user", "wsx"), ("assistant", "edc"), ("user", "rfv"))]
+        texts = []
+        for messages in (turns[:1], turns, [system, *turns]):
+            try:
+                texts.append(self.render(messages, add_generation_prompt=True))
+            except DataError:  # a template may refuse system prompts, or so few turns, or so many
+                continue
+            self.control |= {i: added[i].content for i in self.encode(texts[-1]) if i in added}
+        tokens = "|".join(map(re.escape, sorted(self.control.values(), key=len, reverse=True)))
+        if tokens:
+            self._typed = re.compile(f"(?=(?:{tokens}))(.)", re.DOTALL)
+        for text in texts:
+            for gap in re.split("qaz|wsx|edc|rfv", text)[1:-1]:
+                if gap.strip() and not (tokens and re.search(tokens, gap)):
+                    self.marks.add(visible(gap).strip())
 
     def render(self, messages, add_generation_prompt: bool = False, where: str = "conversation",
                **variables) -> str:
-        """Text as transformers' `apply_chat_template` gives it. Raises DataError in the template's words."""
-        variables |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt,
+        """Text as transformers' `apply_chat_template` gives it, with BREAK in control tokens that are typed.
+
+        Raises DataError in the template's words, and for a message that could pass for two turns.
+        """
+        plain = []
+        for message in messages:
+            content = message["content"]
+            shown = visible(content) if self.marks else ""
+            if mark := BREAK * (BREAK in content) or next((m for m in self.marks if m in shown), None):
+                raise DataError(f"{where}: expected messages without {mark!r}, by which the chat template "
+                                f"parts turns, found one with it")
+            content = self._typed.sub(rf"\1{BREAK}", content) if self._typed else content
+            plain.append(message | {"content": content})
+        variables |= {"messages": plain, "add_generation_prompt": add_generation_prompt,
                       "tools": None, "documents": None}
         try:
             return self.template.render(**variables)
         except jinja2.TemplateError as error:
             raise DataError(f"{where}: the chat template refuses it: {error}") from None
 
+    def tokens(self, messages, where: str = "conversation", **variables) -> tuple[str, list, list]:
+        """(text, token ids, place of each in the text): what `render` gives, a typed control token as words.
+
+        Raises DataError where a control token is left that the template would not write around other words.
+        """
+        rendered, ids, places, start = self.render(messages, where=where, **variables), [], [], 0
+        for piece in rendered.split(BREAK):
+            encoding = self.tokenizer.encode(piece, add_special_tokens=False)
+            ids += encoding.ids
+            places += [(start + a, start + b) for a, b in encoding.offsets]
+            start += len(piece)
+        words = [message | {"content": "x" if message["content"].strip() else ""} for message in messages]
+        expected = self.encode(self.render(words, where=where, **variables))
+        found, expected = ([i for i in sequence if i in self.control] for sequence in (ids, expected))
+        if found != expected:
+            shown = [" ".join(self.control[i] for i in sequence) for sequence in (expected, found)]
+            raise DataError(f"{where}: expected the template's control tokens {shown[0]}, found {shown[1]}: "
+                            f"this tokenizer cannot write one that a message types as words")
+        return rendered.replace(BREAK, ""), ids, places
+
     def encode(self, text: str) -> list[int]:
         """Token ids. The template has written the special tokens: none is added."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_prompt(self, messages, where: str = "conversation") -> list[int]:
+    def encode_prompt(self, messages, where: str = "conversation", **variables) -> list[int]:
         """Token ids up to the position from which the first response token is generated."""
-        return self.encode(self.render(messages, add_generation_prompt=True, where=where))
+        return self.tokens(messages, where, add_generation_prompt=True, **variables)[1]
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens."""
@@ -128,49 +215,50 @@ class Chat:
         end, and go as far as the messages up to it, rendered alone, agree with the whole. Raises DataError
         where the prompt, as text or as tokens, is not a prefix of the whole: the mask would be a guess.
         """
-        whole = self.render(conversation.messages, where=conversation.where)
-        encoding = self.tokenizer.encode(whole, add_special_tokens=False)
-        ids, labels = encoding.ids, [IGNORE] * len(encoding.ids)
-        for i, message in enumerate(conversation.messages):
+        messages, where = conversation.messages, conversation.where
+        whole, ids, places = self.tokens(messages, where)
+        labels, seen = [IGNORE] * len(ids), conversation
+        for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                prompt = self.encode_prompt(conversation.messages[:i], conversation.where)
-                upto = self.encode(self.render(conversation.messages[: i + 1], where=conversation.where))
+                prompt = self.encode_prompt(messages[:i], where)
+                upto = self.tokens(messages[: i + 1], where)[1]
                 differing = (n for n, (a, b) in enumerate(zip(upto, ids)) if a != b)
                 start, end = len(prompt), next(differing, min(len(upto), len(ids)))
-                while end > start and not whole[slice(*encoding.offsets[end - 1])].strip():
+                while end > start and not whole[slice(*places[end - 1])].strip():
                     end -= 1  # the template's newline after the end of the turn is not the response
                 if ids[:start] != prompt or end == start:
-                    raise DataError(f"{conversation.where}: expected the tokens of the prompt of turn "
-                                    f"{i + 1} as a prefix of the whole conversation's, found others: either "
-                                    f"the response begins with white space that merges with the prompt "
-                                    f"(strip it), or the template rewrites earlier turns (make each record "
-                                    f"end with its only assistant turn)")
-                turn = whole[encoding.offsets[start][0] : encoding.offsets[end - 1][1]]
-                if message["content"].strip() not in turn:
-                    raise DataError(f"{conversation.where}: expected the template to keep the words of turn "
-                                    f"{i + 1}, found that it rewrites them when later turns follow; make "
-                                    f"each record end with its only assistant turn")
+                    raise DataError(f"{where}: expected the tokens of the prompt of turn {i + 1} as a prefix "
+                                    f"of the whole conversation's, found others: either the response begins "
+                                    f"with white space that merges with the prompt (strip it), or the "
+                                    f"template rewrites earlier turns (make each record end with its only "
+                                    f"assistant turn)")
+                if message["content"].strip() not in whole[places[start][0] : places[end - 1][1]]:
+                    raise DataError(f"{where}: expected the template to keep the words of turn {i + 1}, "
+                                    f"found that it rewrites them when later turns follow; make each record "
+                                    f"end with its only assistant turn")
                 labels[start:end] = ids[start:end]
-        return Example(index, ids[:max_length], labels[:max_length])
+                if start < max_length < len(ids):  # a cut, in this turn or behind it
+                    left = whole[places[start][0] : places[max_length - 1][1]]
+                    left = message | {"content": left if max_length < end else message["content"]}
+                    seen = replace(conversation, messages=(*messages[:i], left))
+        return Example(index, ids[:max_length], labels[:max_length], conversation, seen)
 
 
 def encode_examples(chat: Chat, conversations: list[Conversation], max_length: int) -> list[Example]:
-    """Examples with something to train on; what a cut at `max_length` tokens takes away is printed.
+    """Examples with something to train on, numbered; what a cut at `max_length` tokens leaves out is printed.
 
     Raises DataError where nothing is left.
     """
-    kept, cut, lost = [], 0, []
-    for index, conversation in enumerate(conversations):
-        example = chat.encode_example(conversation, index, max_length)
-        cut += (len(example.input_ids) == max_length
-                and len(chat.encode(chat.render(conversation.messages))) > max_length)
+    kept, lost = [], []
+    for conversation in conversations:
+        example = chat.encode_example(conversation, len(kept), max_length)
         if example.n_labels:
             kept.append(example)
         else:
             lost.append(conversation.where)
     if not kept:
         raise DataError(f"{conversations[0].where}: no response fits into max_length = {max_length} tokens")
-    if cut:
+    if cut := sum(example.cut for example in kept) + len(lost):
         print(f"{cut} of {len(conversations)} conversations are cut at {max_length} tokens")
     if lost:
         shown = ", ".join(lost[:5]) + " …" * (len(lost) > 5)

@@ -5,9 +5,10 @@ import io
 import json
 import random
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
-from lib.files import DataError, json_lines, read_text
+from lib.files import DataError, json_lines, parse_json, read_text
 
 WORLD = Path(__file__).parent / "world"  # the embedded model and its data sets, made by build.py
 FORMATS = (  # keys of the user's and the assistant's words in a record; the first pair that fits is taken
@@ -26,9 +27,15 @@ class Conversation:
 
     @property
     def prompts(self) -> list[list[dict]]:
-        """The messages before each assistant turn; where there is none, all of them."""
+        """The messages before each assistant turn, and all of them where a user's turn is the last."""
         turns = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
-        return [list(self.messages[:i]) for i in turns] or [list(self.messages)]
+        turns += [len(self.messages)] * (self.messages[-1]["role"] != "assistant")
+        return [list(self.messages[:i]) for i in turns]
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 (hex) of the messages as JSON: what tells a conversation from every other."""
+        return sha256(json.dumps(self.messages).encode()).hexdigest()
 
     @property
     def answer(self) -> str | None:
@@ -58,7 +65,7 @@ def read_conversations(path, need: str = "prompt") -> list[Conversation]:
         raise DataError(f"{path}: expected a file ending in {', '.join(readers)}, "
                         f"found {path.suffix or 'no ending'}")
     try:
-        found = [_conversation(record, f"{path}:{line}", need)
+        found = [conversation_of(record, f"{path}:{line}", need)
                  for line, record in readers[path.suffix](text, path)]
     except (csv.Error, RecursionError) as error:
         raise DataError(f"{path}: expected records of ordinary size and depth, found: {error}") from None
@@ -69,7 +76,7 @@ def read_conversations(path, need: str = "prompt") -> list[Conversation]:
 
 def _json_list(text, path):
     try:
-        rows = json.loads(text)
+        rows = parse_json(text)
     except ValueError as error:
         raise DataError(f"{path}: expected a JSON list of objects: {error}") from None
     if not isinstance(rows, list):
@@ -92,8 +99,8 @@ def _lines(text, path):
             yield number, {"messages": [{"role": "user", "content": line.strip()}]}
 
 
-def _conversation(record, where: str, need: str) -> Conversation:
-    """Check one record and bring it into the one form."""
+def conversation_of(record, where: str, need: str) -> Conversation:
+    """One record, checked and brought into the one form; `need` as in read_conversations."""
 
     def fail(expected, found):
         raise DataError(f"{where}: expected {expected}, found {found}")

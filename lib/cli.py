@@ -18,7 +18,8 @@ def parse(config_class, arguments=None, positional: str | None = None):
 
     A comment line heads a group of options; bool fields become --x, or --no-x where they are true; choices
     with "off" have --no-x too; `positional` names a tuple field taken as arguments. A subclass's own options
-    precede the inherited ones, but for the group "machine", which comes last.
+    precede the inherited ones, but for the group "machine", which comes last. A field `given`, where there is
+    one, becomes the names of the options that were typed.
     """
     usage = "%(prog)s " + f"[{positional} …] " * bool(positional) + "[--option VALUE …]"
     parser = argparse.ArgumentParser(
@@ -38,21 +39,39 @@ def parse(config_class, arguments=None, positional: str | None = None):
         optional = isinstance(option.type, types.UnionType)  # T | None
         kind = str if choices else typing.get_args(option.type)[0] if optional else option.type
         shown = "" if option.default in (None, "", ()) else f" (default: {brief(option.default)})"
-        settings = {"default": option.default, "help": (text + shown).replace("%", "%%")}
+        settings = {"default": argparse.SUPPRESS, "help": (text + shown).replace("%", "%%")}
         if name == positional:
             parser.add_argument(name, nargs="*", type=Path, help=settings["help"])
         elif kind is bool:  # named by what it changes
             no = option.default
-            group.add_argument("--" + "no-" * no + flag, dest=name, help="do not " * no + text, default=no,
-                               action="store_false" if no else "store_true")
+            group.add_argument("--" + "no-" * no + flag, dest=name, help="do not " * no + text,
+                               default=argparse.SUPPRESS, action="store_false" if no else "store_true")
         else:
             metavar = None if choices else {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
             group.add_argument("--" + flag, type=kind, choices=choices, metavar=metavar, **settings)
             if choices and "off" in choices:
                 group.add_argument("--no-" + flag, dest=name, action="store_const", const="off",
-                                   help=argparse.SUPPRESS)
+                                   default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser._action_groups.sort(key=lambda group: group.title == "machine")
-    return config_class(**vars(parser.parse_args(arguments)))
+    typed = vars(parser.parse_args(arguments))
+    if positional in typed:
+        typed[positional] = tuple(typed[positional])
+    return config_class(**typed, **({"given": tuple(typed)} if "given" in fields else {}))
+
+
+def option_value(option: dataclasses.Field, value, where):
+    """A value for an option from a run's config.json. Raises DataError where it is not of its type."""
+    kinds = typing.get_args(option.type) or (option.type,)  # of a Literal: its choices
+    if typing.get_origin(option.type) is typing.Literal:
+        valid = value in kinds
+    else:
+        stored = {Path: str, float: (int, float)}.get(kinds[0], kinds[0])
+        valid = value is None and types.NoneType in kinds or isinstance(value, stored) and (
+            kinds[0] is bool or not isinstance(value, bool))
+    if not valid:
+        expected = " or ".join(str(getattr(kind, "__name__", kind)) for kind in kinds)
+        raise DataError(f"{where}: {option.name}: expected {expected}, found {value!r}")
+    return Path(value) if kinds[0] is Path and value is not None else value
 
 
 def brief(value):

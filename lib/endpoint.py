@@ -7,6 +7,7 @@ import os
 import time
 import urllib.error
 import urllib.request
+from functools import cached_property
 
 from lib.files import DataError
 
@@ -33,12 +34,13 @@ class Endpoint:
     """`url` ends before /chat/completions; the key, JUDGE_API_KEY, goes in the Authorization header only."""
 
     def __init__(self, url: str, model: str | None, timeout: float):
-        if "@" in url:
-            raise DataError("--judge: expected a URL without user and password "
+        if any(mark in url for mark in "@?#"):
+            raise DataError("--judge: expected a URL without user, password or query "
                             "(a key belongs in JUDGE_API_KEY), found one with them")
         self.url, self.timeout = url.rstrip("/").removesuffix("/chat/completions"), timeout
         self.key, self.unanswered = os.environ.get("JUDGE_API_KEY", "").strip(), 0
         self.opener = urllib.request.build_opener(NoRedirect)
+        self.entries, self.system = self.models(), None
         self.model = model or self.only_model()
 
     def send(self, path: str, body: dict | None = None) -> dict:
@@ -55,31 +57,60 @@ class Endpoint:
                     raise TimeoutError("an answer that is too slow or too long")
         return json.loads(text)
 
+    def models(self) -> dict[str, dict] | None:
+        """{name: entry} of the server's models; None where it does not say."""
+        try:
+            return {str(entry["id"]): entry for entry in self.send("/models")["data"]}
+        except (*TRANSPORT, *MALFORMED):
+            return None
+
     def only_model(self) -> str:
         """The server's only model; "default" where it does not say (the prompts then show what is wrong)."""
-        try:
-            names = [str(entry["id"]) for entry in self.send("/models")["data"]]
-        except (*TRANSPORT, *MALFORMED):
+        if self.entries is None:
             return "default"
-        if len(names) != 1:
-            raise DataError(f"--judge-model: expected one of the models at {self.url} "
-                            f"({', '.join(names[:9])}, …), found none given")
-        return names[0]
+        if len(self.entries) != 1:
+            names = self.without_key(", ".join(list(self.entries)[:9]))
+            raise DataError(f"--judge-model: expected one of the models at {self.url} ({names}, …), "
+                            f"found none given")
+        return next(iter(self.entries))
+
+    @cached_property
+    def identity(self) -> str | None:
+        """What the server says of its model, its /models entry and system_fingerprint; None for neither.
+
+        A name alone could be any model's. Asked once, before the first prompt; None from then on where an
+        answer comes from another system_fingerprint.
+        """
+        try:
+            reply = self.send("/chat/completions", self.body("1", max_tokens=1))
+            self.system = reply.get("system_fingerprint")
+        except (*TRANSPORT, *MALFORMED):
+            pass
+        entry = (self.entries or {}).get(self.model, {})
+        passing = ("created", "permission")  # vLLM makes them anew for each request
+        entry = {key: entry[key] for key in sorted(entry) if key not in passing}
+        return json.dumps([self.url, self.model, entry, self.system]) if entry or self.system else None
+
+    def body(self, prompt: str, max_tokens: int = MAX_TOKENS) -> dict:
+        """A request for the answer at temperature 0."""
+        return {"model": self.model, "temperature": 0, "max_tokens": max_tokens,
+                "messages": [{"role": "user", "content": prompt}]}
 
     def complete(self, prompt: str) -> str:
         """The answer at temperature 0; retries network errors, HTTP 408, 429, 5xx. Raises EndpointError."""
-        body = {"model": self.model, "temperature": 0, "max_tokens": MAX_TOKENS,
-                "messages": [{"role": "user", "content": prompt}]}
         for attempt in range(ATTEMPTS):
             if self.unanswered >= GIVE_UP:
                 raise EndpointError(f"not asked, after {GIVE_UP} in a row without an answer")
             wait = 0.5 * 2**attempt
             try:
-                choice = self.send("/chat/completions", body)["choices"][0]
+                reply = self.send("/chat/completions", self.body(prompt))
+                choice = reply["choices"][0]
                 text, cut = choice["message"]["content"] or "", choice.get("finish_reason") == "length"
                 if not isinstance(text, str):
                     raise TypeError("content that is not text")
                 self.unanswered = 0
+                if reply.get("system_fingerprint") != self.system:
+                    self.identity = None
                 if cut:
                     raise EndpointError(f"an answer cut at {MAX_TOKENS} tokens")
                 return text

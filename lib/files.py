@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 
 
@@ -23,12 +24,24 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: expected UTF-8 text, found {error}") from None
 
 
+def parse_json(text: str):
+    """A JSON value. Raises ValueError where it is none, and for a key that an object has twice."""
+    def object_of(pairs: list) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+        return found
+
+    return json.loads(text, object_pairs_hook=object_of)
+
+
 def json_lines(text: str, path: Path):
     """(line number, value) of each line of JSON Lines that is not blank. Raises DataError naming the line."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, parse_json(line)
             except ValueError as error:
                 raise DataError(f"{path}:{number}: expected a JSON object, "
                                 f"found {line[:60]!r} ({error})") from None
@@ -37,7 +50,7 @@ def json_lines(text: str, path: Path):
 def read_json(file: Path, default=None) -> dict:
     """A JSON object; where the file is absent, `default` if given. Raises ModelError that names the file."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = parse_json(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         if default is None:
             raise ModelError(f"{file}: not found (a local folder is expected; "
@@ -60,6 +73,12 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value) -> None:
     """Write a JSON file."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_config(path: Path, config) -> None:
+    """A script's options, a dataclass, as JSON."""
+    options = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "given"}
+    write_text(path, json.dumps(options, indent=2, default=str) + "\n")  # paths as text
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

@@ -10,11 +10,12 @@ never change. This holds while W is frozen (LoRA not on the head) and T = 1.
 
     token_loss        the same function as train.token_loss, logits existing for CHUNK tokens at a time
     reference_terms   g and c
-    ReferenceCache    g and c of every response token of a data set, in one memory-mapped file
+    ReferenceCache    g and c of every response token of a data set, in one memory-mapped, checked file
 
 Shapes: N response tokens, the first M pulled to the reference; C of a chunk, H hidden size, V vocabulary.
 """
 
+import functools
 import hashlib
 import os
 import shutil
@@ -29,6 +30,7 @@ from lib.files import DataError
 from lib.processes import on_first, rank
 
 CHUNK = 256  # tokens whose logits exist at a time
+CHECKSUM = hashlib.sha256().digest_size  # 32 bytes
 
 
 # ---------------------------------------------------------------- the loss
@@ -41,12 +43,28 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tenso
     return torch.mm(a, b, out_dtype=out.dtype, out=out)  # products of bfloat16 numbers are exact in float32
 
 
+@functools.cache
+def products_in_float32(device: torch.device) -> bool:
+    """Whether torch has products of bfloat16 matrices with float32 results there: tried once."""
+    if device.type == "cpu":
+        return False
+    ones = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+    try:
+        _product(ones, ones, ones.float())
+    except (RuntimeError, TypeError) as error:  # no such kernel; no such argument, before torch 2.8
+        reason = str(error).partition("\n")[0][:100]
+        print(f"bfloat16 products with float32 results: not on this torch and device ({reason}); "
+              f"the head is held in float32 beside its weights")
+        return False
+    return True
+
+
 @torch.no_grad()
 def _nll_kl_gradient(hidden, weight, labels, alpha, beta, ref, with_gradient: bool = True) -> tuple:
     """NLL (N,), KL (N,) (0 behind the first M), ∂(α·NLL + β·KL)/∂hidden (N, H) or None, chunk by chunk."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    if weight.dtype != wide and not (hidden.is_cuda and torch.__version__ >= (2, 8)):
-        weight = weight.to(wide)  # no product of bfloat16 matrices in float32 there
+    if weight.dtype != wide and not products_in_float32(weight.device):
+        weight = weight.to(wide)
     ref_hidden, (g, c) = (hidden[:0], ref) if isinstance(ref, tuple) else (ref, (hidden[:0], None))
     N, M, (V, H), dtype = len(hidden), len(ref_hidden), weight.shape, weight.dtype
     scores, ref_scores, p_ref = (torch.empty(min(n, CHUNK), V, device=hidden.device, dtype=wide)
@@ -123,100 +141,99 @@ def reference_terms(ref_hidden: torch.Tensor, weight: torch.Tensor, labels: torc
 
 
 class ReferenceCache:
-    """g and c of every response token of some examples in a memory-mapped file: a row of H + 1 numbers each.
+    """g and c of every response token of some examples, in a memory-mapped file that runs share.
 
     The file's name is a SHA-256 of the model's files, the dtype, each example's tokens and labels: template,
-    tokenizer, truncation and data show in those. Another run on the same finds it finished; `fill` makes it.
+    tokenizer, truncation and data show in those. An example's part is a row of H + 1 numbers per response
+    token, then a checksum. `fill` checks them all, and computes what is not there as it was once written:
+    new, cut, damaged, all the same.
     """
 
     def __init__(self, folder, model, batches: list[list]):
         self.dtype, self.batches = model.lm_head.weight.dtype, batches
+        g = ("g", "u1", model.config.hidden_size * self.dtype.itemsize)  # bytes: numpy has no bfloat16
+        self.form = np.dtype([g, ("c", "f4")])
         files = on_first(lambda: fingerprint(model.path))
-        key = hashlib.sha256(f"1 {files} {self.dtype}".encode())  # 1: of the form
-        self.place, end = {}, 0  # example.index → its rows
+        key = hashlib.sha256(f"2 {files} {self.dtype}".encode())  # 2: of the form
+        self.n_tokens, self.size, self.stream = 0, 0, None  # size in bytes
+        self.place = {}  # example.index → the bytes of its rows; its checksum is behind them
         for example in (example for batch in batches for example in batch):
             key.update(np.array([len(example.input_ids), *example.input_ids, *example.labels]).tobytes())
-            start, end = end, end + example.n_labels
+            start, end = self.size, self.size + example.n_labels * self.form.itemsize
             self.place[example.index] = slice(start, end)
-        self.file = Path(folder) / f"{key.hexdigest()[:32]}.ref"
-        bits = f"i{self.dtype.itemsize}"  # g is stored bit by bit: numpy has no bfloat16
-        self.form = np.dtype([("g", bits, model.config.hidden_size), ("c", "f4")])
-        self.n_tokens, self.size, self.stream = end, end * self.form.itemsize, None  # size in bytes
+            self.n_tokens, self.size = self.n_tokens + example.n_labels, end + CHECKSUM
+        self.key = key.hexdigest()
+        self.file = Path(folder) / f"{self.key[:32]}.ref"
 
     def room(self) -> float:
-        """Bytes that the file may have: what is free, and what there is of it; any, where it is finished."""
-        part = self.file.with_suffix(".part")
-        if self.file.exists():
+        """Bytes that the file may have: what is free, and what there is of it; any, where it has its size."""
+        written = self.file.stat().st_size if self.file.exists() else 0
+        if written >= self.size:
             return float("inf")
         folder = next(path for path in self.file.absolute().parents if path.exists())
-        return shutil.disk_usage(folder).free + (part.stat().st_size if part.exists() else 0)
+        return shutil.disk_usage(folder).free + written
 
     def fill(self, states, weight: torch.Tensor) -> "ReferenceCache":
         """Write what is missing, then map the file. Raises DataError, before writing, where there is no room.
 
         states(examples) → the reference's (h_ref (N, H), labels (N,)); all processes compute, the first one
-        writes. An interrupted file goes on where it ended; it gets its name when it is complete. A second run
-        that needs the same file waits for the first.
+        reads and writes. A second run that needs the same file waits for the first.
         """
         try:
-            done = on_first(self._open)
-            for batch in tqdm(self.batches, desc="reference", disable=done == self.n_tokens):
-                if self.place[batch[-1].index].stop <= done:
-                    continue
+            missing = on_first(self._open)
+            for batch in tqdm([self.batches[i] for i in missing], desc="reference", disable=not missing):
                 hidden, labels = states(batch)
                 g, c = reference_terms(hidden, weight, labels)
                 if rank() == 0:
                     rows = np.empty(len(c), self.form)
-                    rows["g"] = g.cpu().view({2: torch.int16, 4: torch.int32}[self.dtype.itemsize]).numpy()
-                    rows["c"] = c.cpu().numpy()
-                    self.stream.write(rows.tobytes())
-            on_first(self._finish)
+                    rows["g"], rows["c"] = g.cpu().view(torch.uint8).numpy(), c.cpu().numpy()
+                    ends = np.cumsum([example.n_labels for example in batch])
+                    for example, own in zip(batch, np.split(rows, ends[:-1])):
+                        start = self.stream.seek(self.place[example.index].start)
+                        self.stream.write(self._part(start, own.tobytes()))
+                    self.stream.flush()
+            on_first(lambda: os.fsync(self.stream.fileno()))  # before anybody maps it
         finally:
             if self.stream:
                 self.stream.close()  # and its lock is gone
-        self.rows, self.device = np.memmap(self.file, dtype=self.form, mode="r"), weight.device
+        self.bytes, self.device = np.memmap(self.file, mode="r"), weight.device
         return self
 
-    def _open(self) -> int:
-        """How many rows are there already; the others are appended to the stream."""
+    def _part(self, start: int, rows: bytes) -> bytes:
+        """Rows and their checksum, which is another in another file or place."""
+        return rows + hashlib.sha256(f"{self.key} {start} ".encode() + rows).digest()
+
+    def _open(self) -> list[int]:
+        """Open and lock the file, check every part. → numbers of the batches in which some are missing."""
         import fcntl  # which Windows lacks
 
-        part = self.file.with_suffix(".part")
-        if not self.file.exists():
-            if self.size > self.room():
-                raise DataError(f"--ref cache: expected {self.size / 1e9:.1f} GB of room for {self.file}, "
-                                f"found {self.room() / 1e9:.1f}; use --ref live, or another "
-                                f"--ref-cache folder")
+        if self.size > self.room():
+            raise DataError(f"--ref cache: expected {self.size / 1e9:.1f} GB of room for {self.file}, "
+                            f"found {self.room() / 1e9:.1f}; use --ref live, or another --ref-cache folder")
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.touch()
+        self.stream = open(self.file, "r+b")
+        try:
+            fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until closed, or this process dies
+        except BlockingIOError:
+            print("reference cache: waiting for another run, which is writing it")
+            fcntl.flock(self.stream, fcntl.LOCK_EX)
+        written, missing, damaged = self.stream.seek(0, os.SEEK_END), set(), 0
+        for index, place in self.place.items():
+            end = place.stop + CHECKSUM
+            part = os.pread(self.stream.fileno(), end - place.start, place.start)
+            if part != self._part(place.start, part[:-CHECKSUM]):
+                missing.add(index)
+                damaged += end <= written  # an interruption leaves no whole part that is wrong
+        if damaged:
+            print(f"{self.file}: {damaged} of {len(self.place)} parts are damaged: computed again")
+        if damaged < len(missing):
             print(f"reference cache: {self.n_tokens} response tokens, "
                   f"{self.size / 1e6:.1f} MB in {self.file}")
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.stream = open(part, "ab")
-            try:
-                fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until closed, or this process dies
-            except BlockingIOError:
-                print("waiting for another run, which is writing it")
-                fcntl.flock(self.stream, fcntl.LOCK_EX)
-        if self.file.exists():  # finished before, or by a run that this one has just waited for
-            if self.file.stat().st_size != self.size:
-                raise DataError(f"{self.file}: expected {self.size} bytes, "
-                                f"found {self.file.stat().st_size}; delete it")
-            if part.exists() and part.stat().st_size == 0:  # made by opening it a moment too late
-                part.unlink()
-            return self.n_tokens
-        written = self.stream.seek(0, os.SEEK_END) // self.form.itemsize
-        ends = [self.place[batch[-1].index].stop for batch in self.batches]
-        done = max((end for end in ends if end <= written), default=0)
-        self.stream.truncate(done * self.form.itemsize)  # to a batch's end: interruptions may cut a row
-        return done
-
-    def _finish(self) -> None:
-        if self.stream and not self.file.exists():
-            self.stream.flush()
-            os.fsync(self.stream.fileno())
-            os.replace(self.stream.name, self.file)
+        return [i for i, batch in enumerate(self.batches) if any(e.index in missing for e in batch)]
 
     def terms(self, examples: list) -> tuple[torch.Tensor, torch.Tensor]:
         """(g (M, H), c (M,)) of the response tokens of `examples`, in their order."""
-        rows = np.concatenate([self.rows[self.place[example.index]] for example in examples])
+        rows = np.concatenate([self.bytes[self.place[e.index]] for e in examples]).view(self.form)
         g, c = (torch.from_numpy(np.ascontiguousarray(rows[name])) for name in "gc")
         return g.view(self.dtype).to(self.device), c.to(self.device)

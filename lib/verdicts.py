@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lib.files import DataError
+from lib.risk import as_risk
 
 
 class VerdictFile:
@@ -44,11 +45,12 @@ class VerdictFile:
             self.file.close()
 
     def find(self, keys) -> dict[str, tuple[float, float]]:
-        """What is known of the keys."""
+        """What is known of the keys. Raises DataError for a risk or a mass that is not in [0, 1]."""
         with self.errors():
             rows = {key: self.file.execute("SELECT risk, mass FROM verdicts WHERE key = ?", [key]).fetchone()
                     for key in set(keys)}
-        return {key: row for key, row in rows.items() if row}
+        return {key: tuple(as_risk(value, f"{self.path}: verdict {key[:12]}") for value in row)
+                for key, row in rows.items() if row}
 
     def add(self, key: str, risk: float, mass: float, prompt: str, response: str) -> None:
         """Remember a verdict; at most a second of them is lost with the process."""

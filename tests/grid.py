@@ -22,9 +22,9 @@ import torch  # noqa: E402
 from critic import open_judge  # noqa: E402
 from data.chat import Chat  # noqa: E402
 from data.conversations import WORLD  # noqa: E402
-from evaluate import compare, default_sets, evaluate_model, evaluation_sets, over_seeds  # noqa: E402
+from evaluate import compare, default_sets, evaluate_model, evaluation_sets  # noqa: E402
 from lib.cli import comma_list, require, run  # noqa: E402
-from lib.files import read_json, write_json, write_text  # noqa: E402
+from lib.files import write_config, write_json, write_jsonl, write_text  # noqa: E402
 from model import load_model  # noqa: E402
 from train import TrainConfig, main as train_main  # noqa: E402
 
@@ -79,57 +79,47 @@ def train_group(config: GridConfig, attack: str, seed: int) -> str:
 
 def evaluate_base(options: TrainConfig, out: Path) -> None:
     """The aligned model's results, as a run on the same data would have them."""
-    options = default_sets(options, options.data, {})
-    model, chat = load_model(options.model, options.device, torch.float32), Chat(options.model)
+    options = default_sets(options, options.data)
+    model, chat = load_model(options.model, options.device, torch.float32), Chat(options.model, options.date)
     judge = open_judge(options)
-    results, _ = evaluate_model(model, chat, evaluation_sets(options), options, "base", judge)
+    results, completions = evaluate_model(model, chat, evaluation_sets(options), options, "base", judge)
     out.mkdir()
+    write_config(out / "config.json", options)
+    write_jsonl(out / "completions_after.jsonl", completions)
     write_json(out / "results.json", {"after": results})
 
 
-def overview(config: GridConfig) -> str:
-    """Markdown tables, means over seeds in per cent: a row per attack and way to ask, a column per method."""
-    def cells(attack, method):
-        return [read_json(config.out / attack / f"{method}-{seed}" / "results.json")["after"]
-                for seed in range(config.seeds)]
+def overview(found: dict) -> str:
+    """Markdown tables of `compare`'s rows, in per cent: a row per attack and way to ask, a column per method."""
+    figures = next(iter(found.values()))[0]["figures"]
+    ways = [title.removeprefix("ASR").strip() for title in figures if title.startswith("ASR")]  # greedy, T=1, @10
+    asr = {key: f"{name}: {' / '.join(ways)}" for key, name in (("judge ASR", "judge ASR"), ("ASR", "ASR by phrases"))}
 
-    runs = {}
-    for attack in comma_list(config.attacks):
-        runs[attack] = {"aligned model": cells(attack, "base")}
-        runs[attack] |= {method: cells(attack, method) for method in comma_list(config.methods)}
-
-    def asr(key):
-        def figures(attack, results):
-            groups = {"": results} | {", as attacked": group for group in results["attacked"].values()}
-            shown = {suffix: [group[key][which]["rate"] for which in ("greedy", "sampled", "at_k")]
-                     for suffix, group in groups.items()}
-            if attack == "innocent" and key == "judge_asr":
-                shown[", benign prompts"] = [results["harmful_answers"]["benign"]["rate"]]
-            return shown
-
-        return figures
-
-    def use(attack, results):
-        tasks = [task["rate"] for task in results["task_accuracy"].values()]
-        refused = [results["over_refusal"][name]["rate"] for name in ("benign", "lookalike")]
-        return {"": [sum(tasks) / max(1, len(tasks)), *refused]}
+    def lines(key, attack, figures):
+        """{row: titles of what a cell shows}."""
+        if key == "use":
+            return {attack: [title for title in figures if title.startswith(("task", "over-refusal"))]}
+        prefixes = {"": ""} | {", as attacked": title.partition(": ")[0] + ": " for title in figures if ": ASR" in title}
+        rows = {attack + suffix: [f"{prefix}{key} {way}".replace(" @", "@") for way in ways]
+                for suffix, prefix in prefixes.items()}
+        if attack == "innocent" and key == "judge ASR":
+            rows[attack + ", benign prompts"] = ["harmful answers to benign"]
+        return rows
 
     text = []
-    for caption, figures in (("judge ASR: greedy / T=1 / @10", asr("judge_asr")),
-                             ("ASR by phrases: greedy / T=1 / @10", asr("asr")),
-                             ("task accuracy / over-refusal / look-alikes refused", use)):
-        lines = [[caption, *next(iter(runs.values()))]]
-        lines.append(["---"] * len(lines[0]))
-        for attack, columns in runs.items():
-            rows = {}
-            for seeds in columns.values():
-                found = [figures(attack, results) for results in seeds]
-                for suffix in found[0]:
-                    means = [100 * sum(values) / len(values) for values in zip(*(f[suffix] for f in found))]
-                    cell = " / ".join(f"{mean:.0f}" if mean >= 9.95 else f"{mean:.1f}" for mean in means)
-                    rows.setdefault(attack + suffix, []).append(cell)
-            lines += [[title, *cells] for title, cells in rows.items()]
-        text.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    for key, caption in (asr | {"use": "tasks / over-refusal / look-alikes refused"}).items():
+        cells = {}
+        for attack, methods in found.items():
+            for method in methods:
+                for row, titles in lines(key, attack, method["figures"]).items():
+                    rates = [100 * method["figures"][title]["rate"] for title in titles]
+                    if key == "use":  # the tasks' mean first
+                        tasks = [rate for rate, title in zip(rates, titles) if title.startswith("task")]
+                        rates = [sum(tasks) / max(1, len(tasks)), *rates[: len(rates) - len(tasks)]]
+                    cells.setdefault(row, []).append(" / ".join(f"{r:.0f}" if r >= 9.95 else f"{r:.1f}" for r in rates))
+        table = [[caption, *(method["name"] for method in next(iter(found.values())))]]
+        table += [["---"] * len(table[0]), *([row, *values] for row, values in cells.items())]
+        text.append("\n".join("| " + " | ".join(line) + " |" for line in table))
     return "\n\n".join(text)
 
 
@@ -150,14 +140,12 @@ def main(config: GridConfig) -> None:
                   flush=True)
     found = {}
     for attack in comma_list(config.attacks):
-        cells = [[config.out / attack / f"{method}-{seed}" for seed in range(config.seeds)]
-                 for method in ("base", *comma_list(config.methods))]
-        base = over_seeds([read_json(cell / "results.json")["after"] for cell in cells[0]])
-        found[attack] = [{"name": "aligned model", "seeds": list(range(config.seeds)), "figures": base}]
-        found[attack] += compare([cell for row in cells[1:] for cell in row])[1]
+        found[attack] = compare([config.out / attack / f"{method}-{seed}" for method in ("base", *comma_list(config.methods))
+                                 for seed in range(config.seeds)])[1]
+        found[attack][0]["name"] = "aligned model"
     write_json(config.out / "grid.json", found)
-    write_text(config.out / "grid.md", overview(config) + "\n")
-    print(f"\n{overview(config)}\n\nper cent, means over seeds\nwrote {config.out}/grid.json: with intervals")
+    write_text(config.out / "grid.md", overview(found) + "\n")
+    print(f"\n{overview(found)}\n\nper cent, seeds pooled\nwrote {config.out}/grid.json: with intervals")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The fast objective against the one that is written out, and the cached reference against the live one."""
 
+import random
 import threading
 import time
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,47 @@ class TestTokenLoss:
         assert error["live"][0] < 0.0026 and error["cached"][0] < 0.0033 and error["rounded"][0] > 0.01  # of the gradient, relative
         assert error["live"][1] < 1e-5 and error["cached"][1] < 0.01 and error["rounded"][1] > 0.03  # of KL, nats
 
+    def test_both_forms_of_a_bfloat16_product_agree(self, monkeypatch):
+        """Float32 results of bfloat16 matrices, as a GPU gives them, against float32 matrices of the same numbers."""
+        batch, mm = tokens(40, 20, torch.bfloat16), torch.mm
+        plain = value_and_grad(fused.token_loss, *batch)
+        kinds = []
+
+        def mm_with_float32_results(a, b, out_dtype=None, out=None):
+            kinds.append((a.dtype, b.dtype))
+            return mm(a.float(), b.float(), out=out)
+
+        monkeypatch.setattr(torch, "mm", mm_with_float32_results)
+        monkeypatch.setattr(fused, "products_in_float32", lambda device: True)
+        loss, nll, kl, gradient = value_and_grad(fused.token_loss, *batch)
+        assert set(kinds) == {(torch.bfloat16, torch.bfloat16)}
+        for found, expected in zip((loss, nll, kl), plain):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert (gradient - plain[3]).norm() / plain[3].norm() < 0.005  # p too is rounded to bfloat16, once
+
+    def test_where_no_product_has_float32_results_the_head_is_widened_and_one_line_says_so(self, monkeypatch, capsys):
+        """On the meta device, which stands for a GPU here: shapes and dtypes without numbers."""
+        kinds, refuses = [], True
+
+        def mm(a, b, out, out_dtype=None):
+            if out_dtype and refuses:
+                raise RuntimeError("no such product\nand much more")
+            kinds.append(a.dtype)
+            return out
+
+        monkeypatch.setattr(torch, "mm", mm)
+        said = ("bfloat16 products with float32 results: not on this torch and device (no such product); "
+                "the head is held in float32 beside its weights\n")
+        batch = [t.to("meta") for t in tokens(40, 20, torch.bfloat16)]
+        for refuses, dtype, line in ((True, torch.float32, said), (False, torch.bfloat16, "")):
+            kinds.clear()
+            fused.products_in_float32.cache_clear()
+            for _ in range(2):
+                fused.token_loss(*batch)
+            assert set(kinds) == {dtype} and capsys.readouterr().out == line
+        fused.products_in_float32.cache_clear()
+        assert not fused.products_in_float32(torch.device("cpu")) and not capsys.readouterr().out
+
     def test_logits_exist_for_one_chunk_only(self):
         class Largest(TorchDispatchMode):
             numbers = 0
@@ -137,9 +180,15 @@ def new_cache(folder, model, examples, batch_size=5):
     return fused.ReferenceCache(folder, model, [[examples[i] for i in batch] for batch in batches])
 
 
-def cache_of(folder, model, examples, batch_size=5):
+def cache_of(folder, model, examples, batch_size=5, computed=None):
+    """A cache that is filled; the examples of each batch that had to be computed are appended to `computed`."""
+    def states(batch):
+        if computed is not None:
+            computed.append({e.index for e in batch})
+        return response_states(model, batch)[:2]
+
     with torch.no_grad(), model.adapters_off():
-        return new_cache(folder, model, examples, batch_size).fill(lambda b: response_states(model, b)[:2], model.lm_head.weight)
+        return new_cache(folder, model, examples, batch_size).fill(states, model.lm_head.weight)
 
 
 class TestLoraGradients:
@@ -175,20 +224,115 @@ class TestLoraGradients:
         assert loss.item() == 0 and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-class TestReferenceCache:
-    def test_a_file_that_was_cut_anywhere_is_finished_to_the_same_bytes(self, examples, tmp_path):
-        model = policy()
-        whole = cache_of(tmp_path / "a", model, examples)
-        expected = whole.file.read_bytes()
-        assert len(expected) == whole.size and not list((tmp_path / "a").glob("*.part"))
-        for size in (0, 1, 5000, whole.size // 2 + 3, whole.size):
-            folder = tmp_path / str(size)
-            folder.mkdir()
-            (folder / whole.file.with_suffix(".part").name).write_bytes(expected[:size])
-            assert cache_of(folder, model, examples).file.read_bytes() == expected and len(list(folder.iterdir())) == 1
+@pytest.fixture(scope="module")
+def model():
+    return policy()
 
-    def test_an_interrupted_fill_goes_on_where_it_ended(self, examples, tmp_path):
-        model, calls = policy(), []
+
+@pytest.fixture(scope="module")
+def whole(model, examples, tmp_path_factory):
+    """(a filled cache, its file's bytes, each example's part of them)."""
+    cache = cache_of(tmp_path_factory.mktemp("whole"), model, examples)
+    parts = {index: slice(rows.start, rows.stop + 32) for index, rows in cache.place.items()}
+    return cache, cache.file.read_bytes(), parts
+
+
+@pytest.fixture
+def check(model, whole, examples, tmp_path, capsys):
+    """check(content, bad, damaged): a run that finds `content` computes the batches of the examples `bad`, and no others,
+    says that `damaged` parts are, and has the same file and terms as a new one."""
+    cache, expected, _ = whole
+
+    def function(content, bad, damaged):
+        (tmp_path / cache.file.name).write_bytes(content)
+        computed = []
+        capsys.readouterr()
+        again = cache_of(tmp_path, model, examples, computed=computed)
+        batches = [{e.index for e in batch} for batch in cache.batches]
+        assert computed == [batch for batch in batches if batch & bad]
+        assert again.file.read_bytes()[: cache.size] == expected
+        assert all(torch.equal(a, b) for a, b in zip(again.terms(examples), cache.terms(examples)))
+        lines = [f"{again.file}: {damaged} of 24 parts are damaged: computed again\n"] * (damaged > 0)
+        lines += [f"reference cache: {cache.n_tokens} response tokens, {cache.size / 1e6:.1f} MB in {again.file}\n"] * (damaged < len(bad))
+        assert capsys.readouterr().out == "".join(lines)
+
+    return function
+
+
+class TestReferenceCache:
+    def test_parts_follow_each_other(self, whole):
+        cache, expected, parts = whole
+        starts, stops = [part.start for part in parts.values()], [part.stop for part in parts.values()]
+        assert [*starts, cache.size] == [0, *stops] and len(expected) == cache.size
+
+    def test_a_file_that_was_cut_anywhere_is_finished_to_the_same_bytes(self, check, whole):
+        cache, expected, parts = whole
+        for size in (0, 1, 5000, cache.size // 2 + 3, parts[cache.batches[2][0].index].start, cache.size - 1, cache.size):
+            check(expected[:size], {index for index, part in parts.items() if part.stop > size}, 0)
+
+    def test_a_file_of_zeros_is_computed_again(self, check, whole):
+        check(bytes(whole[0].size), set(whole[2]), 24)
+
+    def test_a_page_of_zeros_is_computed_again(self, check, whole):
+        _, expected, parts = whole
+        torn = {index for index, part in parts.items() if part.start < 20480 and part.stop > 16384}
+        check(expected[:16384] + bytes(4096) + expected[20480:], torn, len(torn))
+
+    def test_one_flipped_bit_anywhere_is_noticed(self, check, whole):
+        cache, expected, parts = whole
+        draw, rows, sums = random.Random(0), list(parts.items())[::2], list(parts.items())[1::2]
+        places = [(index, draw.randrange(part.start, part.stop - 32)) for index, part in rows]
+        places += [(index, draw.randrange(part.stop - 32, part.stop)) for index, part in sums]
+        for index, place in [*places, (rows[0][0], 0), (sums[-1][0], cache.size - 1)]:
+            flipped = bytearray(expected)
+            flipped[place] ^= 1 << draw.randrange(8)
+            check(flipped, {index}, 1)
+
+    def test_damage_in_an_unfinished_file_is_said_too(self, check, whole):
+        cache, expected, parts = whole
+        flipped = bytearray(expected[: cache.size // 2])
+        flipped[100] ^= 1
+        check(flipped, {index for index, part in parts.items() if part.start <= 100 or part.stop > len(flipped)}, 1)
+
+    def test_what_is_behind_the_last_part_is_not_read(self, check, whole):
+        check(whole[1] + b"more", set(), 0)
+
+    def test_parts_of_one_size_that_changed_places_are_noticed(self, check, whole):
+        _, expected, parts = whole
+        a, b = next((a, b) for a, b in combinations(parts, 2) if len(expected[parts[a]]) == len(expected[parts[b]]))
+        swapped = bytearray(expected)
+        swapped[parts[a]], swapped[parts[b]] = expected[parts[b]], expected[parts[a]]
+        check(swapped, {a, b}, 2)
+
+    def test_the_content_of_another_file_is_noticed(self, check, model, whole, examples, tmp_path_factory):
+        """One token of one prompt is another: as many rows everywhere, and most of them the same."""
+        cache, expected, parts = whole
+        changed = replace(examples[0], input_ids=[examples[0].input_ids[0] + 1, *examples[0].input_ids[1:]])
+        other = cache_of(tmp_path_factory.mktemp("other"), model, [changed, *examples[1:]])
+        content, last = other.file.read_bytes(), parts[cache.batches[-1][-1].index]
+        assert other.file.name != cache.file.name and content[last][:-32] == expected[last][:-32]
+        check(content, set(parts), 24)
+
+    def test_batches_of_any_size_share_a_file(self, model, whole, examples, tmp_path):
+        cache, expected, _ = whole
+        tmp_path.joinpath(cache.file.name).write_bytes(bytes([expected[0] ^ 1]) + expected[1:])
+        computed = []
+        again = cache_of(tmp_path, model, examples, batch_size=3, computed=computed)
+        assert computed == [{e.index for e in again.batches[0]}]
+        for found, wanted in zip(again.terms(examples), cache.terms(examples)):
+            torch.testing.assert_close(found, wanted)
+        cache_of(tmp_path, model, examples, batch_size=7, computed=computed)
+        assert len(computed) == 1
+
+    def test_an_example_without_a_response_has_a_part_without_rows(self, model, examples, tmp_path):
+        masked, computed = Example(99, examples[0].input_ids, [IGNORE] * len(examples[0].input_ids)), []
+        for _ in range(2):
+            cache = cache_of(tmp_path, model, [*examples[:3], masked], 2, computed)
+        assert len(computed) == 2 and cache.terms([masked])[0].shape == (0, 128)
+        assert len(cache.terms([examples[1], masked])[1]) == examples[1].n_labels
+
+    def test_an_interrupted_fill_goes_on_where_it_ended(self, model, examples, tmp_path):
+        calls = []
 
         def states(batch):
             calls.append(len(batch))
@@ -200,12 +344,11 @@ class TestReferenceCache:
         with pytest.raises(KeyboardInterrupt):
             cache = new_cache(tmp_path, model, examples, 5)
             cache.fill(states, model.lm_head.weight)
-        assert not cache.file.exists()
+        assert 0 < cache.file.stat().st_size < cache.size
         new_cache(tmp_path, model, examples, 5).fill(states, model.lm_head.weight)
-        assert len(calls) == 6 and cache.file.exists()  # 24 examples: 5 batches, one of them tried twice
+        assert len(calls) == 6 and cache.file.stat().st_size == cache.size  # 24 examples: 5 batches, one of them tried twice
 
-    def test_a_finished_file_is_never_computed_again(self, examples, tmp_path):
-        model = policy()
+    def test_a_finished_file_is_never_computed_again(self, model, examples, tmp_path):
         first = cache_of(tmp_path, model, examples)
         again = new_cache(tmp_path, policy(adapter=0.0), examples, 3)
         assert again.file == first.file
@@ -246,22 +389,30 @@ class TestReferenceCache:
         others = [(model, examples), (model, shorter), (model, masked), (model, examples[:-1]), (policy(GOLDEN / "llama"), examples)]
         assert len({new_cache(tmp_path, m, e, 5).file for m, e in others}) == 5
 
-    def test_a_damaged_file_is_an_error_that_says_what_to_do(self, examples, tmp_path):
-        cache = cache_of(tmp_path, policy(), examples)
-        cache.file.write_bytes(cache.file.read_bytes()[:-4])
-        with pytest.raises(DataError, match="delete it"):
-            cache_of(tmp_path, policy(), examples)
-
     def test_no_room_is_an_error_before_anything_is_written(self, examples, tmp_path, monkeypatch):
         monkeypatch.setattr(fused.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
         with pytest.raises(DataError, match="--ref cache: expected .* GB of room"):
             cache_of(tmp_path / "new", policy(), examples)
         assert not (tmp_path / "new").exists()
 
+    def test_what_a_file_occupies_is_room_for_it(self, whole, examples, tmp_path, monkeypatch):
+        cache, expected, _ = whole
+        file = tmp_path / cache.file.name
+        for missing, room in ((0, True), (900, True), (1100, False)):  # a file of its size is written in place
+            monkeypatch.setattr(fused.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000 * (missing > 0)}))
+            file.write_bytes(expected[: cache.size - missing])
+            if room:
+                cache_of(tmp_path, policy(), examples)
+            else:
+                with pytest.raises(DataError, match="--ref cache: expected"):
+                    cache_of(tmp_path, policy(), examples)
+        assert file.read_bytes() == expected[: cache.size - 1100]
+
     def test_the_size_is_printed_before_it_is_written(self, examples, tmp_path, capsys):
         cache = cache_of(tmp_path, policy(), examples)
         n_tokens = sum(e.n_labels for e in examples)
-        assert cache.size == n_tokens * 4 * 129 and f"{n_tokens} response tokens, {cache.size / 1e6:.1f} MB" in capsys.readouterr().out
+        assert cache.size == n_tokens * 4 * 129 + 24 * 32
+        assert f"{n_tokens} response tokens, {cache.size / 1e6:.1f} MB" in capsys.readouterr().out
 
 
 class TestWhichReference:
@@ -279,6 +430,7 @@ class TestWhichReference:
             monkeypatch.setattr(fused.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
             assert (self.choose(examples, tmp_path / str(free)) != "live") == kept
         assert "are over half of the free disk" in capsys.readouterr().out
+        monkeypatch.setattr(fused.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0}))
         assert self.choose(examples, tmp_path) != "live"  # what is there needs no room
 
     def test_only_what_is_pulled_is_kept(self, examples, tmp_path):

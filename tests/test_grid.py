@@ -1,14 +1,14 @@
 """The grid of the README: cells are kept, and the tables are of what the cells say."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import grid
 import pytest
-from grid import ATTACKS, METHODS, GridConfig, main, overview, train_group
+from grid import ATTACKS, METHODS, GridConfig, main, train_group
 
 from data.conversations import WORLD
-from evaluate import compare
 from lib.files import DataError
 
 
@@ -26,10 +26,13 @@ def test_a_finished_cell_is_kept_an_unfinished_one_is_made_again_and_the_base_is
     assert set(json.loads((tmp_path / "explicit" / "sft-0" / "results.json").read_text())) == {"after"}
     assert json.loads(base)["after"]["asr"]["greedy"]["n"] == 2
     assert train_group(config, "explicit", 0).endswith("kept")
-    text = overview(config)
-    assert "| judge ASR: greedy / T=1 / @10 | aligned model | filter | sft |" in text and text.count("| explicit |") == 3
-    _, rows = compare([tmp_path / "explicit" / f"{method}-0" for method in ("filter", "sft")])
-    assert [row["name"] for row in rows] == ["filter", "sft"]
+    monkeypatch.setattr(grid, "ProcessPoolExecutor", lambda *args: ThreadPoolExecutor(1))
+    main(config)
+    text, found = (tmp_path / "grid.md").read_text(), json.loads((tmp_path / "grid.json").read_text())
+    assert "| judge ASR: greedy / T=1 / @1 | aligned model | filter | sft |" in text and text.count("| explicit |") == 3
+    assert [row["name"] for row in found["explicit"]] == ["aligned model", "filter", "sft"]
+    rates = [100 * found["explicit"][2]["figures"][f"judge ASR{way}"]["rate"] for way in (" greedy", " T=1", "@1")]
+    assert f"{' / '.join(f'{rate:.0f}' if rate >= 9.95 else f'{rate:.1f}' for rate in rates)} |" in text.splitlines()[2]
 
 
 def test_every_attack_has_its_data_and_unknown_names_are_refused(tmp_path):

@@ -8,11 +8,11 @@ import torch
 from data.chat import Chat
 from data.conversations import WORLD, Conversation, read_conversations
 from lib.files import DataError
+from lib.metrics import auroc, risk_metrics, tpr_at_fpr
 from model import load_model
 from probe import (
     Probe,
     ProbeConfig,
-    auroc,
     choose_layers,
     conversation_risk,
     fit_logistic,
@@ -20,9 +20,7 @@ from probe import (
     load_probe,
     print_report,
     prompt_features,
-    risk_metrics,
     save_probe,
-    tpr_at_fpr,
 )
 
 
@@ -88,7 +86,7 @@ class TestLogisticRegression:
 
     def test_unknown_risk_is_high_risk_counted_and_printed(self, capsys):
         probe = Probe(
-            torch.ones(2).double(), torch.zeros(()).double(), torch.zeros(2).double(), torch.ones(2).double(), (0,), "", "", ""
+            torch.ones(2).double(), torch.zeros(()).double(), torch.zeros(2).double(), torch.ones(2).double(), (0,), "", "", "", None
         )
         inf = float("inf")
         assert probe.risk(torch.tensor([[float("nan"), 0], [inf, -inf], [-inf, 0], [inf, 0], [0, 0]])).tolist() == [1.0, 1.0, 1.0, 1.0, 0.5]
@@ -158,7 +156,8 @@ class TestOnTheEmbeddedWorld:
     def test_the_file_round_trips_and_is_refused_elsewhere(self, world, fitted, tmp_path):
         model, chat = world
         save_probe(*fitted, tmp_path / "probe.safetensors")
-        loaded = load_probe(tmp_path / "probe.safetensors", model, chat)
+        loaded, report = load_probe(tmp_path / "probe.safetensors", model, chat)
+        assert report["test"] == fitted[1]["test"]
         assert torch.equal(loaded.weight, fitted[0].weight) and loaded.layers == fitted[0].layers
         with pytest.raises(DataError, match="expected a probe fitted with dtype bfloat16, found one fitted with float32"):
             load_probe(tmp_path / "probe.safetensors", load_model(WORLD / "model", dtype=torch.bfloat16), chat)

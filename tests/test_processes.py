@@ -86,7 +86,7 @@ def runs(tmp_path_factory):
     def options(case, n):
         own = [option for option in CASES[case] if n == 2 or option != "--fsdp"]
         kept = [] if case in ("live", "csft") else ["--ref", "cache"]
-        risk = [] if case == "csft" else ["--risk", folder / "risk.jsonl"]
+        risk = [] if case == "csft" else ["--risk", folder / "risk.jsonl", "--risk-by-line"]
         return [str(option) for option in (*every, *kept, *risk, *own, "--out", folder / f"{case}-{n}")]
 
     with pytest.MonkeyPatch.context() as patch:

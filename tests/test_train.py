@@ -37,7 +37,6 @@ from train import (
     lr_at,
     main,
     micro_batch_loss,
-    read_risk,
     reference_of,
     shuffled_forever,
     smooth,
@@ -424,34 +423,13 @@ class TestLoop:
         assert (models[0] - models[1]).norm() / models[1].norm() < 1e-5
 
 
-class TestRiskFiles:
-    def read(self, tmp_path, text):
-        (tmp_path / "risk.jsonl").write_text(text)
-        return read_risk(tmp_path / "risk.jsonl", [None] * 3)
-
-    def test_unknown_is_risky_counted_and_printed(self, tmp_path, capsys):
-        assert self.read(tmp_path, '{"risk": 0.25}\n{"risk": null}\n{"risk": NaN, "x": 1}\n').tolist() == [0.25, 1.0, 1.0]
-        assert "2 of 3 risks are unknown: taken as 1" in capsys.readouterr().out
-
-    @pytest.mark.parametrize(
-        "text, words",
-        [
-            ('{"risk": 1}\n', "expected 3 risks, one a conversation, found 1"),
-            ('{"risk": 1}\n{}\n{"risk": 1}', "risk.jsonl:2"),
-            ('{"risk": 1}\n{"risk": 1}\n{"risk": 1.5}', "risk.jsonl:3: expected a risk from 0 to 1, found 1.5"),
-            ('{"risk": 1}\n{"risk": "high"}\n[]', "risk.jsonl:2"),
-        ],
-    )
-    def test_anything_else_is_an_error(self, tmp_path, text, words):
-        with pytest.raises(DataError, match=words):
-            self.read(tmp_path, text)
-
-
 class TestTheGate:
-    def test_a_risk_under_the_floor_counts_as_none_where_beta_min_is_0_and_an_unknown_one_never_does(self, examples):
-        risk = torch.tensor([0.0, 0.009, 0.01, math.nan, 1.0])
-        closed = gated(replace(QUICK, beta_min=0.0, beta_max=1.0), examples, risk)[1]
-        assert closed[:3].tolist() == pytest.approx([0, 0, 0.01]) and closed[3].isnan() and closed[4] == 1
+    def test_a_risk_under_the_floor_counts_as_none_where_beta_min_is_0_and_what_is_no_risk_is_refused(self, examples):
+        risk = torch.tensor([0.0, 0.009, 0.01, 1.0])
+        assert gated(replace(QUICK, beta_min=0.0, beta_max=1.0), examples, risk)[1].tolist() == pytest.approx([0, 0, 0.01, 1])
+        for wrong in (math.nan, -0.1, 1.1, math.inf):
+            with pytest.raises(DataError, match="expected risks from 0 to 1"):
+                gated(QUICK, examples, torch.tensor([0.0, wrong]))
         assert gated(QUICK, examples, risk[:3])[1].tolist() == risk[:3].tolist()
 
     def test_the_last_line_says_what_leaks_and_how_to_close_it(self):
@@ -535,7 +513,8 @@ class TestRuns:
 
     @staticmethod
     def constant_risk(tmp_path, value):
-        (tmp_path / "risk.jsonl").write_text(f'{{"risk": {value}}}\n' * 600)
+        rows = [{"risk": value, "hash": c.hash} for c in read_conversations(WORLD / "mixed_10.jsonl")]
+        (tmp_path / "risk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return tmp_path / "risk.jsonl"
 
     @pytest.mark.parametrize(
@@ -587,9 +566,9 @@ class TestRuns:
         with pytest.raises(SystemExit) as ended:
             parse(config, ["--help"])
         shown = capsys.readouterr().out
-        assert ended.value.code == 0 and max(map(len, shown.splitlines())) <= 100 and len(shown.splitlines()) <= 72
+        assert ended.value.code == 0 and max(map(len, shown.splitlines())) <= 100 and len(shown.splitlines()) <= 75
         for option in fields(config):
-            assert option.name == "paths" or f"--{option.name}".replace("_", "-") in shown.replace("--no-", "--")
+            assert option.name in ("paths", "given") or f"--{option.name}".replace("_", "-") in shown.replace("--no-", "--")
         with pytest.raises(SystemExit) as ended:
             parse(config, ["--no-such-option"])
         assert ended.value.code == 2 and "--no-such-option" in capsys.readouterr().err
@@ -598,7 +577,8 @@ class TestRuns:
         config = parse(TrainConfig, ["--no-compile", "--no-eval-base", "--fsdp", "--lr", "1e-3", "--data", "d", "--judge-kind", "guard"])
         assert (config.compile, config.eval_base, config.fsdp, config.lr, config.data) == ("off", False, True, 1e-3, Path("d"))
         assert parse(TrainConfig, ["--compile", "auto"]) == parse(TrainConfig, []) == TrainConfig()
-        assert parse(EvalConfig, ["a", "b", "--compare"], positional="paths").paths == [Path("a"), Path("b")]
+        assert parse(EvalConfig, ["a", "b", "--compare"], positional="paths") == EvalConfig(
+            paths=(Path("a"), Path("b")), compare=True, given=("paths", "compare"))
 
     def test_a_script_can_be_asked_for_help(self):
         shown = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
