@@ -469,7 +469,11 @@ def write_start(config: TrainConfig, examples: list[Example], risk: dict, fitted
 
 def leak_line(config: TrainConfig) -> str:
     """What a gate that is not closed lets through, and the options that close it; "" where nothing leaks."""
-    if config.method != "adaptive" or config.beta_max == 1:
+    if config.method != "adaptive":
+        return ""
+    if config.gate == "batch":
+        return "\nthe gate leaks: a risky example trains with the mean risk of its batch; --gate example closes it"
+    if config.beta_max == 1:
         return ""
     kept = f"a first token at risk 1 keeps probability {1 - config.beta_max:.2g}"
     return f"\nthe gate leaks: {kept}; --beta-min 0 --beta-max 1 closes it"

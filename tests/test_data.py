@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import date
 
 import pytest
 import torch
@@ -141,6 +142,16 @@ class TestRendering:
         chat = chat_with(tmp_path, template)
         assert chat.render(conversation('é <b>"', "yes", system="s").messages) == '<|bos|>["é <b>\\""]yes<|end|>'
         assert chat.render(conversation(" x ").messages, add_generation_prompt=True) == '<|bos|>["x"]>20'
+
+    def test_a_template_that_prints_the_date_prints_the_one_it_is_given(self, tmp_path):
+        chat_with(tmp_path, "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
+        said = Chat(tmp_path / "chat", "2026-02-01")
+        assert said.render(conversation("x").messages) == "01 Feb 2026 x" and said.date == "2026-02-01"
+        assert Chat(tmp_path / "chat").date == date.today().isoformat()
+        assert Chat(WORLD / "model", "2026-02-01").date is None  # nothing of it depends on the day
+        for wrong in ("1 Feb", "2026-02-30", "20260201"):
+            with pytest.raises(DataError, match="--date: expected YYYY-MM-DD"):
+                Chat(tmp_path / "chat", wrong)
 
     def test_the_template_may_refuse_in_its_own_words_and_cannot_reach_out(self, tmp_path):
         chat = chat_with(tmp_path, "{{ raise_exception('no system role') if messages[0].role == 'system' }}")
