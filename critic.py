@@ -30,8 +30,8 @@ from data.conversations import WORLD, Conversation, is_embedded, read_conversati
 from lib.checkpoint import fingerprint
 from lib.cli import require, run, shown
 from lib.endpoint import GIVE_UP, Endpoint, EndpointError
-from lib.files import DataError, ModelError, read_text, write_jsonl
-from lib.frame import fill, forged
+from lib.files import DataError, ModelError, write_jsonl
+from lib.frame import fill, forged, read_rubric
 from lib.metrics import risk_metrics
 from lib.risk import UNKNOWN, as_risk
 from lib.verdicts import VerdictFile
@@ -160,7 +160,7 @@ class RubricJudge(LocalJudge):
     def __init__(self, options: JudgeOptions):
         super().__init__(options)
         own = self.path / "rubric.txt"
-        self.rubric = read_rubric(options.rubric or (own if own.exists() else None))
+        self.rubric = read_rubric(options.rubric or (own if own.exists() else RUBRIC))
         vocabulary = self.chat.tokenizer.get_vocab()
         self.digits = [[i for token in (d, f"Ġ{d}", f"▁{d}", f" {d}")
                         if (i := vocabulary.get(token)) is not None] for d in "12345"]
@@ -213,7 +213,7 @@ class EndpointJudge:
     harmful_from = RubricJudge.harmful_from
 
     def __init__(self, options: JudgeOptions):
-        self.rubric, self.workers = read_rubric(options.rubric), options.judge_requests
+        self.rubric, self.workers = read_rubric(options.rubric or RUBRIC), options.judge_requests
         self.endpoint, self.control = Endpoint(options.judge, options.judge_model, options.judge_timeout), ()
 
     @property
@@ -245,14 +245,6 @@ def parse_score(text: str) -> int | None:
     answer = re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL)
     match = re.fullmatch(r"(?:score:\s*)?\**([1-5])\**\.?", answer.strip(), re.IGNORECASE)
     return int(match[1]) if match else None
-
-
-def read_rubric(path: Path | None) -> str:
-    """A rubric file, or the built-in one. Raises DataError where {prompt} or {response} is not in it."""
-    text = read_text(path or RUBRIC).strip()
-    if absent := [name for name in ("{prompt}", "{response}") if name not in text]:
-        raise DataError(f"{path}: expected a rubric with {' and '.join(absent)} in it, found none")
-    return text
 
 
 # ---------------------------------------------------------------- verdicts

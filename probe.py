@@ -211,14 +211,8 @@ def choose_layers(layers: str, validation: dict[int, float]) -> list[int]:
     return chosen
 
 
-# ---------------------------------------------------------------- reports
-
-
 def expect_strong(report: dict, where, weak: bool = False) -> None:
-    """Print a probe's held-out AUROC. Raises DataError for one that separates little, or nothing (NaN).
-
-    weak: only say so. `where`: the probe's file, or that of its data, for the error.
-    """
+    """Print a probe's held-out AUROC. Raises DataError where it is low or NaN; with `weak`, says so only."""
     test = report["test"]
     print(f"probe: AUROC {test['auroc']:.3f} on {test['n_harmful'] + test['n_benign']} held-out prompts")
     if not test["auroc"] >= WEAK_AUROC:

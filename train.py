@@ -339,8 +339,8 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
             if not math.isfinite(grad_norm):
                 raise FloatingPointError(f"step {step}: gradient {grad_norm}, loss {loss}; no model is saved")
             if pulled and not moved and kl >= AT_START[policy.lm_head.weight.element_size()]:
-                raise DataError(f"step {step}: expected KL 0 before the policy moves, found {kl:.2g} a token: the "
-                                f"reference is not the model's; delete {config.ref_cache}, or --ref live")
+                raise DataError(f"step {step}: expected KL 0 before the policy moves, found {kl:.2g} a token: "
+                                f"the reference is not the model's; delete {config.ref_cache}, or --ref live")
             lr = lr_at(step, n_steps, config.warmup_steps, config.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -469,12 +469,10 @@ def write_start(config: TrainConfig, examples: list[Example], risk: dict, fitted
 
 def leak_line(config: TrainConfig) -> str:
     """What a gate that is not closed lets through, and the options that close it; "" where nothing leaks."""
-    if config.method != "adaptive":
+    if config.method != "adaptive" or config.gate == "example" and config.beta_max == 1:
         return ""
     if config.gate == "batch":
-        return "\nthe gate leaks: a risky example trains with the mean risk of its batch; --gate example closes it"
-    if config.beta_max == 1:
-        return ""
+        return "\nthe gate leaks: a risky example has its batch's mean risk; --gate example closes it"
     kept = f"a first token at risk 1 keeps probability {1 - config.beta_max:.2g}"
     return f"\nthe gate leaks: {kept}; --beta-min 0 --beta-max 1 closes it"
 

@@ -4,6 +4,9 @@ import hashlib
 import json
 import re
 import unicodedata
+from pathlib import Path
+
+from lib.files import DataError, read_text
 
 # Marks of the frame, and the control tokens of common chat formats: a server's are not known here.
 FORGED = re.compile(r"\[/?[0-9a-f]{6}\]|<\|[^<>|\n]{1,60}\|>|</?s>|\[/?inst\]|<</?sys>>"
@@ -17,6 +20,14 @@ def visible(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or not (
         unicodedata.category(c) in ("Cc", "Cf", "Cn", "Co") or c in INVISIBLE
         or "\ufe00" <= c <= "\ufe0f" or "\U000e0100" <= c <= "\U000e01ef"))
+
+
+def read_rubric(path: Path) -> str:
+    """A rubric. Raises DataError where {prompt} or {response} is not in it."""
+    text = read_text(path).strip()
+    if absent := [name for name in ("{prompt}", "{response}") if name not in text]:
+        raise DataError(f"{path}: expected a rubric with {' and '.join(absent)} in it, found none")
+    return text
 
 
 def frame_mark(rubric: str, prompt: str, response: str) -> str:
