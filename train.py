@@ -493,12 +493,12 @@ def main(config: TrainConfig) -> None:
         risk, fitted = training_risk(config, policy, chat, examples, conversations, judge)
         if config.eval_base:
             base, completions = evaluate_model(policy, chat, sets, config, "base", judge)
+    kept, gate = gated(config, examples, risk["risk"])
+    reference = reference_of(config, policy, kept, gate)
     processes.on_first(lambda: write_start(config, examples, risk, fitted, completions))
-    examples, gate = gated(config, examples, risk["risk"])
-    reference = reference_of(config, policy, examples, gate)
 
     compile_blocks(policy, config.compile)
-    train(config, policy, reference, examples, gate, config.out / "metrics.jsonl")
+    train(config, policy, reference, kept, gate, config.out / "metrics.jsonl")
     if config.lora_r:
         save_adapter(policy, config.out / "adapter")
     save_model(policy, config.out / "model")
