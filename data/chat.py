@@ -114,7 +114,7 @@ class Chat:
             raise DataError(f"{path}: the chat template does not compile: {error}") from None
         content = source + json.dumps(special, sort_keys=True) + self.tokenizer.to_str()
         self.fingerprint = sha256(content.encode()).hexdigest()
-        self._learn_structure(special.get("unk_token"))
+        self._learn_structure()
 
     @staticmethod
     def compile(source: str, special_tokens: dict, date: str | None = None) -> jinja2.Template:
@@ -127,16 +127,17 @@ class Chat:
                                 "strftime_now": parse_date(date).strftime}
         return environment.from_string(source)
 
-    def _learn_structure(self, unknown: str | None) -> None:
+    def _learn_structure(self) -> None:
         """How the template parts turns, from conversations of plain words.
 
         `control` {id: text}: special tokens, and others that it writes. `marks`: where it parts two turns by
         words alone (Llama 2's [/INST]), these words, as `visible` shows them: no message may have them.
         """
-        added = {i: token for i, token in self.tokenizer.get_added_tokens_decoder().items()
-                 if token.content != unknown}  # a tokenizer gives that one for words that it lacks
+        added = self.tokenizer.get_added_tokens_decoder()
         self.control, self.marks = {i: token.content for i, token in added.items() if token.special}, set()
-        self._typed = None
+        model, self._typed = json.loads(self.tokenizer.to_str())["model"], None
+        # What the tokenizer itself gives for words that it lacks, so that words may have it.
+        self._unknown = {self.tokenizer.token_to_id(model.get("unk_token") or ""), model.get("unk_id")}
         system, *turns = [{"role": role, "content": content} for role, content in
                           (("system", "qaz"), ("user", "wsx"), ("assistant", "edc"), ("user", "rfv"))]
         texts = []
@@ -165,8 +166,8 @@ class Chat:
             content = message["content"]
             shown = visible(content) if self.marks else ""
             if mark := BREAK * (BREAK in content) or next((m for m in self.marks if m in shown), None):
-                raise DataError(f"{where}: expected messages without {mark!r}, by which the chat template "
-                                f"parts turns, found one with it")
+                raise DataError(f"{where}: expected messages without {mark!r}, by which turns or tokens are "
+                                f"parted here, found one with it")
             content = self._typed.sub(rf"\1{BREAK}", content) if self._typed else content
             plain.append(message | {"content": content})
         variables |= {"messages": plain, "add_generation_prompt": add_generation_prompt,
@@ -189,7 +190,8 @@ class Chat:
             start += len(piece)
         words = [message | {"content": "x" if message["content"].strip() else ""} for message in messages]
         expected = self.encode(self.render(words, where=where, **variables))
-        found, expected = ([i for i in sequence if i in self.control] for sequence in (ids, expected))
+        found, expected = ([i for i in sequence if i in self.control.keys() - self._unknown]
+                           for sequence in (ids, expected))
         if found != expected:
             shown = [" ".join(self.control[i] for i in sequence) for sequence in (expected, found)]
             raise DataError(f"{where}: expected the template's control tokens {shown[0]}, found {shown[1]}: "
