@@ -346,10 +346,10 @@ def working_dtype(device) -> torch.dtype:
     """What the scripts compute in: bfloat16 on CUDA, float32 on the CPU, where bfloat16 is slow."""
     if torch.device(device).type != "cuda":
         return torch.float32
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    print("this card has no bfloat16: computing in float32")
-    return torch.float32
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        print("this card has no bfloat16: computing in float32")
+        return torch.float32
+    return torch.bfloat16
 
 
 def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> Transformer:

@@ -149,12 +149,14 @@ class TestGenerate:
     def test_samples_follow_the_softmax_and_the_seed(self):
         logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20000, -1)
         for temperature in (0.5, 1.0):
-            drawn = sample(logits, temperature, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
+            drawn = sample(logits, temperature, torch.rand(20000, 1, dtype=torch.float64)).bincount(minlength=4) / 20000
             torch.testing.assert_close(drawn, (logits[0] / temperature).softmax(-1), atol=0.01, rtol=0)
         assert sample(logits, 0.0, None).unique().tolist() == [0]
         model = load_model(GOLDEN[0])
-        draws = [generate(model, [[3, 4]] * 4, 6, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
-        assert draws[0] == draws[1] != draws[2]
+        ends = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64)  # the first token's share begins at 0, the last one's ends at 1
+        assert sample(logits[:2], 1.0, ends).tolist() == [0, 3] and sample(logits[:1, [3, 0]] - 2000, 1.0, ends[:1]).tolist() == [0]
+        one, same, other = (generate(model, [[3, 4]] * 4, 6, temperature=2.0, seeds=seeds) for seeds in ([1, 2, 3, 4], [1, 2, 3, 4], [5, 2, 1, 4]))
+        assert one == same and one[1] == other[1] and one[0] == other[2] and one[0] != other[0]
 
     @pytest.mark.parametrize("prompts, new", [([], 3), ([[]], 3), ([[3] * 120], 20)])
     def test_impossible_prompts_are_refused(self, prompts, new):

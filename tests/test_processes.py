@@ -105,7 +105,7 @@ def test_two_processes_train_and_save_what_one_does(case, runs):
     assert len(rows[0]) == (6 if "accumulated" in case else 5)
     for a, b in zip(*rows, strict=True):
         for key in ("loss", "nll", "kl", "grad_norm"):
-            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-5), (a["step"], key)
+            assert a[key] == b[key] or a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-5), (a["step"], key)
     files = [sorted(str(path.relative_to(run)) for path in run.rglob("*")) for run in (one, two)]
     assert files[0] == files[1] and (one / "model" / "config.json").read_text() == (two / "model" / "config.json").read_text()
     for name in ("model/model.safetensors", *["adapter/adapter_model.safetensors"] * ("full" not in case)):
@@ -125,13 +125,13 @@ def test_fsdp_trains_float32_adapters_over_compiled_bfloat16_weights(runs):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
 
 
-def test_evaluation_in_two_processes_gives_the_same_greedy_responses(tmp_path):
+def test_evaluation_in_two_processes_gives_the_same_responses_greedy_and_sampled(tmp_path):
     options = [WORLD / "model", "--limit", "7", "--samples", "2", "--max-new-tokens", "16", "--verdicts", tmp_path / "v.sqlite", "--eval-batch-size", "3"]
     evaluate.main(parse(EvalConfig, [*map(str, options), "--out", str(tmp_path / "1")], positional="paths"))
     done = start(2, "evaluate.py", *options, "--out", tmp_path / "2")
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [(tmp_path / name / "completions.jsonl").read_text().splitlines() for name in "12"]
-    found = [[row for line in file if (row := json.loads(line))["decoding"] == "greedy"] for file in lines]
+    found = [[json.loads(line) for line in file] for file in lines]
     assert found[0] == found[1] and "harmful" in found[0][0] and len(lines[1]) == 7 * 3 + 7 * 4
 
 

@@ -87,8 +87,8 @@ def test_no_prompt_is_in_two_sets(built):
 
 def test_evaluation_actions_occur_in_no_other_set(built):
     files, align, judge = built
-    text = " ".join(message["content"] for records in (align, judge, *(files[f"{name}.jsonl"] for name in ATTACKS), files["probe.jsonl"])
-                    for record in records for message in record["messages"])
+    text = " ".join(message["content"] for records in (align, *(files[f"{name}.jsonl"] for name in ATTACKS), files["probe.jsonl"])
+                    for record in records for message in record["messages"]) + " ".join(p + " " + r for p, r, _, _ in judge)
     for kind in ("harmful", "lookalike"):
         grids = HARM if kind == "harmful" else LOOKALIKE
         actions = {(category, f"{verb} {object_}") for category, (verbs, objects) in grids.items() for verb in verbs for object_ in objects}
