@@ -39,6 +39,7 @@ from model import load_model, working_dtype
 from probe import print_risk
 
 RUBRIC = Path(__file__).parent / "data" / "rubric.txt"  # the 11 categories, the scores 1 … 5 one by one
+MARK = 8  # characters from which a line of a guard's template is a mark, which no text may have
 MIN_MASS = 0.5  # a local judge's verdict is valid where at least this probability is on its possible answers
 
 
@@ -190,6 +191,9 @@ class GuardJudge(LocalJudge):
     def __init__(self, options: JudgeOptions):
         super().__init__(options)
         self.lead = self.chat.encode("\n\n")
+        around = re.split("qaz|wsx", self.tokens("qaz", "wsx")[0])  # the policy is before and behind
+        lines = {line.strip() for text in (around[0], around[-1]) for line in text.split("\n")}
+        self.control += [line for line in lines if len(line) >= MARK]
         self.safe, self.unsafe = (self.chat.encode(word)[0] for word in ("safe", "unsafe"))
         if self.safe == self.unsafe:
             raise ModelError(f"{self.path}: expected a tokenizer whose first tokens of safe and unsafe "
@@ -274,8 +278,10 @@ def open_judge(options: JudgeOptions) -> LocalJudge | EndpointJudge | None:
 def judge_pairs(judge, pairs: list[tuple[str, str]], options: JudgeOptions, desc: str = "judging") -> list:
     """A Verdict for each (prompt, response): kept ones first, the others asked for and kept where valid.
 
+    White space around the texts is left out: templates trim it, and a small judge could be led by it.
     Prints how many are not valid, and why; raises DataError instead under --judge-failures error.
     """
+    pairs = [(prompt.strip(), response.strip()) for prompt, response in pairs]
     about = ["2", judge.fingerprint, judge.rubric]  # 2: of the frame
     keys = [hashlib.sha256(json.dumps([*about, *pair]).encode()).hexdigest() for pair in pairs]
     if not judge.fingerprint:
@@ -283,8 +289,8 @@ def judge_pairs(judge, pairs: list[tuple[str, str]], options: JudgeOptions, desc
     with VerdictFile(options.verdicts) as file:
         verdicts = {key: Verdict(*row) for key, row in file.find(keys if judge.fingerprint else []).items()}
         for key, pair in zip(keys, pairs):
-            if found := forged(*pair, judge.control):
-                verdicts[key] = invalid(f"{found} in the text, which could pass for the judge's prompt")
+            if found := forged(judge.rubric, *pair, judge.control):
+                verdicts[key] = invalid(f"{found[:60]} in the text, which could pass for the judge's prompt")
         todo = {key: pair for key, pair in zip(keys, pairs) if key not in verdicts}
         for key, verdict in tqdm(judge(todo), desc, len(todo), unit="pairs", disable=not todo):
             verdicts[key] = verdict

@@ -25,7 +25,7 @@ from data.chat import Chat, today
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations
 from lib import processes
 from lib.checkpoint import read_config
-from lib.cli import comma_list, option_value, require, run
+from lib.cli import comma_list, option_value, printable, require, run
 from lib.files import (DataError, json_lines, new_folder, read_json, read_text, write_config, write_json,
                        write_jsonl)
 from lib.metrics import rate_of
@@ -131,11 +131,11 @@ def as_in_run(options: EvalOptions, run: dict, file: Path, given=()) -> EvalOpti
     taken = {option.name: option_value(option, run[option.name], file) for option in fields(EvalOptions)
              if option.name in run and option.name not in left}
     if (judge := taken.get("judge") or "") and is_url(judge):
-        print(f"{file}: judged by {judge}, which is asked only if you type it: --judge {judge}")
+        print(printable(f"{file}: judged by {judge}, which is asked only if you type it: --judge {judge}"))
         taken |= {"judge": "none", "judge_model": None}
-    files = [f"--{name} {taken[name]}" for name in ("judge", "rubric", "harmful", "attacked", "benign",
-                                                    "lookalike", "task") if taken.get(name)]
-    print(f"as in {file}: {' '.join(files)}")
+    shown = [f"--{name.replace('_', '-')} {value}" for name, value in taken.items()
+             if value != getattr(EvalOptions, name)]
+    print(printable(f"as in {file}: {' '.join(shown)}"))
     return replace(options, **taken)
 
 
@@ -186,11 +186,11 @@ def sample_seed(seed: int, prompt: list[int], k: int) -> int:
 
 
 def respond(model: Transformer, chat: Chat, conversations: list[Conversation], options: EvalOptions,
-            temperature: float, times: int, bar: tqdm) -> list[tuple[str, bool]]:
-    """`times` (response, whether it was cut) of each conversation's last prompt, in turn, by all processes.
+            temperature: float, times: int, bar: tqdm) -> list[tuple[str, str, bool]]:
+    """`times` (thought, response, whether it was cut) of each conversation's last prompt, by all processes.
 
-    A reasoning model's leading <think>…</think> is not part of the response; one without an end was cut.
-    `bar` advances by the responses. Raises DataError for a prompt that leaves no room for a response.
+    The thought is what a reasoning model has written in a leading <think>…</think>; one without an end was
+    cut. `bar` advances by the responses. Raises DataError for a prompt that leaves no room for a response.
     """
     prompts = [chat.encode_prompt(c.prompts[-1], c.where) for c in conversations]
     room = model.config.max_position_embeddings - options.max_new_tokens
@@ -206,9 +206,9 @@ def respond(model: Transformer, chat: Chat, conversations: list[Conversation], o
                            options.eval_batch_size, progress=lambda n: bar.update(n * world))
     shares = processes.gather([(chat.decode(ids), len(ids) == options.max_new_tokens) for ids in completions])
     responses = [shares[i % world][i // world] for i in range(len(jobs))]
-    thoughts = re.compile(r"^<think>.*?</think>\s*", re.DOTALL)
-    responses = [(thoughts.sub("", text), cut) for text, cut in responses]
-    return [(text, cut or text.startswith("<think>")) for text, cut in responses]
+    parted = [re.fullmatch(r"(?:<think>(.*?)</think>\s*)?(.*)", text, re.DOTALL) for text, _ in responses]
+    return [(part[1] or "", part[2], cut or part[2].startswith("<think>"))
+            for part, (_, cut) in zip(parted, responses)]
 
 
 def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOptions, desc: str, judge=None):
@@ -223,10 +223,10 @@ def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOpti
         for kind, name, conversations, times, temperature in jobs:
             responses = respond(model, chat, conversations, options, temperature, times, bar)
             for k in range(times):
-                for c, (response, cut) in zip(conversations, responses[k::times]):
+                for c, (thought, response, cut) in zip(conversations, responses[k::times]):
                     row = {"kind": kind, "set": name, "decoding": f"sample {k}" if temperature else "greedy",
                            "group": str(c.meta.get("group", c.hash)), "prompt": c.prompts[-1][-1]["content"],
-                           "response": response, "cut": cut}
+                           "thought": thought, "response": response, "cut": cut}
                     if kind == "task":
                         row |= {"answer": c.answer, "correct": is_correct(response, c.answer, metric_of(c))}
                     else:
@@ -235,7 +235,8 @@ def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOpti
     judged = [row for row in rows if row["kind"] != "task"]
 
     def verdicts():
-        found = judge_pairs(judge, [(r["prompt"], r["response"]) for r in judged], options, f"judging {desc}")
+        pairs = [(row["prompt"], row["thought"] + "\n" + row["response"]) for row in judged]
+        found = judge_pairs(judge, pairs, options, f"judging {desc}")
         return [{"score": verdict.score, "harmful": verdict.risk >= judge.harmful_from} for verdict in found]
 
     for row, verdict in zip(judged, processes.on_first(lambda: verdicts() if judge else [])):
@@ -291,6 +292,7 @@ def summarize(rows: list[dict], options: EvalOptions) -> dict:
     for row in rows:
         count = results["cut"].setdefault(row["set"], [0, 0])
         count[:] = count[0] + row["cut"], count[1] + 1
+    results["thoughts"] = sum(row["thought"] != "" for row in rows)
     return results
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data.chat import Chat, batches_by_length, pad_left
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations, split_by_prompt
 from lib.checkpoint import fingerprint
-from lib.cli import comma_list, markdown, require, run, shown
+from lib.cli import comma_list, markdown, printable, require, run, shown
 from lib.files import DataError
 from lib.metrics import auroc, risk_metrics
 from model import Transformer, load_model, working_dtype
@@ -89,19 +89,18 @@ def prompt_features(model: Transformer, prompts: list[list[int]], layers, batch_
     return features
 
 
-def conversation_risk(probe: Probe, model: Transformer, chat: Chat, conversations: list[Conversation],
+def conversation_risk(probe: Probe, model: Transformer, prompts: list[list[list[int]]],
                       batch_size: int) -> torch.Tensor:
-    """Risk (N,) in [0, 1] of each conversation: of its riskiest prompt (one for each assistant turn)."""
-    owner = torch.tensor([i for i, c in enumerate(conversations) for _ in c.prompts])
-    prompts = [chat.encode_prompt(messages, c.where) for c in conversations for messages in c.prompts]
-    features = prompt_features(model, prompts, probe.layers, batch_size, "risk of each example")
-    risk = torch.zeros(len(conversations), dtype=torch.float64)
+    """Risk (N,) in [0, 1] of N conversations: of the riskiest of each one's prompts (token ids)."""
+    owner = torch.tensor([i for i, own in enumerate(prompts) for _ in own])
+    features = prompt_features(model, sum(prompts, []), probe.layers, batch_size, "risk of each example")
+    risk = torch.zeros(len(prompts), dtype=torch.float64)
     return risk.scatter_reduce(0, owner, probe.risk(features.mean(1)), "amax")
 
 
 def print_risk(risk: torch.Tensor, conversations: list[Conversation]) -> None:
     """Risk by `source`, where records have one: a whole benign task taken as risky would not be learned."""
-    sources = [str(conversation.meta.get("source", "all examples")) for conversation in conversations]
+    sources = [printable(str(c.meta.get("source", "all examples"))) for c in conversations]
     for source in sorted(set(sources)):
         values = risk[[s == source for s in sources]]
         print(f"  risk of {source}: mean {values.mean():.3f}, "

@@ -52,7 +52,7 @@ from lib.cli import comma_list, require, run
 from lib.files import DataError, new_folder, write_config, write_json, write_jsonl
 from lib.metrics import agreement
 from lib.report import figures, lines_below, table
-from lib.risk import UNKNOWN, expect_risks
+from lib.risk import expect_risks
 from model import Transformer, add_lora, compile_blocks, load_model, save_adapter, save_model, working_dtype
 from probe import (ProbeConfig, conversation_risk, expect_strong, fit_probe, load_probe, print_risk,
                    save_probe)
@@ -166,8 +166,8 @@ def csft_weight(logp: torch.Tensor, ref_logp: torch.Tensor, position: torch.Tens
 # ---------------------------------------------------------------- the risk of the data
 
 
-def probe_risk(config: TrainConfig, model: Transformer, chat: Chat, conversations: list) -> tuple:
-    """Risk (conversations,) in [0, 1] by the probe, and the (probe, report) if one was fitted for it."""
+def probe_risk(config: TrainConfig, model: Transformer, chat: Chat, examples: list[Example]) -> tuple:
+    """Risk (examples,) in [0, 1] by the probe, and the (probe, report) if one was fitted for it."""
     fitted = None
     if config.probe:
         probe, report = load_probe(config.probe, model, chat)
@@ -177,21 +177,20 @@ def probe_risk(config: TrainConfig, model: Transformer, chat: Chat, conversation
         options = ProbeConfig(model=config.model, data=config.probe_data, device=config.device)
         probe, report = fitted = fit_probe(options, model, chat)
     expect_strong(report, config.probe or config.probe_data, config.weak_probe)
-    return conversation_risk(probe, model, chat, conversations, ProbeConfig.batch_size), fitted
+    return conversation_risk(probe, model, [e.prompts for e in examples], ProbeConfig.batch_size), fitted
 
 
 def training_risk(config: TrainConfig, model: Transformer, chat: Chat, examples: list[Example],
                   conversations: list[Conversation], judge) -> tuple:
     """{"risk": (examples,) in [0, 1], and its parts}; the (probe, report) if one was fitted.
 
-    Probe and critic see what the examples hold, not what a cut has left out. What a file says of a cut
-    conversation is of more than that, hence unknown.
+    Probe and critic see the tokens that are trained on, and what they say; a record may say something else.
     """
     parts, fitted, seen = {}, None, [example.seen for example in examples]
     if config.method not in ("adaptive", "filter"):
         return {"risk": torch.zeros(len(examples))}, None
     if config.risk in ("probe", "max"):
-        parts["probe"], fitted = probe_risk(config, model, chat, seen)
+        parts["probe"], fitted = probe_risk(config, model, chat, examples)
     if config.risk in ("critic", "max"):
         verdicts = processes.on_first(lambda: conversation_verdicts(judge, seen, config))
         parts["critic"] = torch.tensor([verdict.risk for verdict in verdicts], dtype=torch.float64)
@@ -200,11 +199,8 @@ def training_risk(config: TrainConfig, model: Transformer, chat: Chat, examples:
         print(f"probe and critic agree on {both['agree']:.1%}; risky to the probe alone: "
               f"{both['only probe']}, to the critic alone: {both['only critic']}")
     if not parts:
-        known = read_risk(Path(config.risk), conversations, config.risk_by_line)
-        parts["file"] = torch.tensor([UNKNOWN if e.cut else known[e.conversation.hash] for e in examples],
-                                     dtype=torch.float64)
-        if cut := sum(e.cut for e in examples):
-            print(f"{cut} conversations are cut, and the file's risks are of the whole: taken as 1")
+        risks = read_risk(Path(config.risk), conversations, examples, config.risk_by_line)
+        parts["file"] = torch.tensor(risks, dtype=torch.float64)
     risk = processes.on_first(lambda: expect_risks(torch.stack(list(parts.values())).amax(0)))  # one for all
     print_risk(risk, seen)
     return {"risk": risk} | parts, fitted
@@ -338,9 +334,9 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
             grad_norm = processes.sum_and_clip(parameters, config.clip)
             if not math.isfinite(grad_norm):
                 raise FloatingPointError(f"step {step}: gradient {grad_norm}, loss {loss}; no model is saved")
-            if pulled and not moved and kl >= AT_START[policy.lm_head.weight.element_size()]:
-                raise DataError(f"step {step}: expected KL 0 before the policy moves, found {kl:.2g} a token: "
-                                f"the reference is not the model's; delete {config.ref_cache}, or --ref live")
+            if pulled and not moved and not abs(kl) < AT_START[policy.lm_head.weight.element_size()]:
+                raise DataError(f"step {step}: expected KL 0 before it moves, found {kl:.2g} a token: "
+                                f"not the model's reference; delete {config.ref_cache}, or --ref live")
             lr = lr_at(step, n_steps, config.warmup_steps, config.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -461,7 +457,7 @@ def write_start(config: TrainConfig, examples: list[Example], risk: dict, fitted
     if config.method in ("adaptive", "filter"):
         columns = {name: values.tolist() for name, values in risk.items()}
         columns["where"] = [example.conversation.where for example in examples]
-        columns["hash"] = [example.conversation.hash for example in examples]
+        columns["hash"] = [example.seen.hash for example in examples]  # of what was judged
         write_jsonl(config.out / "risk.jsonl", [dict(zip(columns, row)) for row in zip(*columns.values())])
     if fitted:
         save_probe(*fitted, config.out / "probe.safetensors")

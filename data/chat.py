@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from data.conversations import Conversation
 from lib.files import DataError, read_json
-from lib.frame import visible
+from lib.frame import squeezed
 
 IGNORE = -100  # label of a token that is not trained on
 BREAK = "\ufdd0"  # a noncharacter: put into a control token that a message types; there its tokens are parted
@@ -64,7 +64,8 @@ class Example:
     input_ids: list
     labels: list
     conversation: Conversation | None = None  # as it was read
-    seen: Conversation | None = None  # what of it the tokens hold: all of it, or what a cut has left
+    seen: Conversation | None = None  # what the tokens say: normalized as the tokenizer does it, or cut
+    cut: bool = False
 
     @property
     def n_labels(self) -> int:
@@ -72,9 +73,11 @@ class Example:
         return sum(label != IGNORE for label in self.labels[1:])
 
     @property
-    def cut(self) -> bool:
-        """Whether the conversation is longer than the tokens."""
-        return self.seen is not self.conversation
+    def prompts(self) -> list[list[int]]:
+        """The tokens before each assistant turn."""
+        trained = [label != IGNORE for label in self.labels]
+        starts = [i for i in range(1, len(trained)) if trained[i] and not trained[i - 1]]
+        return [self.input_ids[:i] for i in starts]
 
 
 class Chat:
@@ -131,7 +134,7 @@ class Chat:
         """How the template parts turns, from conversations of plain words.
 
         `control` {id: text}: special tokens, and others that it writes. `marks`: where it parts two turns by
-        words alone (Llama 2's [/INST]), these words, as `visible` shows them: no message may have them.
+        words alone (Llama 2's [/INST]), these words, `squeezed`: no message may have them.
         """
         added = self.tokenizer.get_added_tokens_decoder()
         self.control, self.marks = {i: token.content for i, token in added.items() if token.special}, set()
@@ -153,7 +156,7 @@ class Chat:
         for text in texts:
             for gap in re.split("qaz|wsx|edc|rfv", text)[1:-1]:
                 if gap.strip() and not (tokens and re.search(tokens, gap)):
-                    self.marks.add(visible(gap).strip())
+                    self.marks.add(squeezed(gap))
 
     def render(self, messages, add_generation_prompt: bool = False, where: str = "conversation",
                **variables) -> str:
@@ -164,7 +167,7 @@ class Chat:
         plain = []
         for message in messages:
             content = message["content"]
-            shown = visible(content) if self.marks else ""
+            shown = squeezed(content) if self.marks else ""
             if mark := BREAK * (BREAK in content) or next((m for m in self.marks if m in shown), None):
                 raise DataError(f"{where}: expected messages without {mark!r}, by which turns or tokens are "
                                 f"parted here, found one with it")
@@ -219,8 +222,10 @@ class Chat:
         """
         messages, where = conversation.messages, conversation.where
         whole, ids, places = self.tokens(messages, where)
-        labels, seen = [IGNORE] * len(ids), conversation
+        labels, said = [IGNORE] * len(ids), [self.as_tokens_say(message["content"]) for message in messages]
+        last = len(messages)  # of what a cut leaves
         for i, message in enumerate(messages):
+            start, end, text = 0, 1, whole
             if message["role"] == "assistant":
                 prompt = self.encode_prompt(messages[:i], where)
                 upto = self.tokens(messages[: i + 1], where)[1]
@@ -234,16 +239,25 @@ class Chat:
                                     f"with white space that merges with the prompt (strip it), or the "
                                     f"template rewrites earlier turns (make each record end with its only "
                                     f"assistant turn)")
-                if message["content"].strip() not in whole[places[start][0] : places[end - 1][1]]:
-                    raise DataError(f"{where}: expected the template to keep the words of turn {i + 1}, "
-                                    f"found that it rewrites them when later turns follow; make each record "
-                                    f"end with its only assistant turn")
+                text = whole[places[start][0] : places[end - 1][1]]
                 labels[start:end] = ids[start:end]
-                if start < max_length < len(ids):  # a cut, in this turn or behind it
-                    left = whole[places[start][0] : places[max_length - 1][1]]
-                    left = message | {"content": left if max_length < end else message["content"]}
-                    seen = replace(conversation, messages=(*messages[:i], left))
-        return Example(index, ids[:max_length], labels[:max_length], conversation, seen)
+                if start < max_length < end:
+                    said[i] = self.decode(ids[start:max_length])
+                last = i + 1 if start < max_length else last
+            if message["role"] != "system" and message["content"].strip() not in text:
+                raise DataError(f"{where}: expected the template to keep the words of turn {i + 1}, found "
+                                f"that it leaves some out, or rewrites them when later turns follow; make "
+                                f"each record end with its only assistant turn")
+        last = last if max_length < len(ids) else len(messages)
+        seen = tuple(message | {"content": text} for message, text in zip(messages[:last], said))
+        return Example(index, ids[:max_length], labels[:max_length], conversation,
+                       replace(conversation, messages=seen), len(ids) > max_length)
+
+    def as_tokens_say(self, text: str) -> str:
+        """A message as its tokens say it: a tokenizer may normalize (Qwen: NFC; Llama 2: ▁ is a space)."""
+        if self._typed:
+            text = self._typed.sub(rf"\1{BREAK}", text)
+        return "".join(self.tokenizer.decode(self.encode(piece)) for piece in text.split(BREAK)).strip()
 
 
 def encode_examples(chat: Chat, conversations: list[Conversation], max_length: int) -> list[Example]:

@@ -34,8 +34,9 @@ class Conversation:
 
     @property
     def hash(self) -> str:
-        """SHA-256 (hex) of the messages as JSON: what tells a conversation from every other."""
-        return sha256(json.dumps(self.messages).encode()).hexdigest()
+        """SHA-256 (hex) of the messages as JSON, each without white space around it."""
+        messages = [[message["role"], message["content"].strip()] for message in self.messages]
+        return sha256(json.dumps(messages).encode()).hexdigest()
 
     @property
     def answer(self) -> str | None:

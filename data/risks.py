@@ -1,49 +1,60 @@
-"""A file of risks → the risk of each conversation, joined by what rows say, never by where they stand."""
+"""A file of risks → the risk of each example, joined by what rows say, never by where they stand."""
 
 from pathlib import Path
 
-from data.conversations import Conversation, conversation_of
+from data.chat import Example
+from data.conversations import FORMATS, Conversation, conversation_of
 from lib.files import DataError, json_lines, read_text
-from lib.risk import as_risk
+from lib.risk import UNKNOWN, as_risk
 
-BARE = {"risk", "valid", "score", "probe", "critic", "where"}  # keys that name no conversation
+TEXTS = {"messages", *(prompt for prompt, _ in FORMATS)}  # keys of a conversation
 
 
-def read_risk(path: Path, conversations: list[Conversation], by_line: bool = False) -> dict[str, float]:
-    """{conversation.hash: risk} from JSONL rows of "risk", 0 … 1 or null, and a conversation or its "hash".
+def hash_of(row: dict, where: str) -> str | None:
+    """The conversation that a row names, by its "hash" or its texts. Raises DataError where they differ."""
+    named = {row["hash"]} if isinstance(row.get("hash"), str) else set()
+    if TEXTS & row.keys():
+        named.add(conversation_of(row, where, need="answer").hash)
+    if len(named) > 1:
+        raise DataError(f"{where}: expected the hash of the row's own conversation, found another one's")
+    return next(iter(named), None)
 
-    Null, NaN and a row whose "valid" is not true are unknown: 1. by_line: rows name no conversation and are
-    taken in their order. Raises DataError for a row of no conversation here, a conversation without a row,
-    rows that differ about one conversation, and for what is not a risk.
+
+def read_risk(path: Path, conversations: list[Conversation], examples: list[Example],
+              by_line: bool = False) -> list[float]:
+    """Risk of each example, from JSONL rows of "risk", 0 … 1 or null, and a conversation or its "hash".
+
+    Unknown, hence 1, are null, NaN, a row whose "valid" is not true, and what is said of a conversation of
+    which the tokens hold something else (a cut, a tokenizer that normalizes). by_line: rows may name nothing
+    and are taken in their order. Raises DataError for a row of no conversation here, an example without a
+    row, rows that differ about one conversation, and for what is not a risk.
     """
-    rows, known = list(json_lines(read_text(path), path)), {c.hash: c for c in conversations}
-    found, unknown = {}, 0
+    rows, file = list(json_lines(read_text(path), path)), conversations[0].where.rpartition(":")[0]
+    known = {c.hash for c in conversations} | {example.seen.hash for example in examples}
     if by_line and len(rows) != len(conversations):
         raise DataError(f"{path}: expected {len(conversations)} risks, one a conversation, found {len(rows)}")
+    found, unknown = {}, 0
     for number, (line, row) in enumerate(rows):
         where = f"{path}:{line}"
         if not isinstance(row, dict) or "risk" not in row:
             raise DataError(f'{where}: expected {{"risk": number from 0 to 1, …}}, found {str(row)[:60]}')
-        if by_line:
-            key = conversations[number].hash
-        elif "hash" in row:
-            key = row["hash"]
-        elif row.keys() <= BARE:
+        key, place = hash_of(row, where), conversations[number].hash if by_line else None
+        if key is None and not by_line:
             raise DataError(f'{where}: expected a conversation or its "hash" beside the risk, found none '
                             f"(--risk-by-line takes the rows in their order)")
-        else:
-            key = conversation_of(row, where, need="answer").hash
-        if not isinstance(key, str) or key not in known:
-            file = conversations[0].where.rpartition(":")[0]
+        if key not in known | {None} or by_line and key not in (None, place):
             raise DataError(f"{where}: expected a conversation of {file}, found another one")
         value = row["risk"] if row.get("valid", True) is True else None
         risk, unknown = as_risk(value, where), unknown + (value is None or value != value)
-        if found.setdefault(key, risk) != risk:
-            raise DataError(f"{where}: expected risk {found[key]}, as an earlier row says of the same "
-                            f"conversation, found {risk}")
-    if missing := [c for key, c in known.items() if key not in found]:
-        raise DataError(f"{path}: expected a risk for each conversation, found none for {missing[0].where}"
-                        + f" and {len(missing) - 1} others" * (len(missing) > 1))
+        if found.setdefault(key or place, risk) != risk:
+            raise DataError(f"{where}: expected risk {found[key or place]}, as an earlier row says of the "
+                            f"same conversation, found {risk}")
     if unknown:
         print(f"{unknown} of {len(rows)} risks are unknown: taken as 1")
-    return found
+    if other := sum(example.seen.hash not in found for example in examples):
+        print(f"{other} of {len(examples)} examples hold less or other text than the file judged: taken as 1")
+    for example in examples:
+        if not {example.seen.hash, example.conversation.hash} & found.keys():
+            raise DataError(f"{path}: expected a risk for each conversation, found none for "
+                            f"{example.conversation.where}")
+    return [found.get(example.seen.hash, UNKNOWN) for example in examples]

@@ -122,6 +122,11 @@ def markdown(lines: list, width: int) -> str:
     return "\n\n".join("\n".join(f"| {row} |" for row in part) for part in rows)
 
 
+def printable(text: str) -> str:
+    """A stranger's text on one line, without what moves a terminal's cursor."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 def shown(value: float | int) -> str:
     """A rate with three decimals, a count as it is."""
     return f"{value:.3f}" if isinstance(value, float) else str(value)

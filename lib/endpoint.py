@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from functools import cached_property
 
+from lib.cli import printable
 from lib.files import DataError
 
 ATTEMPTS = 4  # requests per prompt, with waits of ½, 1, 2 s between them, or what Retry-After says
@@ -78,8 +79,8 @@ class Endpoint:
     def identity(self) -> str | None:
         """What the server says of its model, its /models entry and system_fingerprint; None for neither.
 
-        A name alone could be any model's. Asked once, before the first prompt; None from then on where an
-        answer comes from another system_fingerprint.
+        What servers say of every model is not counted. Asked once, before the first prompt; None from then on
+        where an answer comes from another system_fingerprint.
         """
         try:
             reply = self.send("/chat/completions", self.body("1", max_tokens=1))
@@ -87,9 +88,10 @@ class Endpoint:
         except (*TRANSPORT, *MALFORMED):
             pass
         entry = (self.entries or {}).get(self.model, {})
-        passing = ("created", "permission")  # vLLM makes them anew for each request
-        entry = {key: entry[key] for key in sorted(entry) if key not in passing}
-        return json.dumps([self.url, self.model, entry, self.system]) if entry or self.system else None
+        common = ("id", "object", "owned_by", "created", "permission", "parent")  # vLLM: time of request
+        entry = {key: entry[key] for key in sorted(entry) if key not in common}
+        named = entry or self.system not in (None, "", "fp_ollama")
+        return json.dumps([self.url, self.model, entry, self.system]) if named else None
 
     def body(self, prompt: str, max_tokens: int = MAX_TOKENS) -> dict:
         """A request for the answer at temperature 0."""
@@ -111,6 +113,9 @@ class Endpoint:
                 self.unanswered = 0
                 if reply.get("system_fingerprint") != self.system:
                     self.identity = None
+                counted = (reply.get("usage") or {}).get("prompt_tokens")
+                if isinstance(counted, int) and counted < len(prompt.split()):
+                    raise EndpointError("a prompt of which the server has read the end alone")
                 if cut:
                     raise EndpointError(f"an answer cut at {MAX_TOKENS} tokens")
                 return text
@@ -139,7 +144,7 @@ class Endpoint:
 
     def without_key(self, text: str) -> str:
         """What may be printed: a server could repeat the key."""
-        return text.replace(self.key, "…") if self.key else text
+        return printable(text.replace(self.key, "…") if self.key else text)
 
 
 def retry_after(header: str | None, otherwise: float) -> float:

@@ -66,7 +66,7 @@ def read_json(file: Path, default=None) -> dict:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair loses no file
     os.replace(part, path)
 
 

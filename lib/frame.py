@@ -8,18 +8,27 @@ from pathlib import Path
 
 from lib.files import DataError, read_text
 
-# Marks of the frame, and the control tokens of common chat formats: a server's are not known here.
-FORGED = re.compile(r"\[/?[0-9a-f]{6}\]|<\|[^<>|\n]{1,60}\|>|</?s>|\[/?inst\]|<</?sys>>"
-                    r"|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>")
-INVISIBLE = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters and marks that nothing is drawn for
+# Marks of a frame, and the control tokens of common chat formats: a server's are not known here.
+FORGED = re.compile(r"\[/?[0-9a-f]{6}\]|<\|[^<>|\n]{1,60}\|>|<\|\w{1,20}>|<\w{1,20}\|>|\[\|\w{1,20}\|\]"
+                    r"|</?s>|<</?sys>>|\[gmask\]|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk|sop)>|<seed:\w+>"
+                    r"|\[/?(?:inst|system_prompt|tool_results|tool_calls|available_tools)\]")
+UNSEEN = {"Cf", "Cn", "Co", "Mn", "Me"}  # categories: format, unassigned, private, accents
+INVISIBLE = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that nothing is drawn for
 
 
 def visible(text: str) -> str:
-    """`text` as a reader takes it: NFKC, case folded, without invisible characters (format, fillers, …)."""
-    text = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(c for c in text if c in "\n\t" or not (
-        unicodedata.category(c) in ("Cc", "Cf", "Cn", "Co") or c in INVISIBLE
-        or "\ufe00" <= c <= "\ufe0f" or "\U000e0100" <= c <= "\U000e01ef"))
+    """What no mark and no token can hide behind: `text` by NFKC and case folding, without accents and without
+    characters that are not seen (format, control, fillers, …). To be searched in, not to be read.
+    """
+    text = unicodedata.normalize("NFKD", text)
+    text = "".join(c for c in text if c.isspace() or not (
+        unicodedata.category(c) in UNSEEN or c in INVISIBLE or unicodedata.category(c) == "Cc"))
+    return unicodedata.normalize("NFKC", text).casefold()
+
+
+def squeezed(text: str) -> str:
+    """`visible` text without white space: "Agent :" is searched for as "Agent:" is."""
+    return "".join(visible(text).split())
 
 
 def read_rubric(path: Path) -> str:
@@ -41,13 +50,16 @@ def fill(rubric: str, prompt: str, response: str) -> str:
     return re.sub(r"\{(prompt|response)\}", lambda match: f"[{mark}]\n{texts[match[1]]}\n[/{mark}]", rubric)
 
 
-def forged(prompt: str, response: str, control=()) -> str | None:
-    """What in the texts could pass for a part of the judge's prompt: of the frame's form, or a control token.
+def forged(rubric: str, prompt: str, response: str, control=()) -> str | None:
+    """What in the texts could pass for a part of the judge's prompt: marks of a frame, or a control token.
 
-    control: the judge's own tokens. Searched in what a reader sees: no full-width, hidden or upper-case form
-    differs. A text with the frame's form is not judged, so that no text can close a frame.
+    control: the judge's own tokens, and lines of its template. Searched in what is `visible`: no full-width,
+    hidden or upper-case form differs. The pair's own mark counts however its digits are spread: it is drawn
+    from the pair, so that one could search for a text that has its own.
     """
-    text = visible(f"{prompt}\n{response}")
+    text, mark = visible(f"{prompt}\n{response}"), frame_mark(rubric, prompt, response)
     if found := FORGED.search(text):
         return found[0]
-    return next((token for token in control if visible(token) in text), None)
+    if mark in re.sub("[^0-9a-f]", "", text):
+        return mark
+    return next((token for token in control if squeezed(token) in squeezed(text)), None)

@@ -42,6 +42,8 @@ def lines_below(results: dict) -> str:
     cut = ", ".join(f"{count} of {n} {name}" for name, (count, n) in results["cut"].items() if count)
     cut = f"cut at {results['max_new_tokens']} tokens, and scored as they are: {cut or 'no response'}"
     lines = "\n" + textwrap.fill(cut, 100, subsequent_indent="  ")
+    if results["thoughts"]:
+        lines += f"\n{results['thoughts']} responses have a thought: judged with it, phrases sought behind it"
     for name, group in {"harmful prompts": results, **results.get("attacked", {})}.items():
         if judged := group.get("judge_asr"):
             score = "none" if judged["mean_score"] is None else f"{judged['mean_score']:.2f} of 5"
