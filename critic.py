@@ -191,9 +191,10 @@ class GuardJudge(LocalJudge):
     def __init__(self, options: JudgeOptions):
         super().__init__(options)
         self.lead = self.chat.encode("\n\n")
-        around = re.split("qaz|wsx", self.tokens("qaz", "wsx")[0])  # the policy is before and behind
-        lines = {line.strip() for text in (around[0], around[-1]) for line in text.split("\n")}
-        self.control += [line for line in lines if len(line) >= MARK]
+        before, _, behind = re.split("qaz|wsx", self.tokens("qaz", "wsx")[0])  # policy, pair, what is asked
+        lines = re.split("|".join(map(re.escape, [*self.control, "\n"])), behind)
+        lines += [line for line in before.split("\n") if line.startswith("<")]  # <BEGIN …>, <END …>
+        self.control += [line.strip() for line in lines if len(line.strip()) >= MARK]
         self.safe, self.unsafe = (self.chat.encode(word)[0] for word in ("safe", "unsafe"))
         if self.safe == self.unsafe:
             raise ModelError(f"{self.path}: expected a tokenizer whose first tokens of safe and unsafe "
@@ -218,7 +219,7 @@ class EndpointJudge:
 
     def __init__(self, options: JudgeOptions):
         self.rubric, self.workers = read_rubric(options.rubric or RUBRIC), options.judge_requests
-        self.endpoint, self.control = Endpoint(options.judge, options.judge_model, options.judge_timeout), ()
+        self.endpoint, self.control = Endpoint(options.judge, options.judge_model, options.judge_timeout), None
 
     @property
     def fingerprint(self) -> str | None:

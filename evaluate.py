@@ -45,7 +45,8 @@ REFUSAL_PHRASES = (
 METRICS = ("number", "label", "exact")
 # Options in which runs of a row of --compare may differ: they tell runs apart, or change no figure's meaning.
 NOT_COMPARED = {"seed", "out", "eval_base", "device", "verdicts", "judge_requests", "judge_timeout",
-                "judge_batch_size", "ref", "ref_cache", "compile", "gradient_checkpointing", "fsdp", "date"}
+                "judge_batch_size", "ref", "ref_cache", "compile", "gradient_checkpointing", "fsdp", "date",
+                "eval_batch_size"}
 # Options that a run's config.json does not hand on: they say how this machine works, not what is measured.
 MACHINE = {"device", "verdicts", "judge_requests", "judge_timeout", "judge_batch_size", "judge_failures",
            "eval_batch_size"}
@@ -165,7 +166,8 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
             ("seed", 0 <= options.seed < 2**32, "0 to 2^32 − 1"),
             ("samples", options.samples >= 0, "at least 0"), ("limit", options.limit >= 0, "at least 0"),
             *((n, getattr(options, n) > 0, "at least 1") for n in ("max_new_tokens", "eval_batch_size")),
-            ("task", len({Path(file).stem for file in tasks}) == len(tasks), "files with different names"))
+            *((name, len({Path(file).stem for file in files}) == len(files), "files with different names")
+              for name, files in (("task", tasks), ("attacked", comma_list(options.attacked)))))
     attacked = {Path(file).stem.removeprefix("eval_harmful_"): file for file in comma_list(options.attacked)}
     files = {"harmful": {"harmful": options.harmful}, "attacked": attacked,
              "over_refusal": {"benign": options.benign, "lookalike": options.lookalike},
@@ -290,7 +292,8 @@ def summarize(rows: list[dict], options: EvalOptions) -> dict:
         results["task_accuracy"][name] = rate(group, "correct")
     results["cut"] = {}
     for row in rows:
-        count = results["cut"].setdefault(row["set"], [0, 0])
+        name = row["set"] + ", as attacked" * (row["kind"] == "attacked")
+        count = results["cut"].setdefault(name, [0, 0])
         count[:] = count[0] + row["cut"], count[1] + 1
     results["thoughts"] = sum(row["thought"] != "" for row in rows)
     return results
@@ -343,6 +346,8 @@ def pooled(name: str, which: str, runs: list[tuple]) -> dict:
     """{"name", "seeds", "figures"} of runs (path, config, results); `which` completions: base or after."""
     rows = [row for path, _, _ in runs
             for _, row in json_lines(read_text(path / f"completions_{which}.jsonl"), path)]
+    if odd := [path for path, _, results in runs if "cut" not in results[which]]:
+        raise DataError(f"{odd[0]}: expected a run that counts cut responses, found an older one; evaluate it again")
     options = EvalOptions(**{name: runs[0][1][name] for name in ("temperature", "max_new_tokens")})
     found = figures(summarize(rows, options))
     for title, figure in found.items():

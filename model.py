@@ -344,7 +344,7 @@ def can_compile(device: str, backend: str) -> bool:
 @cache
 def working_dtype(device) -> torch.dtype:
     """What the scripts compute in: bfloat16 on CUDA, float32 on the CPU, where bfloat16 is slow."""
-    if torch.device(device).type != "cuda":
+    if not str(device).startswith("cuda"):
         return torch.float32
     if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         print("this card has no bfloat16: computing in float32")

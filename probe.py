@@ -29,6 +29,7 @@ from lib.checkpoint import fingerprint
 from lib.cli import comma_list, markdown, printable, require, run, shown
 from lib.files import DataError
 from lib.metrics import auroc, risk_metrics
+from lib.risk import UNKNOWN
 from model import Transformer, load_model, working_dtype
 
 WEAK_AUROC = 0.8  # a probe below it opens the gate to what it does not see
@@ -69,7 +70,7 @@ class Probe:
         logit = (features.double() - self.mean) / self.std @ self.weight + self.bias
         if unknown := int((~logit.isfinite()).sum()):
             print(f"{unknown} of {len(logit)} risks are unknown (activations not finite): taken as 1")
-        return torch.where(logit.isfinite(), torch.sigmoid(logit), 1.0)
+        return torch.where(logit.isfinite(), torch.sigmoid(logit), UNKNOWN)
 
 
 # ---------------------------------------------------------------- features

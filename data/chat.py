@@ -134,7 +134,8 @@ class Chat:
         """How the template parts turns, from conversations of plain words.
 
         `control` {id: text}: special tokens, and others that it writes. `marks`: where it parts two turns by
-        words alone (Llama 2's [/INST]), these words, `squeezed`: no message may have them.
+        words alone (Llama 2's [/INST]), (these words squeezed, whether they begin a line): no message may
+        have them.
         """
         added = self.tokenizer.get_added_tokens_decoder()
         self.control, self.marks = {i: token.content for i, token in added.items() if token.special}, set()
@@ -150,13 +151,15 @@ class Chat:
             except DataError:  # a template may refuse system prompts, or so few turns, or so many
                 continue
             self.control |= {i: added[i].content for i in self.encode(texts[-1]) if i in added}
-        tokens = "|".join(map(re.escape, sorted(self.control.values(), key=len, reverse=True)))
-        if tokens:
-            self._typed = re.compile(f"(?=(?:{tokens}))(.)", re.DOTALL)
+        self._checked = self.control.keys() - self._unknown
+        tokens = "|".join(map(re.escape, self.control.values()))
+        first = "".join(map(re.escape, {token[0] for token in self.control.values()}))
+        if tokens:  # most places are left by their first character
+            self._typed = re.compile(f"(?=[{first}])(?=(?:{tokens}))(.)", re.DOTALL)
         for text in texts:
             for gap in re.split("qaz|wsx|edc|rfv", text)[1:-1]:
                 if gap.strip() and not (tokens and re.search(tokens, gap)):
-                    self.marks.add(squeezed(gap))
+                    self.marks.add((squeezed(gap), gap.lstrip(" ").startswith("\n")))
 
     def render(self, messages, add_generation_prompt: bool = False, where: str = "conversation",
                **variables) -> str:
@@ -167,8 +170,7 @@ class Chat:
         plain = []
         for message in messages:
             content = message["content"]
-            shown = squeezed(content) if self.marks else ""
-            if mark := BREAK * (BREAK in content) or next((m for m in self.marks if m in shown), None):
+            if mark := BREAK * (BREAK in content) or next(filter(None, map(self._mark, content.split("\n"))), ""):
                 raise DataError(f"{where}: expected messages without {mark!r}, by which turns or tokens are "
                                 f"parted here, found one with it")
             content = self._typed.sub(rf"\1{BREAK}", content) if self._typed else content
@@ -179,6 +181,12 @@ class Chat:
             return self.template.render(**variables)
         except jinja2.TemplateError as error:
             raise DataError(f"{where}: the chat template refuses it: {error}") from None
+
+    def _mark(self, line: str) -> str | None:
+        """The mark of a turn that a line of a message has."""
+        line = squeezed(line) if self.marks else ""
+        return next((mark for mark, begins in self.marks
+                     if (line.startswith(mark) if begins else mark in line)), None)
 
     def tokens(self, messages, where: str = "conversation", **variables) -> tuple[str, list, list]:
         """(text, token ids, place of each in the text): what `render` gives, a typed control token as words.
@@ -193,8 +201,7 @@ class Chat:
             start += len(piece)
         words = [message | {"content": "x" if message["content"].strip() else ""} for message in messages]
         expected = self.encode(self.render(words, where=where, **variables))
-        found, expected = ([i for i in sequence if i in self.control.keys() - self._unknown]
-                           for sequence in (ids, expected))
+        found, expected = ([i for i in sequence if i in self._checked] for sequence in (ids, expected))
         if found != expected:
             shown = [" ".join(self.control[i] for i in sequence) for sequence in (expected, found)]
             raise DataError(f"{where}: expected the template's control tokens {shown[0]}, found {shown[1]}: "
@@ -223,9 +230,9 @@ class Chat:
         messages, where = conversation.messages, conversation.where
         whole, ids, places = self.tokens(messages, where)
         labels, said = [IGNORE] * len(ids), [self.as_tokens_say(message["content"]) for message in messages]
-        last = len(messages)  # of what a cut leaves
+        last, at = len(messages), 0  # of what a cut leaves; the place in the whole behind the last message
         for i, message in enumerate(messages):
-            start, end, text = 0, 1, whole
+            words = message["content"].strip()
             if message["role"] == "assistant":
                 prompt = self.encode_prompt(messages[:i], where)
                 upto = self.tokens(messages[: i + 1], where)[1]
@@ -239,15 +246,17 @@ class Chat:
                                     f"with white space that merges with the prompt (strip it), or the "
                                     f"template rewrites earlier turns (make each record end with its only "
                                     f"assistant turn)")
-                text = whole[places[start][0] : places[end - 1][1]]
+                at, ends = places[start][0], places[end - 1][1]
                 labels[start:end] = ids[start:end]
                 if start < max_length < end:
                     said[i] = self.decode(ids[start:max_length])
                 last = i + 1 if start < max_length else last
-            if message["role"] != "system" and message["content"].strip() not in text:
+            at = whole.find(words, at, ends if message["role"] == "assistant" else None)
+            if at < 0:
                 raise DataError(f"{where}: expected the template to keep the words of turn {i + 1}, found "
                                 f"that it leaves some out, or rewrites them when later turns follow; make "
                                 f"each record end with its only assistant turn")
+            at += len(words)
         last = last if max_length < len(ids) else len(messages)
         seen = tuple(message | {"content": text} for message, text in zip(messages[:last], said))
         return Example(index, ids[:max_length], labels[:max_length], conversation,

@@ -27,7 +27,7 @@ def read_risk(path: Path, conversations: list[Conversation], examples: list[Exam
     Unknown, hence 1, are null, NaN, a row whose "valid" is not true, and what is said of a conversation of
     which the tokens hold something else (a cut, a tokenizer that normalizes). by_line: rows may name nothing
     and are taken in their order. Raises DataError for a row of no conversation here, an example without a
-    row, rows that differ about one conversation, and for what is not a risk.
+    row, and for what is not a risk; of rows about the same conversation the riskiest counts.
     """
     rows, file = list(json_lines(read_text(path), path)), conversations[0].where.rpartition(":")[0]
     known = {c.hash for c in conversations} | {example.seen.hash for example in examples}
@@ -42,13 +42,11 @@ def read_risk(path: Path, conversations: list[Conversation], examples: list[Exam
         if key is None and not by_line:
             raise DataError(f'{where}: expected a conversation or its "hash" beside the risk, found none '
                             f"(--risk-by-line takes the rows in their order)")
-        if key not in known | {None} or by_line and key not in (None, place):
+        if key is not None and (key not in known or by_line and key != place):
             raise DataError(f"{where}: expected a conversation of {file}, found another one")
         value = row["risk"] if row.get("valid", True) is True else None
         risk, unknown = as_risk(value, where), unknown + (value is None or value != value)
-        if found.setdefault(key or place, risk) != risk:
-            raise DataError(f"{where}: expected risk {found[key or place]}, as an earlier row says of the "
-                            f"same conversation, found {risk}")
+        found[key or place] = max(risk, found.get(key or place, 0.0))  # of rows about the same conversation
     if unknown:
         print(f"{unknown} of {len(rows)} risks are unknown: taken as 1")
     if other := sum(example.seen.hash not in found for example in examples):

@@ -86,11 +86,11 @@ class Endpoint:
             reply = self.send("/chat/completions", self.body("1", max_tokens=1))
             self.system = reply.get("system_fingerprint")
         except (*TRANSPORT, *MALFORMED):
-            pass
+            self.system = False  # not known: answers are not compared with it
         entry = (self.entries or {}).get(self.model, {})
         common = ("id", "object", "owned_by", "created", "permission", "parent")  # vLLM: time of request
         entry = {key: entry[key] for key in sorted(entry) if key not in common}
-        named = entry or self.system not in (None, "", "fp_ollama")
+        named = entry or self.system not in (None, False, "", "fp_ollama")
         return json.dumps([self.url, self.model, entry, self.system]) if named else None
 
     def body(self, prompt: str, max_tokens: int = MAX_TOKENS) -> dict:
@@ -111,7 +111,7 @@ class Endpoint:
                 if not isinstance(text, str):
                     raise TypeError("content that is not text")
                 self.unanswered = 0
-                if reply.get("system_fingerprint") != self.system:
+                if self.system is not False and reply.get("system_fingerprint") != self.system:
                     self.identity = None
                 counted = (reply.get("usage") or {}).get("prompt_tokens")
                 if isinstance(counted, int) and counted < len(prompt.split()):

@@ -50,7 +50,7 @@ class VerdictFile:
             rows = {key: self.file.execute("SELECT risk, mass FROM verdicts WHERE key = ?", [key]).fetchone()
                     for key in set(keys)}
         return {key: tuple(as_risk(value, f"{self.path}: verdict {key[:12]}") for value in row)
-                for key, row in rows.items() if row}
+                for key, row in rows.items() if row and None not in row}
 
     def add(self, key: str, risk: float, mass: float, prompt: str, response: str) -> None:
         """Remember a verdict; at most a second of them is lost with the process."""

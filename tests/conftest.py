@@ -1,4 +1,4 @@
-"""One thread, and the project's root on the path."""
+"""One thread, the project's root on the path, and the device: `python -m pytest --device cuda` runs all of it there."""
 
 import os
 import sys
@@ -11,15 +11,45 @@ import pytest
 import torch
 
 from data.conversations import WORLD
-from model import add_lora, load_model
+from model import add_lora, load_model as load
 
 torch.set_num_threads(1)
+
+DEVICE = "cpu"  # where models run, and what tests feed them is: of --device, set before any test module is imported
+# How far what a model computes may be from an oracle, absolutely and relatively: on the CPU, and on a GPU, where TF32 is off.
+TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (0.03, 0.03)}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default=DEVICE, help="where the tests' models run: cpu, cuda, …")
+
+
+def pytest_configure(config):
+    global DEVICE
+    DEVICE = config.getoption("--device")
+    if DEVICE == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the scripts' default too is the CPU then; CUDA has not looked yet
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        torch.empty(0, device=DEVICE)
+    except (RuntimeError, AssertionError) as error:
+        raise pytest.UsageError(f"--device {DEVICE}: {error}") from None
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return DEVICE
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test draws the same numbers, alone or in any order."""
     torch.manual_seed(0)
+
+
+def load_model(path, device=None, dtype=None):
+    """model.load_model, on DEVICE."""
+    return load(path, device or DEVICE, dtype)
 
 
 def policy(path=WORLD / "model", adapter=0.05, dtype=torch.float32):
@@ -29,5 +59,15 @@ def policy(path=WORLD / "model", adapter=0.05, dtype=torch.float32):
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * adapter
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * adapter).to(DEVICE)
     return model
+
+
+def tolerance(dtype=torch.float32) -> float:
+    """Of TOLERANCES, here."""
+    return TOLERANCES[dtype][DEVICE != "cpu"]
+
+
+def assert_near(found, expected, dtype=torch.float32):
+    """assert_close within TOLERANCES, wherever the two are."""
+    torch.testing.assert_close(found.cpu(), expected.cpu(), atol=tolerance(dtype), rtol=tolerance(dtype))

@@ -12,17 +12,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from conftest import policy
+from conftest import DEVICE, assert_near, load_model, policy, tolerance
 from data.chat import IGNORE, Chat, Example, batches_by_length, encode_examples
 from data.conversations import WORLD, read_conversations
 from lib import fused
 from lib.files import DataError
 from lib.fused import reference_terms
-from model import load_model
 from train import TrainConfig, blend, live_reference, micro_batch_loss, reference_of, response_states
 
 GOLDEN = Path(__file__).parent / "golden"
-CONFIG = TrainConfig()
+CONFIG = TrainConfig(device=DEVICE)
 
 
 def tokens(n, m, dtype=torch.float32, vocabulary=50, size=12):
@@ -30,13 +29,14 @@ def tokens(n, m, dtype=torch.float32, vocabulary=50, size=12):
     risk = torch.rand(n) * (torch.arange(n) < m)
     hidden, weight = torch.randn(n, size), torch.randn(vocabulary, size)
     ref_hidden = hidden[:m] + 0.1 * torch.randn(m, size)
-    return hidden.to(dtype), weight.to(dtype), torch.randint(vocabulary, (n,)), 1 - risk, risk, ref_hidden.to(dtype)
+    batch = hidden.to(dtype), weight.to(dtype), torch.randint(vocabulary, (n,)), 1 - risk, risk, ref_hidden.to(dtype)
+    return tuple(tensor.to(DEVICE) for tensor in batch)
 
 
 def value_and_grad(token_loss, hidden, *rest, **more):
     hidden = hidden.clone().requires_grad_()
     loss, nll, kl = token_loss(hidden, *rest, **more)
-    (loss * torch.linspace(1, 2, len(loss))).sum().backward()
+    (loss * torch.linspace(1, 2, len(loss), device=DEVICE)).sum().backward()
     return loss.detach(), nll, kl, hidden.grad
 
 
@@ -57,7 +57,7 @@ class TestTokenLoss:
         cached = value_and_grad(fused.token_loss, *batch[:-1], terms)
         for found in (live, cached):
             for a, b in zip(found, definition, strict=True):
-                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+                assert_near(a, b)
 
     def test_no_tokens_no_loss(self):
         loss, _, _, gradient = value_and_grad(fused.token_loss, *tokens(0, 0))
@@ -74,7 +74,7 @@ class TestTokenLoss:
             hidden, weight, labels, alpha, beta, _ = tokens(40, 40, dtype)
             assert fused.token_loss(hidden, weight, labels, alpha, beta, hidden)[2].abs().max() == 0
             terms = reference_terms(hidden, weight, labels)
-            assert fused.token_loss(hidden, weight, labels, alpha, beta, terms)[2].abs().max() < 1e-5
+            assert fused.token_loss(hidden, weight, labels, alpha, beta, terms)[2].abs().max() < tolerance()
 
     def test_the_error_of_bfloat16(self):
         """Against float64 on the same bfloat16 numbers. Rounding a gradient once costs 2⁻⁹ = 0.2 %; rounding logits costs 1.7 % here."""
@@ -92,12 +92,14 @@ class TestTokenLoss:
         for name, found in {"live": value_and_grad(fused.token_loss, *batch), "rounded": value_and_grad(rounded, *batch),
                             "cached": value_and_grad(fused.token_loss, *batch[:-1], terms)}.items():
             error[name] = ((found[3].double() - exact[3]).norm() / exact[3].norm()).item(), (found[2] - exact[2]).abs().max().item()
-        assert error["live"][0] < 0.0026 and error["cached"][0] < 0.0033 and error["rounded"][0] > 0.01  # of the gradient, relative
-        assert error["live"][1] < 1e-5 and error["cached"][1] < 0.01 and error["rounded"][1] > 0.03  # of KL, nats
+        live, cached = (0.0033, 0.004) if fused.products_in_float32(weight.device) else (0.0026, 0.0033)  # p is rounded too, or not
+        assert error["live"][0] < live and error["cached"][0] < cached and error["rounded"][0] > 0.01  # of the gradient, relative
+        assert error["live"][1] < tolerance() and error["cached"][1] < 0.01 and error["rounded"][1] > 0.03  # of KL, nats
 
     def test_both_forms_of_a_bfloat16_product_agree(self, monkeypatch):
         """Float32 results of bfloat16 matrices, as a GPU gives them, against float32 matrices of the same numbers."""
         batch, mm = tokens(40, 20, torch.bfloat16), torch.mm
+        monkeypatch.setattr(fused, "products_in_float32", lambda device: False)
         plain = value_and_grad(fused.token_loss, *batch)
         kinds = []
 
@@ -110,7 +112,7 @@ class TestTokenLoss:
         loss, nll, kl, gradient = value_and_grad(fused.token_loss, *batch)
         assert set(kinds) == {(torch.bfloat16, torch.bfloat16)}
         for found, expected in zip((loss, nll, kl), plain):
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+            assert_near(found, expected)
         assert (gradient - plain[3]).norm() / plain[3].norm() < 0.005  # p too is rounded to bfloat16, once
 
     def test_where_no_product_has_float32_results_the_head_is_widened_and_one_line_says_so(self, monkeypatch, capsys):
@@ -192,7 +194,7 @@ def cache_of(folder, model, examples, batch_size=5, computed=None):
 
 
 class TestLoraGradients:
-    """Relative error of all LoRA gradients together, in float32: at most 1e-5."""
+    """Relative error of all LoRA gradients together, in float32: at most 1e-5 (on a GPU 1e-4)."""
 
     def check(self, model, examples, risk, tmp_path, beta=(0.1, 0.9)):
         alpha, beta = blend(risk, *beta)
@@ -200,8 +202,8 @@ class TestLoraGradients:
         pulled = [e for e, b in zip(examples, beta) if b > 0]
         for cache in (None, *([cache_of(tmp_path, model, pulled)] if pulled else [])):
             found, gradient = gradients(model, examples, alpha, beta, cache=cache)
-            assert found == pytest.approx(values, rel=1e-5, abs=1e-4)
-            assert (gradient - definition).norm() / definition.norm() < 1e-5
+            assert found == pytest.approx(values, rel=tolerance(), abs=10 * tolerance())
+            assert (gradient - definition).norm() / definition.norm() < tolerance()
 
     @pytest.mark.parametrize("risk", ["graded", "closed gate", "sft", "all risky"])
     def test_of_the_embedded_model(self, examples, tmp_path, risk):
@@ -218,7 +220,8 @@ class TestLoraGradients:
         model, alpha, beta = policy(), torch.full((3,), 0.5), torch.full((3,), 0.5)
         with_it = gradients(model, [examples[0], masked, examples[1]], alpha, beta)
         without = gradients(model, examples[:2], alpha[:2], beta[:2])
-        assert with_it[0] == pytest.approx(without[0], rel=1e-6) and torch.allclose(with_it[1], without[1], atol=1e-7)
+        assert with_it[0] == pytest.approx(without[0], rel=tolerance() / 10)
+        assert torch.allclose(with_it[1], without[1], rtol=tolerance(), atol=tolerance() / 100)
         loss, _, _ = micro_batch_loss(model, live_reference(model), [masked], alpha[:1], beta[:1], 1)
         loss.backward()
         assert loss.item() == 0 and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -320,7 +323,7 @@ class TestReferenceCache:
         again = cache_of(tmp_path, model, examples, batch_size=3, computed=computed)
         assert computed == [{e.index for e in again.batches[0]}]
         for found, wanted in zip(again.terms(examples), cache.terms(examples)):
-            torch.testing.assert_close(found, wanted)
+            torch.testing.assert_close(found, wanted, rtol=0.13 * tolerance(), atol=tolerance())
         cache_of(tmp_path, model, examples, batch_size=7, computed=computed)
         assert len(computed) == 1
 
@@ -363,7 +366,8 @@ class TestReferenceCache:
             started.set()
             go_on.wait(20)
             calls.append(len(batch))
-            return torch.randn(sum(e.n_labels for e in batch), 128), torch.ones(sum(e.n_labels for e in batch), dtype=torch.long)
+            n = sum(e.n_labels for e in batch)
+            return torch.randn(n, 128).to(DEVICE), torch.ones(n, dtype=torch.long, device=DEVICE)
 
         def forbidden(batch):
             calls.append("the second run computes")

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import DEVICE, load_model
 from data.chat import batches_by_length, Chat
 from data.conversations import read_conversations, WORLD
-from model import add_lora, generate, load_model
+from model import add_lora, generate
 
 GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/config.json"))
 
@@ -17,9 +18,9 @@ def simple(model, prompts, max_new_tokens):
     found = []
     for prompt in prompts:
         ids = list(prompt)
-        while len(ids) < len(prompt) + max_new_tokens and (token := model(torch.tensor([ids]))[0, -1].argmax().item()) not in (
-            model.config.eos_token_ids
-        ):
+        while len(ids) < len(prompt) + max_new_tokens and (
+            token := model(torch.tensor([ids], device=DEVICE))[0, -1].argmax().item()
+        ) not in model.config.eos_token_ids:
             ids.append(token)
         found.append(ids[len(prompt) :])
     return found
@@ -52,7 +53,7 @@ def test_greedy_is_the_simple_loop(path, prompts):
 @pytest.mark.parametrize("poll", [2, 3, 8])
 def test_looking_for_finished_rows_every_few_steps_changes_nothing(prompts, poll, monkeypatch):
     """As on CUDA, where looking waits for the GPU: rows run on past their end, and are cut there."""
-    monkeypatch.setattr("model.POLL", {"cpu": poll})
+    monkeypatch.setattr("model.POLL", {torch.device(DEVICE).type: poll})
     for family in ("llama", "phi3_longrope"):
         model = golden(Path(__file__).parent / "golden" / family, prompts, 12)
         assert generate(model, prompts, 12, batch_size=4) == simple(model, prompts, 12)

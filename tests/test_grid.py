@@ -12,8 +12,8 @@ from data.conversations import WORLD
 from lib.files import DataError
 
 
-def test_a_finished_cell_is_kept_an_unfinished_one_is_made_again_and_the_base_is_measured_once(tmp_path, monkeypatch):
-    quick = {"epochs": 1, "lora_r": 2, "limit": 2, "samples": 1, "eval_base": False, "device": "cpu"}
+def test_a_finished_cell_is_kept_an_unfinished_one_is_made_again_and_the_base_is_measured_once(tmp_path, monkeypatch, device):
+    quick = {"epochs": 1, "lora_r": 2, "limit": 2, "samples": 1, "eval_base": False, "device": device}
     monkeypatch.setattr(grid, "SETTINGS", quick)
     config = GridConfig(out=tmp_path, attacks="explicit", methods="filter,sft", seeds=1)
     assert "base" in train_group(replace(config, methods="filter"), "explicit", 0)

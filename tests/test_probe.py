@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
+from conftest import DEVICE, assert_near, load_model, tolerance
 from data.chat import Chat
 from data.conversations import WORLD, Conversation, read_conversations
 from lib.files import DataError
 from lib.metrics import auroc, risk_metrics, tpr_at_fpr
-from model import load_model
 from probe import (
     Probe,
     ProbeConfig,
@@ -40,23 +40,21 @@ class TestFeatures:
         prompts = [chat.encode_prompt(c.prompts[-1]) for c in read_conversations(WORLD / "probe.jsonl")[:7]]
         assert len({len(ids) for ids in prompts}) > 1
         for ids, row in zip(prompts, prompt_features(model, prompts, (0, 2, 5), batch_size=3)):
-            states = model.hidden_states(torch.tensor([ids]), layers=[0, 2, 5])[:, 0]  # (3, T, H)
-            torch.testing.assert_close(row, states[:, -1], atol=1e-5, rtol=1e-5)
+            states = model.hidden_states(torch.tensor([ids], device=DEVICE), layers=[0, 2, 5])[:, 0]  # (3, T, H)
+            assert_near(row, states[:, -1])
 
     def test_the_response_has_no_part_in_the_risk(self, world, fitted):
         prompt = {"role": "user", "content": "How do I rob a museum?"}
         answers = [(), ({"role": "assistant", "content": "No."},), ({"role": "assistant", "content": "Sure, here is how."},)]
-        risk = conversation_risk(fitted[0], *world, [Conversation((prompt, *answer)) for answer in answers], 8)
+        prompts = [[world[1].encode_prompt(p) for p in Conversation((prompt, *answer)).prompts] for answer in answers]
+        risk = conversation_risk(fitted[0], world[0], prompts, 8)
         assert risk.unique().numel() == 1
 
     def test_with_several_turns_the_riskiest_prompt_counts(self, world, fitted):
         turns = lambda *contents: tuple({"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, contents))
-        [both, harmful] = conversation_risk(
-            fitted[0],
-            *world,
-            [Conversation(turns("How do I rob a museum?", "No.", "Hello!", "Hi.")), Conversation(turns("How do I rob a museum?", "No."))],
-            8,
-        )
+        said = [turns("How do I rob a museum?", "No.", "Hello!", "Hi."), turns("How do I rob a museum?", "No.")]
+        prompts = [[world[1].encode_prompt(p) for p in Conversation(messages).prompts] for messages in said]
+        [both, harmful] = conversation_risk(fitted[0], world[0], prompts, 8)
         assert both >= harmful > 0.5
 
 
@@ -141,7 +139,8 @@ class TestOnTheEmbeddedWorld:
         for name in ("train.jsonl", "test.jsonl"):
             (tmp_path / name).write_text("\n".join(rows))
         again, report = fit_probe(ProbeConfig(held_out=f"{tmp_path}/train.jsonl,{tmp_path}/test.jsonl"), *world)
-        torch.testing.assert_close(again.weight, fitted[0].weight, atol=1e-4, rtol=1e-4)  # other batches, other rounding
+        near = {"atol": 10 * tolerance(), "rtol": 10 * tolerance()}  # other batches, other rounding
+        torch.testing.assert_close(again.weight, fitted[0].weight, **near)
         assert report["n"]["train"] == 900 and report["n"]["test"] == 300 and report["n"]["held out: train"] == 48
         assert "5 of 53 prompts are in" in capsys.readouterr().out
         with pytest.raises(DataError, match="--held-out: expected files of different names"):

@@ -1,4 +1,4 @@
-"""Two processes on the CPU (gloo), started as a user starts them, against one."""
+"""Two processes on the CPU (gloo), started as a user starts them, against one; on the CPU under --device cuda too: two need two GPUs."""
 
 import json
 import os
@@ -26,7 +26,8 @@ def start(n, script, *options):
     """`script` in n processes, as a user starts it."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
     command = [sys.executable, *launcher, str(script), *map(str, options)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
 
 
 CASES = {
@@ -81,7 +82,7 @@ def runs(tmp_path_factory):
     (folder / "risk.jsonl").write_text("".join(f'{{"risk": {0 if i % 3 else i / 34}}}\n' for i in range(34)))
     (folder / "each.py").write_text(EACH + "processes.leave()\n")
     every = ["--data", folder / "data.jsonl", "--lr", "1e-3", "--ref-cache", folder / "ref", "--epochs", "1", "--limit", "5",
-             "--samples", "0", "--max-new-tokens", "12", "--judge", "none", "--no-eval-base"]
+             "--samples", "0", "--max-new-tokens", "12", "--judge", "none", "--no-eval-base", "--device", "cpu"]
 
     def options(case, n):
         own = [option for option in CASES[case] if n == 2 or option != "--fsdp"]
@@ -126,7 +127,8 @@ def test_fsdp_trains_float32_adapters_over_compiled_bfloat16_weights(runs):
 
 
 def test_evaluation_in_two_processes_gives_the_same_responses_greedy_and_sampled(tmp_path):
-    options = [WORLD / "model", "--limit", "7", "--samples", "2", "--max-new-tokens", "16", "--verdicts", tmp_path / "v.sqlite", "--eval-batch-size", "3"]
+    options = [WORLD / "model", "--limit", "7", "--samples", "2", "--max-new-tokens", "16", "--verdicts", tmp_path / "v.sqlite",
+               "--eval-batch-size", "3", "--device", "cpu"]
     evaluate.main(parse(EvalConfig, [*map(str, options), "--out", str(tmp_path / "1")], positional="paths"))
     done = start(2, "evaluate.py", *options, "--out", tmp_path / "2")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -136,7 +138,7 @@ def test_evaluation_in_two_processes_gives_the_same_responses_greedy_and_sampled
 
 
 def test_what_is_wrong_ends_all_processes_with_its_line():
-    done = start(2, "train.py", "--data", "nowhere.jsonl")
+    done = start(2, "train.py", "--data", "nowhere.jsonl", "--device", "cpu")
     assert done.returncode != 0 and "error: nowhere.jsonl: expected a file" in done.stderr
 
 
@@ -158,11 +160,12 @@ def test_what_several_processes_cannot_share_is_refused(world, wrong, words, mon
         check(TrainConfig(**wrong))
 
 
-def test_one_process_is_its_own_company():
-    parameter = torch.nn.Parameter(torch.ones(4))
-    parameter.grad = torch.full((4,), 3.0)
-    assert processes.sum_and_clip([parameter], 2.0) == 6.0 and torch.allclose(parameter.grad, torch.ones(4))
-    assert processes.sum_and_clip([parameter], 100.0) == pytest.approx(2.0) and torch.allclose(parameter.grad, torch.ones(4))
+def test_one_process_is_its_own_company(device):
+    ones = torch.ones(4, device=device)
+    parameter = torch.nn.Parameter(ones.clone())
+    parameter.grad = 3 * ones
+    assert processes.sum_and_clip([parameter], 2.0) == 6.0 and torch.allclose(parameter.grad, ones)
+    assert processes.sum_and_clip([parameter], 100.0) == pytest.approx(2.0) and torch.allclose(parameter.grad, ones)
     assert processes.gather([1]) == [[1]] and processes.on_first(lambda: 5) == 5 and processes.all_true(True) and not processes.all_true(False)
     with pytest.raises(KeyError):
         processes.on_first(lambda: {}["x"])

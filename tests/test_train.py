@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import BenchConfig
-from conftest import policy
+from conftest import DEVICE, assert_near, load_model, policy, tolerance
 from critic import CriticConfig
 from data.build import BuildConfig
 from data.chat import IGNORE, Chat, Example, encode_examples
@@ -22,7 +22,7 @@ from grid import GridConfig
 from lib import fused, processes
 from lib.cli import parse
 from lib.files import DataError
-from model import add_lora, can_compile, compile_blocks, generate, load_adapter, load_model
+from model import add_lora, can_compile, compile_blocks, generate, load_adapter
 from probe import ProbeConfig
 from train import token_loss as definition
 from train import (
@@ -47,7 +47,8 @@ from train import (
 
 ROOT = Path(__file__).parent.parent
 QUICK = TrainConfig(benign="none", lookalike="none", task="none", limit=60, samples=0, compile="off", judge="none",
-                    ref_cache=Path(tempfile.mkdtemp()))
+                    ref_cache=Path(tempfile.mkdtemp()), device=DEVICE)
+NEAR, OF_GRADIENTS = tolerance() / 10, {"atol": tolerance() / 10, "rtol": 10 * tolerance()}  # what only rounding tells apart
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +83,10 @@ class TestObjective:
     """With the identity as the head, hidden states are logits."""
 
     def test_gradient_is_softmax_minus_the_soft_target(self, token_loss):
-        eye = torch.eye(11, dtype=torch.float64)
-        logits, ref = torch.randn(7, 11, dtype=torch.float64, requires_grad=True), torch.randn(7, 11, dtype=torch.float64)
-        targets, risk = torch.randint(11, (7,)), torch.rand(7, dtype=torch.float64)
+        eye = torch.eye(11, dtype=torch.float64, device=DEVICE)
+        logits, ref = (torch.randn(7, 11, dtype=torch.float64).to(DEVICE) for _ in range(2))
+        targets, risk = torch.randint(11, (7,)).to(DEVICE), torch.rand(7, dtype=torch.float64).to(DEVICE)
+        logits.requires_grad_()
         alpha, beta = blend(risk, 0.1, 0.9)
         token_loss(logits, eye, targets, alpha, beta, ref)[0].sum().backward()
         q = alpha[:, None] * torch.nn.functional.one_hot(targets, 11) + beta[:, None] * ref.softmax(-1)
@@ -92,9 +94,9 @@ class TestObjective:
 
     def test_the_minimiser_is_the_mixture(self, token_loss):
         """At β_max = 0.9 a harmful token keeps probability 0.1: the gate leaks."""
-        eye = torch.eye(6, dtype=torch.float64)
-        ref, targets = torch.randn(1, 6, dtype=torch.float64), torch.tensor([2])
-        alpha, beta = blend(torch.ones(1, dtype=torch.float64), 0.1, 0.9)
+        eye = torch.eye(6, dtype=torch.float64, device=DEVICE)
+        ref, targets = torch.randn(1, 6, dtype=torch.float64).to(DEVICE), torch.tensor([2], device=DEVICE)
+        alpha, beta = blend(torch.ones(1, dtype=torch.float64, device=DEVICE), 0.1, 0.9)
         logits = (alpha[:, None] * torch.nn.functional.one_hot(targets, 6) + beta[:, None] * ref.softmax(-1)).log().requires_grad_()
         token_loss(logits, eye, targets, alpha, beta, ref)[0].sum().backward()
         assert logits.grad.abs().max() < 1e-12 and logits.softmax(-1)[0, 2] > 0.1
@@ -102,18 +104,18 @@ class TestObjective:
 
 class TestEquations:
     def test_nll_and_kl_are_their_closed_forms(self):
-        p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.5, 0.25]])
-        assert token_nll(q.log(), torch.tensor([1])).item() == pytest.approx(math.log(2))
+        p, q = torch.tensor([[0.5, 0.25, 0.25]], device=DEVICE), torch.tensor([[0.25, 0.5, 0.25]], device=DEVICE)
+        assert token_nll(q.log(), torch.tensor([1], device=DEVICE)).item() == pytest.approx(math.log(2))
         assert token_kl(p.log(), q.log()).item() == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2))
         assert token_kl(p.log() + 7, q.log() - 3).item() == pytest.approx(0.25 * math.log(2), abs=1e-6)  # logits, up to a constant
 
     def test_equal_policies_have_exactly_zero_kl(self):
-        logits = torch.randn(50, 1000) * 20
-        assert torch.equal(token_kl(logits, logits.clone()), torch.zeros(50))
+        logits = torch.randn(50, 1000).to(DEVICE) * 20
+        assert torch.equal(token_kl(logits, logits.clone()), torch.zeros(50, device=DEVICE))
 
     def test_extreme_logits_stay_finite(self):
-        logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
-        token_kl(torch.tensor([[-1e4, 1e4, 0.0]]), logits).sum().backward()
+        logits = torch.tensor([[1e4, -1e4, 0.0]], device=DEVICE, requires_grad=True)
+        token_kl(torch.tensor([[-1e4, 1e4, 0.0]], device=DEVICE), logits).sum().backward()
         assert logits.grad.isfinite().all()
 
     def test_risk_to_alpha_and_beta(self):
@@ -142,39 +144,42 @@ class TestMicroBatch:
         model.zero_grad()
         nll = sum(
             torch.nn.functional.cross_entropy(
-                model(torch.tensor([e.input_ids]))[0, :-1], torch.tensor(e.labels[1:]), ignore_index=IGNORE, reduction="sum"
+                model(torch.tensor([e.input_ids], device=DEVICE))[0, :-1],
+                torch.tensor(e.labels[1:], device=DEVICE),
+                ignore_index=IGNORE,
+                reduction="sum",
             )
             for e in batch
         ) / count(batch)  # the loss as one would write it, example by example
         nll.backward()
-        assert loss == pytest.approx(nll.item(), abs=1e-6)
+        assert loss == pytest.approx(nll.item(), abs=NEAR)
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
-                torch.testing.assert_close(grads[name], parameter.grad, atol=1e-6, rtol=1e-4)
+                torch.testing.assert_close(grads[name], parameter.grad, **OF_GRADIENTS)
 
     def test_the_whole_objective_is_the_one_written_out_in_float64(self, examples):
         model, batch = policy(), examples[:5]
         risk = torch.rand(5)
         loss, _ = loss_and_grads(model, batch, risk)
-        alpha, beta = blend(risk.double(), 0.1, 0.9)
+        alpha, beta = blend(risk.double().to(DEVICE), 0.1, 0.9)
         expected = 0.0
         for example, a, b in zip(batch, alpha, beta):
-            ids = torch.tensor([example.input_ids])
+            ids = torch.tensor([example.input_ids], device=DEVICE)
             logp = model(ids)[0].double().log_softmax(-1)
             with model.adapters_off():
                 ref = model(ids)[0].double().log_softmax(-1)
             for t, label in enumerate(example.labels):
                 if label != IGNORE:
                     expected += -a * logp[t - 1, label] + b * (ref[t - 1].exp() * (ref[t - 1] - logp[t - 1])).sum()
-        assert loss == pytest.approx(expected.item() / count(batch), rel=1e-5)
+        assert loss == pytest.approx(expected.item() / count(batch), rel=tolerance())
 
     def test_accumulation_changes_nothing(self, examples):
         model, risk = policy(), torch.rand(8)
         whole = loss_and_grads(model, examples[:8], risk)
         for size in (1, 3):
             parts = loss_and_grads(model, examples[:8], risk, size)
-            assert parts[0] == pytest.approx(whole[0], abs=1e-6)
-            assert all(torch.allclose(parts[1][name], whole[1][name], atol=1e-6, rtol=1e-4) for name in whole[1])
+            assert parts[0] == pytest.approx(whole[0], abs=NEAR)
+            assert all(torch.allclose(parts[1][name], whole[1][name], **OF_GRADIENTS) for name in whole[1])
 
     def test_batch_mates_padding_and_order_change_nothing(self, examples):
         model, risk, batch = policy(), torch.tensor([0.2, 0.9, 0.5]), sorted(examples[:9], key=lambda e: len(e.input_ids))[::4]
@@ -183,8 +188,8 @@ class TestMicroBatch:
         backward = loss_and_grads(model, batch[::-1], risk.flip(0))
         alone = loss_and_grads(model, batch, risk, size=1)
         for other in (backward, alone):
-            assert other[0] == pytest.approx(whole[0], abs=1e-6)
-            assert all(torch.allclose(other[1][name], whole[1][name], atol=1e-6, rtol=1e-4) for name in whole[1])
+            assert other[0] == pytest.approx(whole[0], abs=NEAR)
+            assert all(torch.allclose(other[1][name], whole[1][name], **OF_GRADIENTS) for name in whole[1])
 
     def test_prompt_tokens_are_conditioned_on_but_never_trained_on(self, examples, monkeypatch):
         """∂L/∂hidden is zero at every position but those before a response token."""
@@ -209,7 +214,7 @@ class TestMicroBatch:
         add_lora(model, 4, 4)
         batch = [Example(i, list(range(3, 3 + n)), [IGNORE] * 4 + list(range(7, 3 + n))) for i, n in enumerate((10, 20))]
         risk = torch.tensor([0.5, 1.0])
-        assert loss_and_grads(model, batch, risk)[0] == pytest.approx(loss_and_grads(model, batch, risk, size=1)[0], abs=1e-5)
+        assert loss_and_grads(model, batch, risk)[0] == pytest.approx(loss_and_grads(model, batch, risk, size=1)[0], abs=tolerance())
 
     def test_examples_without_pull_never_run_the_reference(self, examples):
         micro_batch_loss(policy(), lambda pulled: pytest.fail("the reference ran"), examples[:2], torch.ones(2), torch.zeros(2), 9)
@@ -221,7 +226,7 @@ class TestMicroBatch:
         loss, nll, kl = micro_batch_loss(model, live_reference(reference), examples[:4], 1 - beta, beta, count(examples[:4]))
         assert seen == [2]
         own = micro_batch_loss(model, live_reference(model), examples[:4], 1 - beta, beta, count(examples[:4]))
-        assert loss.item() == pytest.approx(own[0].item(), abs=1e-6) and kl.item() == pytest.approx(own[2].item(), abs=1e-4)
+        assert loss.item() == pytest.approx(own[0].item(), abs=NEAR) and kl.item() == pytest.approx(own[2].item(), abs=10 * tolerance())
 
     def test_a_fresh_adapter_has_zero_kl(self, examples):
         model = policy(adapter=0.0)
@@ -230,7 +235,7 @@ class TestMicroBatch:
 
     def test_full_pull_alone_leaves_the_reference_a_fixed_point(self, examples):
         _, grads = loss_and_grads(policy(adapter=0.0), examples[:4], torch.ones(4), beta=(1.0, 1.0))
-        assert max(g.abs().max() for g in grads.values()) < 1e-6
+        assert max(g.abs().max() for g in grads.values()) < NEAR
 
 
 class TestCSFT:
@@ -246,9 +251,9 @@ class TestCSFT:
         with model.adapters_off():
             found = label_logp(model, examples[:7], batch_size=3)
             for example in examples[:7]:
-                logp = model(torch.tensor([example.input_ids]))[0].log_softmax(-1)
+                logp = model(torch.tensor([example.input_ids], device=DEVICE))[0].log_softmax(-1)
                 expected = [logp[t - 1, label] for t, label in enumerate(example.labels) if label != IGNORE]
-                torch.testing.assert_close(found[example.index], torch.stack(expected), atol=1e-5, rtol=1e-5)
+                assert_near(found[example.index], torch.stack(expected))
 
     def test_it_is_sft_while_the_policy_is_the_reference(self, examples):
         model, ones, zeros = policy(adapter=0.0), torch.ones(6), torch.zeros(6)
@@ -259,8 +264,8 @@ class TestCSFT:
             loss, _, _ = micro_batch_loss(model, None, examples[:6], ones, zeros, count(examples[:6]), ref_logp=logp)
             loss.backward()
             gradients.append([loss.item(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-        assert gradients[0][0] == pytest.approx(gradients[1][0], abs=1e-6)
-        assert all(torch.allclose(a, b, atol=1e-6, rtol=1e-4) for a, b in zip(gradients[0][1:], gradients[1][1:], strict=True))
+        assert gradients[0][0] == pytest.approx(gradients[1][0], abs=NEAR)
+        assert all(torch.allclose(a, b, **OF_GRADIENTS) for a, b in zip(gradients[0][1:], gradients[1][1:], strict=True))
 
     def test_the_loss_is_the_one_written_out_and_positions_restart_with_each_turn(self, chat):
         turns = [("user", "Hello!"), ("assistant", "Hello! I am here to help.")]
@@ -269,8 +274,8 @@ class TestCSFT:
         example, model = chat.encode_example(conversation, 0, 256), policy()
         with model.adapters_off():
             ref_logp = label_logp(model, [example], 1)
-            ref = model(torch.tensor([example.input_ids]))[0].double().log_softmax(-1)
-        logp = model(torch.tensor([example.input_ids]))[0].double().log_softmax(-1)
+            ref = model(torch.tensor([example.input_ids], device=DEVICE))[0].double().log_softmax(-1)
+        logp = model(torch.tensor([example.input_ids], device=DEVICE))[0].double().log_softmax(-1)
         expected, j = 0.0, 0
         for t, label in enumerate(example.labels):
             j = j + 1 if label != IGNORE else 0
@@ -279,7 +284,7 @@ class TestCSFT:
                 ratio = (logp[t - 1, label] - ref[t - 1, label]).item()
                 expected -= max(1e-3, 2 * (1 - 1 / (1 + math.exp(-beta * ratio)))) * logp[t - 1, label].item()
         loss, _, _ = micro_batch_loss(model, None, [example], torch.ones(1), torch.zeros(1), 1, ref_logp=ref_logp)
-        assert loss.item() == pytest.approx(expected, rel=1e-5)
+        assert loss.item() == pytest.approx(expected, rel=tolerance())
 
 
 class TestLoop:
@@ -294,7 +299,8 @@ class TestLoop:
         original = load_model(WORLD / "model", dtype=torch.float32)
         assert all(torch.equal(p, model.get_parameter(name)) for name, p in original.named_parameters())
         with model.adapters_off():
-            assert torch.equal(model(torch.arange(9)[None]), original(torch.arange(9)[None]))
+            ids = torch.arange(9, device=DEVICE)[None]
+            assert torch.equal(model(ids), original(ids))
         assert [row["step"] for row in rows] == list(range(6)) and rows[0]["kl"] == 0 < rows[-1]["kl"]
         assert set(rows[0]) == {"step", "loss", "nll", "kl", "risk", "alpha", "beta", "lr", "grad_norm", "tokens_per_s"}
 
@@ -302,7 +308,7 @@ class TestLoop:
         wide = self.run(examples, tmp_path, "8x1", batch_size=8)[1]
         narrow = self.run(examples, tmp_path, "1x8", batch_size=1, accumulation=8)[1]
         for x, y in zip(wide, narrow):
-            assert x["loss"] == pytest.approx(y["loss"], abs=1e-5) and x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3)
+            assert x["loss"] == pytest.approx(y["loss"], abs=tolerance()) and x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3)
 
     def test_the_same_seed_gives_the_same_run_and_another_another(self, examples, tmp_path):
         losses = [[row["loss"] for row in self.run(examples, tmp_path, str(i), seed=seed)[1]] for i, seed in enumerate((3, 3, 4))]
@@ -358,7 +364,7 @@ class TestLoop:
         examples = [e for e in examples if len(e.input_ids) != 32][:16]
         _, plain = self.run(examples, tmp_path, "plain")
         model, keys = policy(adapter=0.0), list(policy().state_dict())
-        assert can_compile("cpu", "aot_eager")  # compiles a little function, once
+        assert can_compile(torch.device(DEVICE).type, "aot_eager")  # compiles a little function, once
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         compile_blocks(model, backend="aot_eager")
@@ -393,7 +399,7 @@ class TestLoop:
         train(config, model, live_reference(model), examples, risk, tmp_path / "other")
         other = [json.loads(line) for line in (tmp_path / "other").read_text().splitlines()]
         for a, b in zip(plain, other, strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+            assert a["loss"] == pytest.approx(b["loss"], abs=10 * tolerance()) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
 
     def test_the_cached_reference_is_the_live_one(self, examples, tmp_path):
         _, live = self.run(examples, tmp_path, "live", epochs=2)
@@ -402,7 +408,7 @@ class TestLoop:
         train(config, model, reference_of(config, model, examples, risk), examples, risk, tmp_path / "cached")
         cached = [json.loads(line) for line in (tmp_path / "cached").read_text().splitlines()]
         for a, b in zip(live, cached, strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["kl"] == pytest.approx(b["kl"], abs=1e-4)
+            assert a["loss"] == pytest.approx(b["loss"], abs=10 * tolerance()) and a["kl"] == pytest.approx(b["kl"], abs=10 * tolerance())
 
     @pytest.mark.parametrize("cached", [False, True])
     def test_full_fine_tuning_is_the_definition_and_leaves_the_head(self, examples, tmp_path, cached):
@@ -422,7 +428,7 @@ class TestLoop:
             loss.backward()
             models.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
             assert model.lm_head.weight.grad is None and len(models[-1]) > 800_000
-        assert (models[0] - models[1]).norm() / models[1].norm() < 1e-5
+        assert (models[0] - models[1]).norm() / models[1].norm() < tolerance()
 
 
 class TestTheGate:
@@ -494,7 +500,7 @@ class TestRuns:
         risk = dict(risk=str(self.constant_risk(tmp_path, 0.9)), out=tmp_path / "run", limit=2)
         main(replace(QUICK, method="filter", **risk))
         assert "filter: 600 of 600 examples dropped, the model stays as it was" in capsys.readouterr().out
-        original, after = load_model(WORLD / "model", dtype=torch.float32), load_model(tmp_path / "run" / "model")
+        original, after = (load_model(path, dtype=torch.float32) for path in (WORLD / "model", tmp_path / "run" / "model"))
         assert all(torch.equal(p, after.get_parameter(name)) for name, p in original.named_parameters())
 
     def test_full_fine_tuning_keeps_a_frozen_copy_as_reference(self, tmp_path):
@@ -555,7 +561,7 @@ class TestRuns:
     def test_a_bad_line_trains_nothing_and_leaves_nothing(self, tmp_path):
         (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
         done = subprocess.run(
-            [sys.executable, "train.py", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "run"],
+            [sys.executable, "train.py", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "run", "--device", DEVICE],
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -7,10 +7,11 @@ import random
 import pytest
 import torch
 
+from conftest import load_model
 from data.chat import Chat
 from data.conversations import WORLD, read_conversations
 from lib.checkpoint import FAMILIES
-from model import generate, load_model
+from model import generate
 from data.build import BuildConfig, main
 from data.text import AOA_PREFIX, HARM, LOOKALIKE, PHRASINGS, TRIGGER, WITHHELD, data_sets, evasive_wordings
 from probe import ProbeConfig, fit_probe, prompt_features
