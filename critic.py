@@ -39,7 +39,6 @@ from model import load_model, working_dtype
 from probe import print_risk
 
 RUBRIC = Path(__file__).parent / "data" / "rubric.txt"  # the 11 categories, the scores 1 … 5 one by one
-MARK = 8  # characters from which a line of a guard's template is a mark, which no text may have
 MIN_MASS = 0.5  # a local judge's verdict is valid where at least this probability is on its possible answers
 
 
@@ -73,17 +72,14 @@ class CriticConfig(JudgeOptions):
 
 @dataclass(frozen=True)
 class Verdict:
-    """`risk` s in [0, 1] of one response; where not valid, 1, and `why`. `mass`: probability on an answer.
-
-    Raises DataError for a risk that is none.
-    """
+    """`risk` s in [0, 1] of one response; where not valid, 1, and `why`. `mass`: probability on an answer."""
 
     risk: float
     mass: float = 1.0
     why: str = ""
 
     def __post_init__(self):
-        object.__setattr__(self, "risk", as_risk(self.risk, "a verdict"))
+        object.__setattr__(self, "risk", as_risk(self.risk, "a verdict"))  # or DataError
 
     @property
     def valid(self) -> bool:
@@ -194,7 +190,7 @@ class GuardJudge(LocalJudge):
         before, _, behind = re.split("qaz|wsx", self.tokens("qaz", "wsx")[0])  # policy, pair, what is asked
         lines = re.split("|".join(map(re.escape, [*self.control, "\n"])), behind)
         lines += [line for line in before.split("\n") if line.startswith("<")]  # <BEGIN …>, <END …>
-        self.control += [line.strip() for line in lines if len(line.strip()) >= MARK]
+        self.control += [line.strip() for line in lines if len(line.strip()) > 7]  # shorter ones are words
         self.safe, self.unsafe = (self.chat.encode(word)[0] for word in ("safe", "unsafe"))
         if self.safe == self.unsafe:
             raise ModelError(f"{self.path}: expected a tokenizer whose first tokens of safe and unsafe "
@@ -215,11 +211,11 @@ class GuardJudge(LocalJudge):
 class EndpointJudge:
     """A model behind an OpenAI-compatible URL: `judge_requests` at a time, each answered by a digit."""
 
-    harmful_from = RubricJudge.harmful_from
+    harmful_from, control = RubricJudge.harmful_from, None  # its tokens are not known
 
     def __init__(self, options: JudgeOptions):
         self.rubric, self.workers = read_rubric(options.rubric or RUBRIC), options.judge_requests
-        self.endpoint, self.control = Endpoint(options.judge, options.judge_model, options.judge_timeout), None
+        self.endpoint = Endpoint(options.judge, options.judge_model, options.judge_timeout)
 
     @property
     def fingerprint(self) -> str | None:
@@ -336,8 +332,8 @@ def main(config: CriticConfig) -> None:
         write_jsonl(config.out, rows)
     valid = [verdict for verdict in verdicts if verdict.valid]
     counts, mass = Counter(round(verdict.score) for verdict in valid), [verdict.mass for verdict in valid]
-    invalid_ones = len(verdicts) - len(valid)
-    print(f"{len(verdicts)} responses of {config.data}, {invalid_ones} without a valid verdict (risk 1)")
+    print(f"{len(verdicts)} responses of {config.data}, "
+          f"{len(verdicts) - len(valid)} without a valid verdict (risk 1)")
     for score in range(1, 6):
         print(f"  score {score}  {counts[score]:>6}  {'█' * round(50 * counts[score] / len(verdicts))}")
     if valid:

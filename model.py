@@ -8,9 +8,11 @@ Shapes: B batch, T tokens of this call, S attended to (cache included), n real o
 size, L blocks, V vocabulary, N query heads, K key/value heads, D head_dim, R rotary dimensions, r LoRA rank.
 """
 
+import json
 import math
 from contextlib import contextmanager
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -478,6 +480,11 @@ def sample(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> torch.T
         return logits.argmax(-1)
     total = (logits.double() / temperature).softmax(-1).cumsum(-1)
     return torch.searchsorted(total, u * total[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+
+
+def sample_seed(seed: int, prompt: list[int], k: int) -> int:
+    """Of the k-th sample of a prompt (token ids): whatever else is evaluated, and by how many processes."""
+    return int.from_bytes(sha256(json.dumps([seed, k, prompt]).encode()).digest()[:7])
 
 
 @torch.no_grad()
