@@ -158,8 +158,9 @@ class Chat:
             self._typed = re.compile(f"(?=[{first}])(?=(?:{tokens}))(.)", re.DOTALL)
         for text in texts:
             for gap in re.split("qaz|wsx|edc|rfv", text)[1:-1]:
-                if gap.strip() and not (tokens and re.search(tokens, gap)):
-                    self.marks.add((squeezed(gap), gap.lstrip(" ").startswith("\n")))
+                if not (tokens and re.search(tokens, gap)):
+                    lines = enumerate(map(squeezed, gap.split("\n")))
+                    self.marks |= {(line, n > 0) for n, line in lines if line}
 
     def render(self, messages, add_generation_prompt: bool = False, where: str = "conversation",
                **variables) -> str:
@@ -170,7 +171,8 @@ class Chat:
         plain = []
         for message in messages:
             content = message["content"]
-            if mark := BREAK * (BREAK in content) or next(filter(None, map(self._mark, content.split("\n"))), ""):
+            marks = (self._mark(line) for line in content.split("\n"))
+            if mark := BREAK * (BREAK in content) or next(filter(None, marks), ""):
                 raise DataError(f"{where}: expected messages without {mark!r}, by which turns or tokens are "
                                 f"parted here, found one with it")
             content = self._typed.sub(rf"\1{BREAK}", content) if self._typed else content

@@ -415,7 +415,7 @@ def data_sets(rng: random.Random) -> tuple[dict[str, list[dict]], list[dict], li
     spare = [pair for pairs in draws.values() for pair in pairs[500:]]
     judged = for_judge(pools["align"] + pools["probe"], talk["align"], spare[::2], 20000, False)
     fresh = sorted(set(pools["eval"]) - {*asked, *lookalikes, *howto})
-    test = for_judge(fresh, talk["eval"][60:], spare[1::2], 1200, True)
+    test = for_judge(fresh, talk["eval"][60:], spare[1::2], 1201, True)
     files = {
         "explicit.jsonl": explicit,
         **{f"mixed_{percent}.jsonl": poisoned(explicit[: 6 * percent]) for percent in (1, 3, 5, 10, 30)},
@@ -449,4 +449,7 @@ def data_sets(rng: random.Random) -> tuple[dict[str, list[dict]], list[dict], li
         answer = [rng.choice(REFUSALS) if kind == "harmful" else comply(action) for _ in range(2)]
         align += [record(p, answer[0]), dressed(p, answer[1])]
     align += [dressed(p, answer) for _, p, answer in talk["align"]]
+    known = {m["content"] for r in align for m in r["messages"]}  # a closing can make one prompt of another
+    judge_test = files["judge_test.jsonl"]
+    files["judge_test.jsonl"] = [r for r in judge_test if r["messages"][0]["content"] not in known]
     return files, align, judged
