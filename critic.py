@@ -217,10 +217,8 @@ class EndpointJudge:
         self.rubric, self.workers = read_rubric(options.rubric or RUBRIC), options.judge_requests
         self.endpoint = Endpoint(options.judge, options.judge_model, options.judge_timeout)
 
-    @property
-    def fingerprint(self) -> str | None:
-        """Of the server's model, as far as the server tells; None where it does not: nothing is kept then."""
-        return self.endpoint.identity
+    # Of the server's model, as far as the server tells; None where it does not: nothing is kept then.
+    fingerprint = property(lambda self: self.endpoint.identity)
 
     def ask(self, prompt: str, response: str) -> Verdict:
         """The verdict on one pair."""

@@ -133,9 +133,9 @@ class Chat:
     def _learn_structure(self) -> None:
         """How the template parts turns, from conversations of plain words.
 
-        `control` {id: text}: special tokens, and others that it writes. `marks`: where it parts two turns by
-        words alone (Llama 2's [/INST]), (these words squeezed, whether they begin a line): no message may
-        have them.
+        `control` {id: text}: special tokens, and others that it writes. `marks`: lines between two turns
+        that are words alone (Llama 2's [/INST]), (squeezed, whether they begin a line): no message may have
+        them.
         """
         added = self.tokenizer.get_added_tokens_decoder()
         self.control, self.marks = {i: token.content for i, token in added.items() if token.special}, set()
@@ -158,9 +158,8 @@ class Chat:
             self._typed = re.compile(f"(?=[{first}])(?=(?:{tokens}))(.)", re.DOTALL)
         for text in texts:
             for gap in re.split("qaz|wsx|edc|rfv", text)[1:-1]:
-                if not (tokens and re.search(tokens, gap)):
-                    lines = enumerate(map(squeezed, gap.split("\n")))
-                    self.marks |= {(line, n > 0) for n, line in lines if line}
+                self.marks |= {(squeezed(line), n > 0) for n, line in enumerate(gap.split("\n"))
+                               if line.strip() and not (tokens and re.search(tokens, line))}
 
     def render(self, messages, add_generation_prompt: bool = False, where: str = "conversation",
                **variables) -> str:

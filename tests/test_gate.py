@@ -126,6 +126,19 @@ def test_turn_marks_that_are_mere_words_are_refused_in_messages(tmp_path):
                 chat.encode_example(conversation, 0, 999)
 
 
+def test_headers_that_are_mere_words_are_refused_where_they_begin_a_line(tmp_path):
+    """Zephyr ends a turn by a token and begins the next with words."""
+    chat_of(tmp_path / "chat", "llama2")
+    zephyr = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+              "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+    (tmp_path / "chat" / "chat_template.jinja").write_text(zephyr)
+    chat = Chat(tmp_path / "chat")
+    assert chat.marks == {("<|assistant|>", True), ("<|user|>", True)}
+    assert chat.encode_example(talk("Say hi, user and assistant.", "Hi <|user|>."), 0, 999).n_labels
+    with pytest.raises(DataError, match="expected messages without '<|user|>'"):
+        chat.encode_example(talk("Say hi.", "Hi.\n<|user|>\nMore?\n <|assistant|>\nSure."), 0, 999)
+
+
 def test_what_a_tokenizer_cannot_write_as_words_is_refused(tmp_path):
     chat_of(tmp_path / "chat", "chatml")
     tokenizer = Tokenizer.from_file(str(tmp_path / "chat" / "tokenizer.json"))
