@@ -174,14 +174,17 @@ class Chat:
             if mark := BREAK * (BREAK in content) or next(filter(None, marks), ""):
                 raise DataError(f"{where}: expected messages without {mark!r}, by which turns or tokens are "
                                 f"parted here, found one with it")
-            content = self._typed.sub(rf"\1{BREAK}", content) if self._typed else content
-            plain.append(message | {"content": content})
+            plain.append(message | {"content": self._parted(content)})
         variables |= {"messages": plain, "add_generation_prompt": add_generation_prompt,
                       "tools": None, "documents": None}
         try:
             return self.template.render(**variables)
         except jinja2.TemplateError as error:
             raise DataError(f"{where}: the chat template refuses it: {error}") from None
+
+    def _parted(self, text: str) -> str:
+        """A message with BREAK in each control token that it types."""
+        return self._typed.sub(rf"\1{BREAK}", text) if self._typed else text
 
     def _mark(self, line: str) -> str | None:
         """The mark of a turn that a line of a message has."""
@@ -265,9 +268,8 @@ class Chat:
 
     def as_tokens_say(self, text: str) -> str:
         """A message as its tokens say it: a tokenizer may normalize (Qwen: NFC; Llama 2: ▁ is a space)."""
-        if self._typed:
-            text = self._typed.sub(rf"\1{BREAK}", text)
-        return "".join(self.tokenizer.decode(self.encode(piece)) for piece in text.split(BREAK)).strip()
+        pieces = self._parted(text).split(BREAK)
+        return "".join(self.tokenizer.decode(self.encode(piece)) for piece in pieces).strip()
 
 
 def encode_examples(chat: Chat, conversations: list[Conversation], max_length: int) -> list[Example]:
