@@ -58,6 +58,7 @@ class JudgeOptions:
     verdicts: Path = Path("verdicts.sqlite")  # where valid verdicts are kept
     # machine
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where models run
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where faster
     date: str | None = None  # YYYY-MM-DD, for chat templates that print the date (default: today)
 
 
@@ -110,7 +111,7 @@ class LocalJudge:
         self.path, self.batch_size = Path(options.judge), options.judge_batch_size
         self.chat = Chat(self.path, options.date)
         self.control = list(self.chat.control.values())
-        self.model = load_model(self.path, options.device, working_dtype(options.device))
+        self.model = load_model(self.path, options.device, working_dtype(self.path, options.device, options.dtype))
         parts = (type(self).__name__, fingerprint(self.path), self.chat.fingerprint, self.chat.date,
                  self.model.lm_head.weight.dtype)
         self.fingerprint = " ".join(map(str, parts))

@@ -42,12 +42,12 @@ REFUSAL_PHRASES = (
 )
 METRICS = ("number", "label", "exact")
 # Options in which runs of a row of --compare may differ: they tell runs apart, or change no figure's meaning.
-NOT_COMPARED = {"seed", "out", "eval_base", "device", "verdicts", "judge_requests", "judge_timeout",
-                "judge_batch_size", "ref", "ref_cache", "compile", "gradient_checkpointing", "fsdp", "date",
-                "eval_batch_size"}
+NOT_COMPARED = {"seed", "out", "eval_base", "device", "dtype", "verdicts", "judge_requests",
+                "judge_timeout", "judge_batch_size", "ref", "ref_cache", "compile", "gradient_checkpointing",
+                "fsdp", "date", "eval_batch_size"}
 # Options that a run's config.json does not hand on: they say how this machine works, not what is measured.
-MACHINE = {"device", "verdicts", "judge_requests", "judge_timeout", "judge_batch_size", "judge_failures",
-           "eval_batch_size"}
+MACHINE = {"device", "dtype", "verdicts", "judge_requests", "judge_timeout", "judge_batch_size",
+           "judge_failures", "eval_batch_size"}
 
 
 @dataclass(frozen=True)
@@ -371,7 +371,7 @@ def main(config: EvalConfig) -> None:
         judge = open_judge(options) if processes.rank() == 0 else None
         jobs.append((path, folder, options, evaluation_sets(options), judge, out))
     for path, folder, options, sets, judge, out in jobs:
-        model = load_model(folder, config.device, working_dtype(config.device))
+        model = load_model(folder, config.device, working_dtype(folder, config.device, config.dtype))
         chat = Chat(folder, options.date)
         results, completions = evaluate_model(model, chat, sets, options, path.resolve().name, judge)
         if processes.rank() == 0:

@@ -16,6 +16,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,7 @@ class ProbeConfig:
     l2: float = 1.0  # weight of ‖w‖²/2 against the summed log-loss
     batch_size: int = 32  # prompts per forward pass
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the model runs
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where faster
     seed: int = 0  # of the 60/20/20 split into train, validation, test
     date: str | None = None  # YYYY-MM-DD, for chat templates that print the date (default: today)
 
@@ -279,7 +281,7 @@ def load_probe(path, model: Transformer, chat: Chat) -> tuple[Probe, dict]:
     for key, here in depends_on(model, chat).items():
         if (there := getattr(probe, key)) != here:
             raise DataError(f"{path}: expected a probe fitted with {key} {str(here)[:12]}, found one fitted "
-                            f"with {str(there)[:12]}; fit it again" + ", or --date" * (key == "date"))
+                            f"with {str(there)[:12]}; fit it again" + f", or --{key}" * (key in ("date", "dtype")))
     return probe, report
 
 
@@ -288,7 +290,7 @@ def main(config: ProbeConfig) -> None:
     require(config, ("batch_size", config.batch_size > 0, "at least 1"),
             ("out", not config.out.is_dir(), "a file"))
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    model = load_model(config.model, config.device, working_dtype(config.device))
+    model = load_model(config.model, config.device, working_dtype(config.model, config.device, config.dtype))
     probe, report = fit_probe(config, model, Chat(config.model, config.date))
     print_report(report)
     save_probe(probe, report, config.out)

@@ -380,8 +380,7 @@ def check(config: TrainConfig) -> TrainConfig:
          "probe, critic, max, or a file"),
         ("risk_by_line", Path(config.risk).is_file() or not config.risk_by_line, "none unless --risk FILE"),
         ("probe", config.risk in ("probe", "max") or not config.probe, "none unless --risk probe or max"),
-        ("probe", config.lora_r or not config.probe or working_dtype(config.device) == torch.float32,
-         "none with --lora-r 0 on CUDA, where the run computes in float32 and fits its own"),
+        ("dtype", config.lora_r or config.dtype != "bfloat16", "float32 with --lora-r 0"),
         ("max_length", config.max_length > 1, "at least 2"),
         ("lora_targets", "lm_head" not in comma_list(config.lora_targets), "no lm_head, the reference's too"),
         ("batch_size", per_step % world == 0, f"times --accumulation a multiple of the {world} processes"),
@@ -404,7 +403,7 @@ def open_model(config: TrainConfig, path: Path, to_train: bool = False) -> Trans
 
     What is to be trained: new adapters, or with --lora-r 0 every weight but the head's, in float32.
     """
-    dtype = working_dtype(config.device) if config.lora_r else torch.float32
+    dtype = working_dtype(path, config.device, config.dtype) if config.lora_r else torch.float32
     model = load_model(path, "cpu" if config.fsdp else config.device, dtype)
     if to_train and config.lora_r:
         add_lora(model, config.lora_r, config.lora_alpha, comma_list(config.lora_targets), config.seed)

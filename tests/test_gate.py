@@ -508,7 +508,7 @@ def test_the_prompt_of_a_conversation_that_ends_with_a_user_is_all_of_it():
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
     """The embedded model's probe in a file, fitted as the scripts run it."""
-    model, chat = load_model(WORLD / "model", dtype=working_dtype(DEVICE)), Chat(WORLD / "model")
+    model, chat = load_model(WORLD / "model", dtype=working_dtype(WORLD / "model", DEVICE)), Chat(WORLD / "model")
     file = tmp_path_factory.mktemp("probe") / "probe.safetensors"
     save_probe(*fit_probe(ProbeConfig(held_out=""), model, chat), file)
     return file, model, chat
