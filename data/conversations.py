@@ -59,6 +59,11 @@ def read_conversations(path, need: str = "prompt") -> list[Conversation]:
     `input` added to its `instruction`); .csv: a header with such a pair (AdvBench: goal, target); .txt: a
     prompt a line. Raises DataError at the first bad line, and for an empty file.
     """
+    return [conversation_of(record, where, need) for where, record in read_records(path)]
+
+
+def read_records(path) -> list[tuple[str, dict]]:
+    """("file:line", record as it stands there) of a file. Raises DataError, for an empty one too."""
     path = Path(path)
     readers = {".jsonl": json_lines, ".json": _json_list, ".csv": _csv_rows, ".txt": _lines}
     text = read_text(path)
@@ -66,8 +71,7 @@ def read_conversations(path, need: str = "prompt") -> list[Conversation]:
         raise DataError(f"{path}: expected a file ending in {', '.join(readers)}, "
                         f"found {path.suffix or 'no ending'}")
     try:
-        found = [conversation_of(record, f"{path}:{line}", need)
-                 for line, record in readers[path.suffix](text, path)]
+        found = [(f"{path}:{line}", record) for line, record in readers[path.suffix](text, path)]
     except (csv.Error, RecursionError) as error:
         raise DataError(f"{path}: expected records of ordinary size and depth, found: {error}") from None
     if not found:
