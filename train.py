@@ -43,15 +43,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from critic import conversation_verdicts, open_judge
-from data.chat import IGNORE, Chat, Example, batches_by_length, encode_examples, pad
+from data.chat import Chat, Example, batches_by_length, encode_examples
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations
 from data.risks import read_risk
-from evaluate import EvalOptions, default_sets, evaluate_model, evaluation_sets
+from evaluate import EvalOptions, default_sets, evaluate_model, evaluation_sets, refuses, respond
 from lib import fused, processes
 from lib.cli import comma_list, require, run
 from lib.files import DataError, new_folder, write_config, write_json, write_jsonl
 from lib.metrics import agreement
 from lib.report import figures, lines_below, table
+from lib.response import label_logp, response_positions, response_states
 from lib.risk import expect_risks
 from model import Transformer, add_lora, compile_blocks, load_model, save_adapter, save_model, working_dtype
 from probe import (ProbeConfig, conversation_risk, expect_strong, fit_probe, load_probe, print_risk,
@@ -59,6 +60,7 @@ from probe import (ProbeConfig, conversation_risk, expect_strong, fit_probe, loa
 
 RISK_FLOOR = 0.01  # with --beta-min 0 --gate example a lower risk counts as 0: plain SFT, no reference
 FILTER_ABOVE = 0.5  # risk above which --method filter drops an example
+LISA_CYCLE, LISA_RHO = 50, 1.0  # steps of a cycle (the paper: 1,000, in runs that are longer); its ρ
 AT_START = {4: 1e-4, 2: 1e-2}  # largest KL per token of a policy that has not moved, by bytes of its dtype
 
 
@@ -70,7 +72,7 @@ class TrainConfig(EvalOptions):
     model: Path = WORLD / "model"  # folder of the aligned model
     data: Path = WORLD / "mixed_10.jsonl"  # conversations to train on
     out: Path | None = None  # new folder of the run (default: runs/METHOD-SEED)
-    method: Literal["sft", "filter", "kl", "csft", "adaptive"] = "adaptive"  # filter: sft at risk ≤ ½
+    method: Literal["sft", "filter", "kl", "csft", "lisa", "adaptive"] = "adaptive"
     eval_base: bool = True  # evaluate the aligned model before training
     # risk
     risk: str = "probe"  # probe, critic, max of both, or a JSONL file of risks
@@ -83,6 +85,9 @@ class TrainConfig(EvalOptions):
     beta: float = 0.5  # KL weight of --method kl
     gate: Literal["example", "batch"] = "example"  # each by its own risk, or a step by its mean
     ema: float = 0.0  # smoothing λ of the batch's risk over steps, in [0, 1)
+    # anchors: harmful prompts with the reference's own refusals; held to it, or for sft trained on
+    anchor_share: float = 0.0  # of the examples (lisa: of the steps)
+    anchors: Path | None = None  # file of prompts (default: the probe data's; not those in --data)
     # optimization (the paper's settings, with a learning rate for the embedded model)
     epochs: int = 20  # passes over the data
     batch_size: int = 8  # examples per forward pass, at most
@@ -153,6 +158,26 @@ def token_loss(hidden, weight, labels, alpha, beta, ref_hidden) -> tuple:
     return alpha * nll + beta * kl, nll.detach(), kl.detach()
 
 
+def lisa_pull(parameters: list[torch.nn.Parameter], at_switch: list[torch.Tensor], rho: float) -> None:
+    """Add the gradient of ρ/2·‖θ − θ_switch‖² to each parameter's: Lisa's pull to where its phase began.
+
+    Huang et al. 2024, arXiv 2405.18641. All processes' gradients are summed later: each adds its share.
+    """
+    for parameter, start in zip(parameters, at_switch):
+        parameter.grad.add_(parameter.detach() - start, alpha=rho / processes.world())
+
+
+def anchors_of_step(config: TrainConfig, step: int) -> int:
+    """How many of a step's examples are anchors: anchor_share of them in the long run, spread evenly.
+
+    With Lisa all or none: each LISA_CYCLE steps begin with that share of them on anchors alone.
+    """
+    per_step, share = config.batch_size * config.accumulation, config.anchor_share
+    if config.method == "lisa":
+        return per_step * (step % LISA_CYCLE < round(share * LISA_CYCLE))
+    return math.floor((step + 1) * share * per_step) - math.floor(step * share * per_step)
+
+
 def csft_weight(logp: torch.Tensor, ref_logp: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """C-SFT's weight w of a label's NLL, L = 1/N Σ w·NLL: all (N,), no gradient; position 1 begins a turn.
 
@@ -206,25 +231,38 @@ def training_risk(config: TrainConfig, model: Transformer, chat: Chat, examples:
     return {"risk": risk} | parts, fitted
 
 
-# ---------------------------------------------------------------- one micro-batch
+def anchor_examples(config: TrainConfig, policy: Transformer, chat: Chat, examples: list[Example],
+                    longest: int) -> list[Example]:
+    """As many anchors as the run draws, if there are so many: harmful prompts that the data lack, refused.
 
-
-def response_states(model: Transformer, examples: list[Example]) -> tuple:
-    """Final hidden states (N, H) before the response tokens, these tokens (N,), the example of each (N,).
-
-    Response tokens are those with a label: every assistant turn with its end. The only place where labels are
-    shifted; of padded states it would be hidden[:, :-1][labels[:, 1:] != IGNORE]. Here only the n real tokens
-    are computed. Right padding needs no mask: causal attention never looks there.
+    The response is the reference's own, greedy; prompts that it does not refuse anchor nothing, and are left
+    out. Indices follow those of `examples`. Raises DataError where no prompt is left.
     """
-    labels, device = pad([e.labels for e in examples], IGNORE, "right"), model.device
-    real = pad([[True] * len(e.input_ids) for e in examples], False, "right")  # (B, T)
-    row, column = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # the state there predicts the next label
-    place = (real.flatten().cumsum(0) - 1)[row * labels.shape[1] + column]  # where that state is among the n
-    longrope = model.config.rope["rope_type"] == "longrope"  # alone has to know how long each row is
-    hidden, _ = model.model(pad([e.input_ids for e in examples], 0, "right", device),
-                            real.to(device) if longrope else None,
-                            rows=real.flatten().nonzero()[:, 0].to(device))  # (n, H)
-    return hidden[place.to(device)], labels[row, column + 1].to(device), row
+    if config.anchor_share == 0:
+        return []
+    file, known = config.anchors or config.probe_data, {str(p) for e in examples for p in e.seen.prompts}
+    found = [c for c in read_conversations(file)
+             if c.meta.get("harmful", True) and str(c.prompts[-1]) not in known]
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    share = config.anchor_share / (1 - config.anchor_share)
+    found = [found[i] for i in order][: math.ceil(config.epochs * len(examples) * share) + config.batch_size]
+    with tqdm(total=len(found), desc="anchors", mininterval=0.5) as bar:
+        said = respond(policy, chat, found, config, 0.0, 1, bar)
+    anchors = []
+    for conversation, (_, response, _) in zip(found, said):
+        if refuses(response):
+            messages = (*conversation.prompts[-1], {"role": "assistant", "content": response})
+            example = chat.encode_example(replace(conversation, messages=messages), 0, longest)
+            anchors.append(replace(example, index=len(examples) + len(anchors), anchor=True))
+    print(f"anchors: {len(anchors)} of {file} ({len(found) - len(anchors)} of {len(found)} prompts are not "
+          f"refused, and left out)")
+    if not anchors:
+        raise DataError(f"{file}: expected harmful prompts that {config.data} lacks and the model refuses, "
+                        f"found none")
+    return anchors
+
+
+# ---------------------------------------------------------------- one micro-batch
 
 
 def live_reference(model: Transformer):
@@ -257,27 +295,6 @@ def micro_batch_loss(policy: Transformer, reference, examples: list[Example], al
     return loss.sum() / n_tokens, nll.sum(), kl.sum()
 
 
-def response_positions(example: Example) -> torch.Tensor:
-    """1, 2, … for the response tokens (n,) of each assistant turn."""
-    is_target = torch.tensor([label != IGNORE for label in example.labels])
-    count = is_target.cumsum(0)
-    return (count - (count * ~is_target).cummax(0).values)[1:][is_target[1:]]
-
-
-@torch.no_grad()
-def label_logp(policy: Transformer, examples: list[Example], batch_size: int) -> dict[int, torch.Tensor]:
-    """{example.index: the reference's log-probabilities (n,) of its labels}: all that C-SFT needs of it."""
-    found = {}
-    for batch in batches_by_length([len(e.input_ids) for e in examples], batch_size):
-        batch = [examples[i] for i in batch]
-        with policy.adapters_off():
-            hidden, labels, _ = response_states(policy, batch)
-        ones = torch.ones(len(labels), device=policy.device)
-        _, nll, _ = fused.token_loss(hidden, policy.lm_head.weight, labels, ones, 0 * ones, hidden[:0])
-        found |= dict(zip((e.index for e in batch), (-nll).split([e.n_labels for e in batch])))
-    return found
-
-
 # ---------------------------------------------------------------- the loop
 
 
@@ -306,20 +323,27 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
     groups = processes.optimizer_groups(parameters)
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
     ref_logp = label_logp(policy, examples, config.batch_size) if config.method == "csft" else None
-    per_step = config.batch_size * config.accumulation
-    n_steps = math.ceil(config.epochs * len(examples) / per_step)
-    stream, smoothed, moved = shuffled_forever(examples, config.seed), None, False
+    data, anchors = ([e for e in examples if e.anchor == which] for which in (False, True))
+    per_step, pulls = config.batch_size * config.accumulation, beta_range(config)[1] > 0
+    n_steps = math.ceil(config.epochs * len(data) / (1 - config.anchor_share) / per_step)
+    data, anchors = shuffled_forever(data, config.seed), shuffled_forever(anchors, config.seed)
+    smoothed, moved, at_switch = None, False, None
     with processes.open_on_first(metrics_file) as metrics:
         for step in (bar := tqdm(range(n_steps), desc=config.method, mininterval=0.5)):
             started = time.perf_counter()
-            drawn = sorted((next(stream) for _ in range(per_step)), key=lambda e: len(e.input_ids))
+            n_held = anchors_of_step(config, step)
+            drawn = [next(anchors if i < n_held else data) for i in range(per_step)]
+            drawn.sort(key=lambda e: len(e.input_ids))
             n_tokens = sum(example.n_labels for example in drawn)
 
             s = risk[[example.index for example in drawn]].float()  # (examples of the step,)
-            if config.gate == "batch":
-                smoothed = smooth(smoothed, s.mean().item(), config.ema)
+            anchor = torch.tensor([example.anchor for example in drawn])
+            if config.gate == "batch" and n_held < per_step:
+                smoothed = smooth(smoothed, s[~anchor].mean().item(), config.ema)
                 s = torch.full_like(s, smoothed)
             alpha, beta = blend(s, *beta_range(config))
+            if pulls:
+                alpha[anchor], beta[anchor] = 0.0, 1.0
 
             sums = torch.zeros(3, device=policy.device)  # loss (divided already), Σ nll, Σ kl
             for mine in processes.share(range(per_step), config.batch_size):
@@ -331,6 +355,10 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
             pulled = sum(example.n_labels for example, b in zip(drawn, beta) if b > 0)
             kl = kl / pulled if pulled else None  # of other tokens it is not computed
 
+            if config.method == "lisa":
+                if step == 0 or n_held != anchors_of_step(config, step - 1):
+                    at_switch = [parameter.detach().clone() for parameter in parameters]
+                lisa_pull(parameters, at_switch, LISA_RHO)
             grad_norm = processes.sum_and_clip(parameters, config.clip)
             if not math.isfinite(grad_norm):
                 raise FloatingPointError(f"step {step}: gradient {grad_norm}, loss {loss}; no model is saved")
@@ -382,6 +410,9 @@ def check(config: TrainConfig) -> TrainConfig:
         ("probe", config.risk in ("probe", "max") or not config.probe, "none unless --risk probe or max"),
         ("dtype", config.lora_r or config.dtype != "bfloat16", "float32 with --lora-r 0"),
         ("max_length", config.max_length > 1, "at least 2"),
+        ("anchor_share", 0 <= config.anchor_share < 1, "0 to under 1"),
+        ("anchor_share", config.anchor_share or config.method != "lisa", "above 0 with --method lisa"),
+        ("anchors", config.anchor_share or not config.anchors, "none without --anchor-share"),
         ("lora_targets", "lm_head" not in comma_list(config.lora_targets), "no lm_head, the reference's too"),
         ("batch_size", per_step % world == 0, f"times --accumulation a multiple of the {world} processes"),
         ("fsdp", not config.fsdp or world > 1, "several processes: torchrun --nproc_per_node=N train.py …"),
@@ -447,12 +478,15 @@ def reference_of(config: TrainConfig, policy: Transformer, examples: list[Exampl
     return live_reference(policy if config.lora_r else open_model(config, config.model))
 
 
-def write_start(config: TrainConfig, examples: list[Example], risk: dict, fitted, completions: list) -> None:
+def write_start(config: TrainConfig, examples: list[Example], anchors: list[Example], risk: dict, fitted,
+                completions: list) -> None:
     """Make the run folder, with all that is known before training."""
     config.out.mkdir(parents=True)
     write_config(config.out / "config.json", config)
     if completions:
         write_jsonl(config.out / "completions_base.jsonl", completions)
+    if anchors:
+        write_jsonl(config.out / "anchors.jsonl", [{"messages": e.seen.messages} for e in anchors])
     if config.method in ("adaptive", "filter"):
         columns = {name: values.tolist() for name, values in risk.items()}
         columns["where"] = [example.conversation.where for example in examples]
@@ -469,7 +503,7 @@ def leak_line(config: TrainConfig) -> str:
     if config.gate == "batch":
         return "\nthe gate leaks: a risky example has its batch's mean risk; --gate example closes it"
     kept = f"a first token at risk 1 keeps probability {1 - config.beta_max:.2g}"
-    return f"\nthe gate leaks: {kept}; --beta-min 0 --beta-max 1 closes it"
+    return f"\nthe gate leaks: {kept}; to seal it: --beta-min 0.02 --beta-max 1 --anchor-share 0.1"
 
 
 def main(config: TrainConfig) -> None:
@@ -488,9 +522,12 @@ def main(config: TrainConfig) -> None:
         risk, fitted = training_risk(config, policy, chat, examples, conversations, judge)
         if config.eval_base:
             base, completions = evaluate_model(policy, chat, sets, config, "base", judge)
+        anchors = anchor_examples(config, policy, chat, examples, longest)
     kept, gate = gated(config, examples, risk["risk"])
+    gate = torch.cat((gate, gate.new_ones(len(anchors))))  # they are as risky as can be
+    kept = kept + anchors
     reference = reference_of(config, policy, kept, gate)
-    processes.on_first(lambda: write_start(config, examples, risk, fitted, completions))
+    processes.on_first(lambda: write_start(config, examples, anchors, risk, fitted, completions))
 
     compile_blocks(policy, config.compile)
     train(config, policy, reference, kept, gate, config.out / "metrics.jsonl")

@@ -26,6 +26,7 @@ import train  # noqa: E402
 from data.chat import IGNORE, Example, pad  # noqa: E402
 from lib import fused  # noqa: E402
 from lib.checkpoint import read_config  # noqa: E402
+from lib.response import response_states  # noqa: E402
 from lib.cli import comma_list, require, run  # noqa: E402
 from model import Transformer, add_lora, compile_blocks, generate, save_model  # noqa: E402
 
@@ -123,7 +124,7 @@ def our_steps(model: Transformer, examples: list, folder: Path) -> dict:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     with torch.no_grad(), model.adapters_off():
-        cache = fused.ReferenceCache(folder, model, [examples]).fill(lambda b: train.response_states(model, b)[:2], model.lm_head.weight)
+        cache = fused.ReferenceCache(folder, model, [examples]).fill(lambda b: response_states(model, b)[:2], model.lm_head.weight)
     n_tokens, graded = sum(e.n_labels for e in examples), train.blend(torch.linspace(0, 1, len(examples)), 0.1, 0.9)
 
     def step(alpha, beta, reference=train.live_reference(model)):

@@ -17,29 +17,34 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in each process
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import torch  # noqa: E402
-
 from critic import open_judge  # noqa: E402
 from data.chat import Chat  # noqa: E402
-from data.conversations import WORLD  # noqa: E402
+from data.conversations import WORLD, is_embedded, read_conversations  # noqa: E402
 from evaluate import compare, default_sets, evaluate_model, evaluation_sets  # noqa: E402
 from lib.cli import comma_list, require, run  # noqa: E402
 from lib.files import write_config, write_json, write_jsonl, write_text  # noqa: E402
-from model import load_model  # noqa: E402
+from model import load_model, working_dtype  # noqa: E402
+from probe import ProbeConfig, main as probe_main  # noqa: E402
 from train import TrainConfig, main as train_main  # noqa: E402
 
 METHODS = {
     "sft": {"method": "sft"},
     "filter": {"method": "filter", "risk": "max"},
+    "safeinstr": {"method": "sft", "anchor_share": 0.03},
+    "lisa": {"method": "lisa", "anchor_share": 0.1},
     "kl": {"method": "kl", "beta": 0.5},
     "csft": {"method": "csft"},
     "adaptive-probe": {},
     "adaptive-critic": {"risk": "critic"},
     "adaptive-max": {"risk": "max"},
-    "closed-max": {"risk": "max", "beta_min": 0.0, "beta_max": 1.0},
+    "closed": {"risk": "max", "beta_min": 0.0, "beta_max": 1.0},
+    "sealed": {"risk": "max", "beta_min": 0.02, "beta_max": 1.0},
+    "sealed-anchors": {"risk": "max", "beta_min": 0.02, "beta_max": 1.0, "anchor_share": 0.1},
 }
 ATTACKS = ("explicit", "mixed_10", "identity", "backdoor", "benign", "evasive", "innocent")
-SETTINGS = {"epochs": 5, "lora_r": 16, "limit": 100, "eval_base": False, "device": "cpu"}  # 20 seconds a cell
+SETTINGS = {"epochs": 5, "lora_r": 16, "limit": 100, "device": "cpu"}  # embedded: 20 seconds a cell
+REAL = {"epochs": 2, "lora_r": 16, "lora_alpha": 32.0, "lr": 5e-4, "max_length": 160, "samples": 3,
+        "max_new_tokens": 24}  # a world of data/public.py, a model of 100 M parameters: 4 to 10 minutes
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class GridConfig:
 
     model: Path = WORLD / "model"  # the aligned model
     out: Path = Path("runs/grid")  # folder of the runs, ATTACK/METHOD-SEED, and of the tables
-    attacks: str = ",".join(ATTACKS)  # data sets of data/world
+    world: Path = WORLD  # folder of data sets: data/world, or what data/public.py makes
+    attacks: str = ",".join(ATTACKS)  # data sets of that world
     methods: str = ",".join(METHODS)  # see METHODS
     seeds: int = 3  # 0, 1, …
     workers: int = 2  # processes, one thread each
@@ -56,11 +62,8 @@ class GridConfig:
 
 def train_group(config: GridConfig, attack: str, seed: int) -> str:
     """The aligned model, then all methods on one attack with one seed, one after the other."""
-    times, folder = [], config.out / attack
+    times, folder, options = [], config.out / attack, cell_options(config, attack, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    options = TrainConfig(model=config.model, data=WORLD / f"{attack}.jsonl", seed=seed,
-                          judge=str(WORLD / "judge"), ref_cache=config.out / "ref",
-                          verdicts=config.out / f"verdicts-{attack}-{seed}.sqlite", **SETTINGS)
     for method in ("base", *comma_list(config.methods)):
         cell, start = folder / f"{method}-{seed}", time.time()
         if (cell / "results.json").exists():
@@ -71,16 +74,38 @@ def train_group(config: GridConfig, attack: str, seed: int) -> str:
             if method == "base":
                 evaluate_base(options, cell)
             else:
-                train_main(replace(options, out=cell, **METHODS[method]))
+                changes = METHODS[method]
+                if changes.get("risk") == "max" and options.judge == "none":
+                    changes = changes | {"risk": "probe"}  # all the risk that there is
+                if changes.get("method", "adaptive") in ("adaptive", "filter") and not is_embedded(options.data):
+                    changes = changes | {"probe": config.out / "probe.safetensors"}
+                train_main(replace(options, out=cell, **changes))
                 shutil.rmtree(cell / "model")  # results.json has what is measured, adapter/ what was trained
         times.append(f"{method} {time.time() - start:.0f} s")
     return f"{attack}, seed {seed}: {', '.join(times) or 'kept'}"
 
 
+def cell_options(config: GridConfig, attack: str, seed: int) -> TrainConfig:
+    """What all methods have in common on one attack."""
+    data, world = config.world / f"{attack}.jsonl", config.world
+    options = TrainConfig(model=config.model, data=data, seed=seed, eval_base=False, ref_cache=config.out / "ref",
+                          verdicts=config.out / f"verdicts-{attack}-{seed}.sqlite")
+    if is_embedded(data):
+        return replace(options, judge=str(WORLD / "judge"), **SETTINGS)
+    sets = {name: str(world / f"eval_{name}.jsonl") for name in ("harmful", "benign", "lookalike")}
+    wordings = [world / f"eval_harmful_{name}.jsonl" for name in ("other", attack)]
+    tasks = [world / f"eval_{name}.jsonl" for name in ("sentiment", "arithmetic")]
+    few = {"epochs": 10} if len(read_conversations(data)) < 100 else {}
+    return replace(options, judge="none", probe_data=world / "probe.jsonl", **sets,
+                   attacked=",".join(str(file) for file in wordings if file.exists()),
+                   task=",".join(str(file) for file in tasks if file.exists()), **REAL | few)
+
+
 def evaluate_base(options: TrainConfig, out: Path) -> None:
     """The aligned model's results, as a run on the same data would have them."""
     options = default_sets(options, options.data)
-    model, chat = load_model(options.model, options.device, torch.float32), Chat(options.model, options.date)
+    model = load_model(options.model, options.device, working_dtype(options.model, options.device))
+    chat = Chat(options.model, options.date)
     judge = open_judge(options)
     results, completions = evaluate_model(model, chat, evaluation_sets(options), options, "base", judge)
     out.mkdir()
@@ -128,11 +153,15 @@ def main(config: GridConfig) -> None:
     unknown = set(comma_list(config.methods)) - set(METHODS)
     require(config, ("methods", not unknown, f"some of {', '.join(METHODS)}"),
             ("seeds", config.seeds > 0, "at least 1"),
-            ("attacks", all((WORLD / f"{a}.jsonl").exists() for a in comma_list(config.attacks)),
-             f"some of {', '.join(ATTACKS)}"), ("workers", config.workers > 0, "at least 1"))
+            ("attacks", all((config.world / f"{a}.jsonl").exists() for a in comma_list(config.attacks)),
+             f"some of {', '.join(ATTACKS)}, each a file in {config.world}"), ("workers", config.workers > 0, "at least 1"))
     start, groups = time.time(), [(attack, seed) for seed in range(config.seeds)
                                   for attack in comma_list(config.attacks)]
     config.out.mkdir(parents=True, exist_ok=True)
+    if not is_embedded(config.world / "probe.jsonl") and not (config.out / "probe.safetensors").exists():
+        held_out = ",".join(str(config.world / f"probe_{name}.jsonl") for name in ("withheld", "lookalike"))
+        probe_main(ProbeConfig(model=config.model, data=config.world / "probe.jsonl", held_out=held_out,
+                               out=config.out / "probe.safetensors"))  # once for all cells: it takes minutes
     with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(train_group, config, *group) for group in groups]
         for number, future in enumerate(as_completed(futures), 1):
@@ -140,8 +169,9 @@ def main(config: GridConfig) -> None:
                   flush=True)
     found = {}
     for attack in comma_list(config.attacks):
-        found[attack] = compare([config.out / attack / f"{method}-{seed}" for method in ("base", *comma_list(config.methods))
-                                 for seed in range(config.seeds)])[1]
+        cells = [config.out / attack / f"{method}-{seed}" for method in ("base", *comma_list(config.methods))
+                 for seed in range(config.seeds)]
+        found[attack] = compare([cell for cell in cells if (cell / "results.json").exists()])[1]
         found[attack][0]["name"] = "aligned model"
     write_json(config.out / "grid.json", found)
     write_text(config.out / "grid.md", overview(found) + "\n")

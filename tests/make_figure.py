@@ -15,7 +15,7 @@ LABELS = {
     "sft": "plain SFT",
     "kl": "constant KL\nβ = 0.5",
     "adaptive-probe": "adaptive, probe\nβ 0.1 … 0.9 (paper)",
-    "closed-max": "adaptive, probe & critic\nβ 0 … 1 (closed gate)",
+    "closed": "adaptive, probe & critic\nβ 0 … 1 (closed gate)",
 }
 BARS = [
     ("attack success, greedy", "#7a0019", ["ASR greedy"]),

@@ -18,7 +18,8 @@ from data.conversations import WORLD, read_conversations
 from lib import fused
 from lib.files import DataError
 from lib.fused import reference_terms
-from train import TrainConfig, blend, live_reference, micro_batch_loss, reference_of, response_states
+from lib.response import response_states
+from train import TrainConfig, blend, live_reference, micro_batch_loss, reference_of
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = TrainConfig(device=DEVICE)

@@ -22,6 +22,7 @@ from grid import GridConfig
 from lib import fused, processes
 from lib.cli import parse
 from lib.files import DataError
+from lib.response import label_logp
 from model import add_lora, can_compile, compile_blocks, generate, load_adapter
 from probe import ProbeConfig
 from train import token_loss as definition
@@ -31,7 +32,6 @@ from train import (
     check,
     csft_weight,
     gated,
-    label_logp,
     leak_line,
     live_reference,
     lr_at,
@@ -440,7 +440,7 @@ class TestTheGate:
         assert gated(QUICK, examples, risk[:3])[1].tolist() == risk[:3].tolist()
 
     def test_the_last_line_says_what_leaks_and_how_to_close_it(self):
-        assert "keeps probability 0.1" in leak_line(QUICK) and "--beta-min 0 --beta-max 1" in leak_line(QUICK)
+        assert "keeps probability 0.1" in leak_line(QUICK) and "--beta-min 0.02 --beta-max 1" in leak_line(QUICK)
         assert leak_line(replace(QUICK, beta_max=1.0)) == leak_line(replace(QUICK, method="sft")) == ""
 
 
