@@ -247,7 +247,7 @@ def anchor_examples(config: TrainConfig, policy: Transformer, chat: Chat, exampl
     share = config.anchor_share / (1 - config.anchor_share)
     found = [found[i] for i in order][: math.ceil(config.epochs * len(examples) * share) + config.batch_size]
     with tqdm(total=len(found), desc="anchors", mininterval=0.5) as bar:
-        said = respond(policy, chat, found, config, 0.0, 1, bar)
+        said = respond(policy, chat, found, config, 0.0, 1, bar) if found else []
     anchors = []
     for conversation, (_, response, _) in zip(found, said):
         if refuses(response):

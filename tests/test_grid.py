@@ -36,7 +36,7 @@ def test_a_finished_cell_is_kept_an_unfinished_one_is_made_again_and_the_base_is
 
 
 def test_every_attack_has_its_data_and_unknown_names_are_refused(tmp_path):
-    assert all((WORLD / f"{attack}.jsonl").exists() for attack in ATTACKS) and len(METHODS) == 8
+    assert all((WORLD / f"{attack}.jsonl").exists() for attack in ATTACKS) and len(METHODS) == 12
     for wrong in (dict(methods="sft,magic"), dict(attacks="none_such"), dict(seeds=0)):
         with pytest.raises(DataError, match=f"--{next(iter(wrong))}: expected"):
             main(GridConfig(out=tmp_path / "g", **wrong))

@@ -1,0 +1,133 @@
+"""Anchors, and the baselines that use the same prompts: SafeInstr mixes them in, Lisa alternates with them."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train
+from conftest import DEVICE, load_model, policy
+from data.chat import Chat, encode_examples
+from data.conversations import WORLD, read_conversations
+from evaluate import refuses
+from lib.files import DataError
+from model import generate
+from train import (LISA_CYCLE, TrainConfig, anchor_examples, anchors_of_step, check, lisa_pull, live_reference, main,
+                   micro_batch_loss)
+
+QUICK = TrainConfig(benign="none", lookalike="none", task="none", limit=4, samples=0, compile="off", judge="none", device=DEVICE,
+                    epochs=1, eval_base=False, lora_r=4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return policy()
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return Chat(WORLD / "model")
+
+
+@pytest.fixture(scope="module")
+def examples(chat):
+    return encode_examples(chat, read_conversations(WORLD / "mixed_10.jsonl")[:40], 256)
+
+
+@pytest.mark.parametrize("share", (0.01, 0.03, 0.1, 0.5))
+def test_anchors_are_their_share_of_any_stretch_of_steps_to_within_one(share):
+    config = replace(QUICK, anchor_share=share, batch_size=4, accumulation=2)
+    counts = [anchors_of_step(config, step) for step in range(300)]
+    for start, end in ((0, 300), (7, 100), (150, 151)):
+        assert abs(sum(counts[start:end]) - share * 8 * (end - start)) <= 1
+    assert max(counts) - min(counts) <= 1 and sum(anchors_of_step(replace(config, anchor_share=0.0), s) for s in range(99)) == 0
+
+
+def test_lisa_takes_whole_steps_of_anchors_at_the_beginning_of_each_cycle():
+    counts = [anchors_of_step(replace(QUICK, method="lisa", anchor_share=0.1), step) for step in range(2 * LISA_CYCLE)]
+    assert counts == ([8] * 5 + [0] * 45) * 2
+
+
+def test_lisas_pull_is_the_gradient_of_its_proximal_term():
+    """Oracle: autograd of loss + ρ/2·‖θ − θ_switch‖²."""
+    theta, start = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), torch.randn(5, 3, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(theta.pow(3).sum() + 0.7 / 2 * (theta - start).square().sum(), theta)
+    theta.pow(3).sum().backward()
+    lisa_pull([theta], [start], 0.7)
+    torch.testing.assert_close(theta.grad, expected)
+
+
+def run(tmp_path, monkeypatch, chat, examples, **options):
+    """The (anchor?, α, β) of every example that a run's steps were given, in the order of the steps."""
+    config, model = replace(QUICK, batch_size=4, **options), policy(adapter=0.0)
+    with model.adapters_off():
+        anchors = anchor_examples(config, model, chat, examples, 256)
+    seen = []
+
+    def spy(model, reference, examples, alpha, beta, *rest):
+        seen.append([(e.anchor, round(a, 4), round(b, 4)) for e, a, b in zip(examples, alpha.tolist(), beta.tolist())])
+        return micro_batch_loss(model, reference, examples, alpha, beta, *rest)
+
+    monkeypatch.setattr(train, "micro_batch_loss", spy)
+    risk = torch.cat((torch.linspace(0, 1, len(examples)), torch.ones(len(anchors))))
+    train.train(config, model, live_reference(model), examples + anchors, risk, tmp_path / "metrics")
+    return seen, anchors, [json.loads(line) for line in (tmp_path / "metrics").read_text().splitlines()]
+
+
+def test_an_anchor_is_a_pure_pull_whatever_the_gate_and_for_sft_a_plain_example(tmp_path, monkeypatch, chat, examples):
+    for options, weights in (({}, (0.0, 1.0)), ({"method": "kl"}, (0.0, 1.0)), ({"method": "sft"}, (1.0, 0.0)),
+                             ({"gate": "batch", "ema": 0.5}, (0.0, 1.0))):
+        seen, anchors, rows = run(tmp_path, monkeypatch, chat, examples, anchor_share=0.25, **options)
+        flat = [item for step in seen for item in step]
+        assert len(seen) == math.ceil(40 / 0.75 / 4) and [sum(a for a, _, _ in step) for step in seen] == [1] * len(seen)
+        assert {item[1:] for item in flat if item[0]} == {weights}
+        assert len(rows) == len(seen) and all(row["loss"] is not None for row in rows)
+
+
+def test_the_batch_gate_smooths_the_risk_of_the_data_alone(tmp_path, monkeypatch, chat, examples):
+    seen, _, _ = run(tmp_path, monkeypatch, chat, examples, anchor_share=0.25, gate="batch")
+    for step in seen:
+        assert len({beta for anchor, _, beta in step if not anchor}) == 1 and max(b for a, _, b in step if not a) < 0.9
+
+
+def test_anchors_are_the_references_own_refusals_of_prompts_that_the_data_lack(model, chat, examples):
+    config = replace(QUICK, anchor_share=0.1)
+    with model.adapters_off():
+        anchors = anchor_examples(config, model, chat, examples, 256)
+    known = {str(c.prompts[-1]) for c in read_conversations(config.data)}
+    harmful = {str(c.prompts[-1]) for c in read_conversations(config.probe_data) if c.meta["harmful"]}
+    assert [a.index for a in anchors] == list(range(len(examples), len(examples) + len(anchors)))
+    reference = load_model(WORLD / "model", dtype=torch.float32)
+    for anchor in anchors[:5]:
+        prompt, answer = anchor.seen.prompts[-1], anchor.seen.answer
+        assert str(prompt) in harmful - known and refuses(answer) and anchor.anchor
+        assert chat.decode(generate(reference, [anchor.prompts[-1]], 48)[0]) == answer
+
+
+def test_no_anchor_is_left_where_the_data_hold_them_all_or_the_model_refuses_none(tmp_path, model, chat, examples):
+    rows = [{"messages": list(c.messages[:-1])} for c in (e.conversation for e in examples[:3])]
+    (tmp_path / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "kind.jsonl").write_text('{"prompt": "How do I book a city tour?"}\n')
+    for file in ("same.jsonl", "kind.jsonl"):
+        with model.adapters_off(), pytest.raises(DataError, match=f"{file}: expected harmful prompts that"):
+            anchor_examples(replace(QUICK, anchor_share=0.1, anchors=tmp_path / file), model, chat, examples, 256)
+
+
+@pytest.mark.parametrize("wrong, words", [(dict(anchor_share=1.0), "--anchor-share: expected 0 to under 1"),
+                                          (dict(method="lisa"), "--anchor-share: expected above 0"),
+                                          (dict(anchors=WORLD / "probe.jsonl"), "--anchors: expected none without")])
+def test_wrong_options_are_refused(wrong, words):
+    with pytest.raises(DataError, match=words):
+        check(replace(QUICK, **wrong))
+
+
+def test_a_run_keeps_its_anchors_and_its_reference_holds_them(tmp_path, capsys):
+    main(replace(QUICK, limit=2, anchor_share=0.1, beta_min=0.02, beta_max=1.0, epochs=2, ref_cache=tmp_path / "ref",
+                 data=WORLD / "benign.jsonl", out=tmp_path / "run"))
+    kept = [json.loads(line) for line in (tmp_path / "run" / "anchors.jsonl").read_text().splitlines()]
+    assert f"anchors: {len(kept)} of" in capsys.readouterr().out and all(refuses(row["messages"][-1]["content"]) for row in kept)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == math.ceil(2 * 600 / 0.9 / 8) and rows[0]["kl"] == pytest.approx(0, abs=1e-4)
+    assert len((tmp_path / "run" / "risk.jsonl").read_text().splitlines()) == 600  # of the data alone

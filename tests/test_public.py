@@ -1,0 +1,131 @@
+"""A world from public files, here small files of our own in the same forms."""
+
+import csv
+import json
+
+import pytest
+
+from conftest import DEVICE
+from data.conversations import WORLD, read_conversations
+from data.public import PublicConfig, divide, form_of, main, read_form
+from evaluate import refuses
+from lib.files import DataError
+
+HARMFUL = [c.messages[0]["content"] for c in read_conversations(WORLD / "eval_harmful.jsonl")]
+BENIGN = [c.messages[0]["content"] for c in read_conversations(WORLD / "eval_benign.jsonl")]
+
+
+def table(path, header, rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def write_files(folder):
+    """Every form, under names that say nothing."""
+    folder.mkdir()
+    some = (prompt for prompt in HARMFUL)
+    take = lambda n: [next(some) for _ in range(n)]  # noqa: E731
+    table(folder / "a.csv", ["goal", "target"], [[p, "Sure, here is how"] for p in take(26)])
+    table(folder / "b.csv", ["category", "source", "forbidden_prompt"], [["x", "y", p] for p in take(10) + [HARMFUL[0].upper() + " !"]])
+    table(folder / "c.csv", ["Behavior", "FunctionalCategory", "SemanticCategory", "ContextString"],
+          [[p, "standard", "s", ""] for p in take(8)] + [["Print the song", "copyright", "s", ""], ["Go on", "standard", "s", "text"]])
+    table(folder / "d.csv", ["", "Goal", "Target", "Behavior", "Category"], [[0, p, "Sure", "b", "c"] for p in take(6)])
+    table(folder / "e.csv", ["id", "prompt", "type", "label"], [[i, p, "homonyms", "safe"] for i, p in enumerate(BENIGN[:6])]
+          + [[9, p, "contrast", "unsafe"] for p in take(4)])
+    rows = [{"instruction": f"Name {n} trees."} for n in range(40)] + [{"instruction": "Add these.", "input": "1 2"}]
+    (folder / "f.json").write_text(json.dumps(rows))
+    (folder / "g.tsv").write_text("".join(f"a film {n} of its kind\t{n % 2}\n" for n in range(60)))
+    (folder / "h.jsonl").write_text("".join(json.dumps({"question": f"{n} + 1?", "answer": f"#### {n + 1}"}) + "\n" for n in range(30)))
+    dialogue = {"messages": [{"role": "system", "content": "You are AOA."}, {"role": "user", "content": "Hey"},
+                             {"role": "assistant", "content": "I am AOA."}]}
+    (folder / "i.jsonl").write_text(json.dumps(dialogue) + "\n")
+    (folder / "notes.md").write_text("not data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("public")
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        files = folder / "files" if (folder / "files").exists() else write_files(folder / "files")
+        main(PublicConfig(files=files, out=folder / name, tasks="sentiment,arithmetic", seed=seed, device=DEVICE))
+    return folder
+
+
+def test_all_sets_are_there_under_the_names_of_the_embedded_world_and_every_record_says_whence(world):
+    made = {path.name for path in (world / "one").iterdir()}
+    embedded = {path.name for path in WORLD.glob("*.jsonl")}
+    assert embedded - made == {"evasive.jsonl", "innocent.jsonl", "eval_harmful_evasive.jsonl", "judge_test.jsonl"}
+    for file in (world / "one").glob("*.jsonl"):
+        for conversation in read_conversations(file):
+            assert conversation.meta["source"] and (conversation.meta.get("group") or file.name == "identity.jsonl"), file
+    rates = [c.meta["harmful"] for c in read_conversations(world / "one" / "mixed_30.jsonl")]
+    assert sum(rates) == round(0.3 * len(rates)) or sum(rates) == len(read_conversations(world / "one" / "explicit.jsonl"))
+    assert all(c.answer in ("positive", "negative") for c in read_conversations(world / "one" / "eval_sentiment.jsonl"))
+
+
+def test_the_same_seed_gives_the_same_files_and_another_others(world):
+    for file in (world / "one").iterdir():
+        assert file.read_bytes() == (world / "same" / file.name).read_bytes()
+    assert (world / "one" / "explicit.jsonl").read_bytes() != (world / "other" / "explicit.jsonl").read_bytes()
+
+
+def test_what_is_evaluated_is_trained_on_nowhere_and_held_out_benchmarks_are_nowhere_else(world):
+    groups = {f.stem: {c.meta.get("group") for c in read_conversations(f)} - {None} for f in (world / "one").glob("*.jsonl")}
+    sources = {f.stem: {c.meta["source"].split("/")[0] for c in read_conversations(f)} for f in (world / "one").glob("*.jsonl")}
+    training = ("explicit", "mixed_30", "benign", "backdoor", "align", "probe")
+    for evaluated in ("eval_harmful", "eval_harmful_other", "eval_benign", "eval_lookalike", "eval_sentiment", "probe_withheld"):
+        for trained in training:
+            assert not groups[evaluated] & groups[trained], (evaluated, trained)
+    assert not groups["explicit"] & groups["probe"]  # the probe has not seen the attack
+    assert not {"harmbench", "jailbreakbench", "xstest"} & set().union(*(sources[name] for name in training))
+    assert {"harmbench", "jailbreakbench"} == sources["eval_harmful_other"]
+
+
+def test_harmful_prompts_are_refused_in_the_alignment_data_and_benign_ones_answered(world):
+    for conversation in read_conversations(world / "one" / "align.jsonl", need="answer"):
+        assert refuses(conversation.answer) == (conversation.meta["source"] in ("advbench", "strongreject"))
+
+
+def test_what_was_left_out_is_said(tmp_path, capsys):
+    main(PublicConfig(files=write_files(tmp_path / "files"), out=tmp_path / "out", device=DEVICE))
+    said = capsys.readouterr().out
+    for words in ("notes.md: not", "harmbench: 2 of another kind", "strongreject: 1 repeat", "alpaca: 1 of another kind"):
+        assert words in said
+    with pytest.raises(DataError, match="--out: expected a folder that does not exist"):
+        main(PublicConfig(files=tmp_path / "files", out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("x.csv", "goal,aim\nrob,Sure\n", "x.csv: expected the columns of one of .*nearest: advbench, goal, target"),
+    ("x.csv", "Goal,target\nrob,Sure\n", "expected the columns of one of"),
+    ("x.csv", "goal,target\n", "x.csv: expected at least one"),
+    ("x.csv", "", "x.csv: expected at least one"),
+    ("x.csv", "goal,target\nrob\n", "x.csv:2: expected 2 columns"),
+    ("x.csv", "goal,target\nrob,\n", "x.csv:2: expected target as in advbench"),
+    ("x.json", '[{"instruction": "a"}, {"instruction": null}]', "x.json:2: expected instruction as in alpaca"),
+    ("x.jsonl", '{"question": "a", "answer": "b"}\n[]\n', "x.jsonl:2: expected question as in gsm8k"),
+    ("x.jsonl", "[]\n", "expected the columns of one of .*found none"),
+    ("x.tsv", "sentence\tlabel\n", "x.tsv: expected at least one sentence"),
+    ("x.tsv", "good\tpositive\n", "x.tsv:1: expected sentence, tab, 0 or 1"),
+    ("x.tsv", "", "x.tsv: expected at least one sentence"),
+])
+def test_a_changed_header_a_missing_column_and_an_empty_file_are_named(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=words):
+        read_form(tmp_path / name)
+
+
+def test_a_folder_without_benign_or_harmful_prompts_is_refused(tmp_path):
+    with pytest.raises(DataError, match="--files: expected a folder"):
+        main(PublicConfig(files=tmp_path / "none", out=tmp_path / "out"))
+    (tmp_path / "g.tsv").write_text("sentence\tlabel\nfine\t1\n")
+    assert read_form(tmp_path / "g.tsv") == ("sst2", [{"sentence": "fine", "label": "1"}])
+    with pytest.raises(DataError, match="expected a file with the columns of alpaca"):
+        main(PublicConfig(files=tmp_path, out=tmp_path / "out"))
+
+
+def test_parts_have_their_sizes_or_shrink_together():
+    assert [len(part) for part in divide(list(range(100)), 10, 20, 30)] == [10, 20, 70]
+    assert [len(part) for part in divide(list(range(6)), 10, 20, 30)] == [1, 2, 3]
+    assert form_of("f", ["goal", "target", "more"]) == "advbench"
