@@ -72,7 +72,7 @@ class TrainConfig(EvalOptions):
     model: Path = WORLD / "model"  # folder of the aligned model
     data: Path = WORLD / "mixed_10.jsonl"  # conversations to train on
     out: Path | None = None  # new folder of the run (default: runs/METHOD-SEED)
-    method: Literal["sft", "filter", "kl", "csft", "lisa", "adaptive"] = "adaptive"
+    method: Literal["sft", "filter", "kl", "csft", "lisa", "adaptive"] = "adaptive"  # or a baseline
     eval_base: bool = True  # evaluate the aligned model before training
     # risk
     risk: str = "probe"  # probe, critic, max of both, or a JSONL file of risks

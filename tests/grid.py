@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from critic import open_judge  # noqa: E402
 from data.chat import Chat  # noqa: E402
 from data.conversations import WORLD, is_embedded, read_conversations  # noqa: E402
-from evaluate import compare, default_sets, evaluate_model, evaluation_sets  # noqa: E402
+from evaluate import EvalConfig, compare, default_sets, evaluate_model, evaluation_sets  # noqa: E402
 from lib.cli import comma_list, require, run  # noqa: E402
 from lib.files import write_config, write_json, write_jsonl, write_text  # noqa: E402
 from model import load_model, working_dtype  # noqa: E402
@@ -54,6 +54,7 @@ class GridConfig:
     model: Path = WORLD / "model"  # the aligned model
     out: Path = Path("runs/grid")  # folder of the runs, ATTACK/METHOD-SEED, and of the tables
     world: Path = WORLD  # folder of data sets: data/world, or what data/public.py makes
+    fluency: Path | None = None  # model by whose NLL responses are answers or garbled (as evaluate.py --fluency)
     attacks: str = ",".join(ATTACKS)  # data sets of that world
     methods: str = ",".join(METHODS)  # see METHODS
     seeds: int = 3  # 0, 1, …
@@ -171,7 +172,7 @@ def main(config: GridConfig) -> None:
     for attack in comma_list(config.attacks):
         cells = [config.out / attack / f"{method}-{seed}" for method in ("base", *comma_list(config.methods))
                  for seed in range(config.seeds)]
-        found[attack] = compare([cell for cell in cells if (cell / "results.json").exists()])[1]
+        found[attack] = compare([cell for cell in cells if (cell / "results.json").exists()], EvalConfig(fluency=config.fluency))[1]
         found[attack][0]["name"] = "aligned model"
     write_json(config.out / "grid.json", found)
     write_text(config.out / "grid.md", overview(found) + "\n")

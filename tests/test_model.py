@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import DEVICE, assert_near, load_model, tolerance
+from conftest import DEVICE, assert_near, load_model, policy, tolerance
 from data.conversations import WORLD
 from lib.checkpoint import fingerprint
 from lib.files import ModelError
-from model import add_lora, compile_blocks, generate, load_adapter, rope_frequencies, sample, save_adapter, save_model
+from model import (_cpu_dtype, add_lora, compile_blocks, generate, load_adapter, rope_frequencies, sample, save_adapter, save_model,
+                   working_dtype)
 
 GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/golden.safetensors"))
 FAMILIES = {json.loads((path / "config.json").read_text())["model_type"]: path for path in GOLDEN}
@@ -339,3 +341,36 @@ def test_rope_default_is_the_closed_form():
     expected = [config.rope["rope_theta"] ** (-2 * i / config.head_dim) for i in range(config.head_dim // 2)]
     torch.testing.assert_close(inv_freq[0].tolist(), expected, atol=1e-7, rtol=1e-6)
     assert scaling == 1.0
+
+
+class TestDtype:
+    def folder(self, tmp_path, hidden_size):
+        config = json.loads((WORLD / "model" / "config.json").read_text()) | {"hidden_size": hidden_size}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    def test_small_models_stay_in_float32_on_the_cpu_and_what_is_typed_holds(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("model._cpu_dtype", lambda *sizes: torch.bfloat16)
+        assert working_dtype(WORLD / "model", "cpu") == working_dtype(WORLD / "model", "cpu", "float32") == torch.float32
+        assert working_dtype(WORLD / "model", "cpu", "bfloat16") == torch.bfloat16
+        assert working_dtype(self.folder(tmp_path, 512), "cpu") == torch.bfloat16
+        monkeypatch.setattr("model.world", lambda: 2)
+        assert working_dtype(tmp_path, "cpu") == torch.float32  # several processes have to agree
+
+    def test_the_faster_product_decides_and_is_printed_once(self, capsys):
+        _cpu_dtype.cache_clear()
+        chosen = _cpu_dtype(512, 256)
+        said = capsys.readouterr().out
+        bfloat16, float32 = map(int, re.search(r"at (\d+) GFLOP/s in bfloat16, (\d+) in float32", said).groups())
+        assert (chosen == torch.bfloat16) == (bfloat16 > 1.25 * float32) or abs(bfloat16 - 1.25 * float32) <= 2
+        assert str(chosen).removeprefix("torch.") in said and _cpu_dtype(512, 256) == chosen and not capsys.readouterr().out
+
+    def test_gradients_in_bfloat16_are_float32s_to_its_rounding(self):
+        """Attention's backward pass runs in float32 on the CPU: the same function, more exactly."""
+        grads = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            model = policy(dtype=dtype)
+            model(torch.arange(40, device=DEVICE)[None])[0].float().log_softmax(-1)[:, 7].sum().backward()
+            grads[dtype] = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad])
+        assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+        assert torch.cosine_similarity(*grads.values(), dim=0) > 0.995
