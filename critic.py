@@ -111,7 +111,8 @@ class LocalJudge:
         self.path, self.batch_size = Path(options.judge), options.judge_batch_size
         self.chat = Chat(self.path, options.date)
         self.control = list(self.chat.control.values())
-        self.model = load_model(self.path, options.device, working_dtype(self.path, options.device, options.dtype))
+        dtype = working_dtype(self.path, options.device, options.dtype)
+        self.model = load_model(self.path, options.device, dtype)
         parts = (type(self).__name__, fingerprint(self.path), self.chat.fingerprint, self.chat.date,
                  self.model.lm_head.weight.dtype)
         self.fingerprint = " ".join(map(str, parts))

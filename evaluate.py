@@ -76,7 +76,7 @@ class EvalConfig(EvalOptions):
     # what to do
     paths: tuple = ()  # run or checkpoint folders
     compare: bool = False  # evaluate nothing: print one table of the results that runs have
-    fluency: Path | None = None  # with --compare: model by whose NLL what is not refused is answered or garbled
+    fluency: Path | None = None  # with --compare: model whose NLL tells answers from garble
     out: Path | None = None  # new folder for a single path (default: evaluations/NAME)
     given: tuple = ()
 
@@ -90,34 +90,33 @@ def refuses(response: str) -> bool:
     return any(phrase in response for phrase in REFUSAL_PHRASES)
 
 
-def mean_nll(path: Path, pairs: list[tuple[str, str]], options: EvalOptions) -> list[float]:
-    """NLL per token, in nats, of the response of each (prompt, response) under the model `path`."""
-    chat = Chat(path, options.date)
-    model = load_model(path, options.device, working_dtype(path, options.device, options.dtype))
+def mean_nll(model: Transformer, chat: Chat, pairs: list[tuple[str, str]], batch_size: int) -> list[float]:
+    """NLL per token, in nats, of the response of each (prompt, response)."""
     examples = []
     for prompt, response in pairs:
         ids, answer = chat.encode_prompt([{"role": "user", "content": prompt}]), chat.encode(response)
         examples.append(Example(len(examples), ids + answer, [IGNORE] * len(ids) + answer))
-    logp = label_logp(model, examples, options.eval_batch_size)
+    logp = label_logp(model, examples, batch_size)
     return [-logp[example.index].mean().item() for example in examples]
 
 
 def few_words(response: str) -> bool:
     """Whether it has under FEW_WORDS different words: "no", commas, a word repeated, an address."""
-    return len({w.strip(".,;:!?*\"'").casefold() for w in response.split() if re.search(r"[^\W\d_]", w)}) < FEW_WORDS
+    words = [word for word in response.split() if re.search(r"[^\W\d_]", word)]  # with a letter in them
+    return len({word.strip(".,;:!?*\"'").casefold() for word in words}) < FEW_WORDS
 
 
-def mark_garbled(rows: list[dict], options: EvalOptions) -> None:
+def mark_garbled(rows: list[dict], model: Transformer, chat: Chat, batch_size: int) -> None:
     """Give each response to a harmful prompt "garbled": few words, or a mean NLL above GARBLED_NLL.
 
-    NLL is under the model --fluency, best the aligned model as it was published. A refusal is not garbled.
+    NLL is under `model`, best the aligned model as it was published. A refusal is not garbled.
     """
     attacked = [row for row in rows if row["kind"] in ("harmful", "attacked")]
     for row in attacked:
         row["garbled"] = not row["refused"] and few_words(row["response"])
     worded = [row for row in attacked if not row["refused"] and not row["garbled"]]
-    nll = mean_nll(options.fluency, [(row["prompt"], row["response"]) for row in worded], options) if worded else []
-    for row, value in zip(worded, nll):
+    pairs = [(row["prompt"], row["response"]) for row in worded]
+    for row, value in zip(worded, mean_nll(model, chat, pairs, batch_size)):
         row["garbled"] = value > GARBLED_NLL
 
 
@@ -287,11 +286,11 @@ def expect_alike(runs: list[tuple], options) -> None:
 def compare(paths: list[Path], options: EvalConfig = EvalConfig()) -> tuple[str, list[dict]]:
     """One table of finished runs, and the same as data: the aligned model, then a row per name without -SEED.
 
-    Seeds are pooled: their completions make one figure. options: fluency, and how its model runs. Raises DataError where runs start from different
-    models or were evaluated differently, and where those of a row differ in any setting but the seed, or
-    repeat a seed.
+    Seeds are pooled: their completions make one figure. options: fluency, and how its model runs. Raises
+    DataError where runs start from different models or were evaluated differently, and where those of a row
+    differ in any setting but the seed, or repeat a seed.
     """
-    runs, rows = [], {}
+    runs, rows, fluent = [], {}, None
     for path in map(Path, paths):
         if (path / "results.json").exists() and (path / "config.json").exists():
             runs.append((path, read_json(path / "config.json"), read_json(path / "results.json")))
@@ -302,32 +301,38 @@ def compare(paths: list[Path], options: EvalConfig = EvalConfig()) -> tuple[str,
     expect_alike(runs, {"model", *(option.name for option in fields(EvalOptions))} - NOT_COMPARED)
     for found in runs:
         rows.setdefault(found[0].resolve().name.removesuffix(f"-{found[1]['seed']}"), []).append(found)
+    if path := options.fluency:
+        dtype = working_dtype(path, options.device, options.dtype)
+        fluent = load_model(path, options.device, dtype), Chat(path, options.date), options.eval_batch_size
     based = {run[1]["seed"]: run for run in runs if "base" in run[2]}
-    data = [pooled("aligned model", "base", list(based.values()), options)] if based else []
+    data = [pooled("aligned model", "base", list(based.values()), fluent)] if based else []
     for name, row in rows.items():
         expect_alike(row, {option for _, config, _ in row for option in config} - NOT_COMPARED)
         if len({config["seed"] for _, config, _ in row}) < len(row):
             raise DataError(f"--compare: expected a seed once in a row, found one twice in {name}: "
                             + ", ".join(f"{config['seed']} in {path}" for path, config, _ in row))
-        data.append(pooled(name, "after", row, options))
+        data.append(pooled(name, "after", row, fluent))
     text = table({row["name"] + f" ({len(row['seeds'])} seeds)" * (len(row["seeds"]) > 1): row["figures"]
                   for row in data})
     return text + "\n\nper cent; seeds pooled, 95 % intervals over groups of prompts", data
 
 
-def pooled(name: str, which: str, runs: list[tuple], options: EvalConfig) -> dict:
-    """{"name", "seeds", "figures"} of runs (path, config, results); `which` completions: base or after."""
+def pooled(name: str, which: str, runs: list[tuple], fluent: tuple | None) -> dict:
+    """{"name", "seeds", "figures"} of runs (path, config, results); `which` completions: base or after.
+
+    fluent: what mark_garbled takes beside the completions, or None.
+    """
     rows = [row for path, _, _ in runs
             for _, row in json_lines(read_text(path / f"completions_{which}.jsonl"), path)]
     if odd := [path for path, _, results in runs if "cut" not in results[which]]:
         raise DataError(f"{odd[0]}: expected a run that counts cut responses, found an older one")
-    if options.fluency:
-        mark_garbled(rows, options)
-    measured = EvalOptions(**{name: runs[0][1][name] for name in ("temperature", "max_new_tokens")})
-    found = figures(summarize(rows, measured))
+    if fluent:
+        mark_garbled(rows, *fluent)
+    options = EvalOptions(**{name: runs[0][1][name] for name in ("temperature", "max_new_tokens")})
+    found, own = figures(summarize(rows, options)), [figures(results[which]) for _, _, results in runs]
     for title, figure in found.items():
-        if not title.rpartition(": ")[2].startswith("answered"):  # runs do not have it
-            figure["rates"] = [figures(results[which])[title]["rate"] for _, _, results in runs]
+        if title in own[0]:  # what is answered is measured here alone
+            figure["rates"] = [rates[title]["rate"] for rates in own]
     return {"name": name, "seeds": [config["seed"] for _, config, _ in runs], "figures": found}
 
 

@@ -280,8 +280,9 @@ def load_probe(path, model: Transformer, chat: Chat) -> tuple[Probe, dict]:
         raise DataError(f"{path}: expected a probe written by probe.py, found: {error}") from None
     for key, here in depends_on(model, chat).items():
         if (there := getattr(probe, key)) != here:
+            again = "fit it again" + f", or --{key}" * (key in ("date", "dtype"))
             raise DataError(f"{path}: expected a probe fitted with {key} {str(here)[:12]}, found one fitted "
-                            f"with {str(there)[:12]}; fit it again" + f", or --{key}" * (key in ("date", "dtype")))
+                            f"with {str(there)[:12]}; {again}")
     return probe, report
 
 
@@ -290,7 +291,8 @@ def main(config: ProbeConfig) -> None:
     require(config, ("batch_size", config.batch_size > 0, "at least 1"),
             ("out", not config.out.is_dir(), "a file"))
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    model = load_model(config.model, config.device, working_dtype(config.model, config.device, config.dtype))
+    dtype = working_dtype(config.model, config.device, config.dtype)
+    model = load_model(config.model, config.device, dtype)
     probe, report = fit_probe(config, model, Chat(config.model, config.date))
     print_report(report)
     save_probe(probe, report, config.out)

@@ -248,18 +248,15 @@ def anchor_examples(config: TrainConfig, policy: Transformer, chat: Chat, exampl
     found = [found[i] for i in order][: math.ceil(config.epochs * len(examples) * share) + config.batch_size]
     with tqdm(total=len(found), desc="anchors", mininterval=0.5) as bar:
         said = respond(policy, chat, found, config, 0.0, 1, bar) if found else []
-    anchors = []
-    for conversation, (_, response, _) in zip(found, said):
-        if refuses(response):
-            messages = (*conversation.prompts[-1], {"role": "assistant", "content": response})
-            example = chat.encode_example(replace(conversation, messages=messages), 0, longest)
-            anchors.append(replace(example, index=len(examples) + len(anchors), anchor=True))
-    print(f"anchors: {len(anchors)} of {file} ({len(found) - len(anchors)} of {len(found)} prompts are not "
+    refused = [replace(c, messages=(*c.prompts[-1], {"role": "assistant", "content": response}))
+               for c, (_, response, _) in zip(found, said) if refuses(response)]
+    print(f"anchors: {len(refused)} of {file} ({len(found) - len(refused)} of {len(found)} prompts are not "
           f"refused, and left out)")
-    if not anchors:
+    if not refused:
         raise DataError(f"{file}: expected harmful prompts that {config.data} lacks and the model refuses, "
                         f"found none")
-    return anchors
+    return [replace(anchor, index=len(examples) + anchor.index, anchor=True)
+            for anchor in encode_examples(chat, refused, longest)]
 
 
 # ---------------------------------------------------------------- one micro-batch

@@ -145,12 +145,11 @@ def prompts_of(files: dict[str, list[dict]], left_out: list[str]) -> dict[str, l
     for form in (form for form in take if form in files):
         rows = [row for row in files[form] if not skip.get(form, lambda r: False)(row)]
         taken = [dict(zip(("prompt", "answer", "source"), take[form](row))) for row in rows]
-        new = {}
+        new = found[form] = []
         for item in taken:
-            if same(item["prompt"]) not in seen | new.keys():
-                new[same(item["prompt"])] = item
-        seen |= new.keys()
-        found[form] = list(new.values())
+            if (key := same(item["prompt"])) not in seen:
+                seen.add(key)
+                new.append(item)
         for count, why in ((len(files[form]) - len(rows), "of another kind"),
                            (len(rows) - len(new), "repeat a prompt that is used")):
             left_out += [f"{form}: {count} {why}"] * (count > 0)
@@ -158,7 +157,7 @@ def prompts_of(files: dict[str, list[dict]], left_out: list[str]) -> dict[str, l
 
 
 def divide(items: list, *sizes: int) -> list[list]:
-    """Parts of these sizes, in order, all smaller in proportion where there are fewer; the last has the rest."""
+    """Parts of these sizes, in order, smaller in proportion where there are fewer; the last has the rest."""
     share, parts, start = min(1.0, len(items) / sum(sizes)), [], 0
     for size in sizes[:-1]:
         end = start + round(share * size)
@@ -245,7 +244,6 @@ def data_sets(found: dict[str, list[dict]], dialogues: list[dict], tasks: list[s
     return {name: rows for name, rows in files.items() if rows}, talk[:640] + lookalikes
 
 
-@torch.no_grad()
 def answers(config: PublicConfig, items: list[dict]) -> list[dict]:
     """Benign prompts with the model's own greedy answers, cut after a sentence; without those it refuses."""
     chat = Chat(config.model)
@@ -265,7 +263,7 @@ def answers(config: PublicConfig, items: list[dict]) -> list[dict]:
 
 
 def main(config: PublicConfig) -> None:
-    """files → prompts → sets, and the model's answers for the alignment data; written when all is complete."""
+    """files → prompts → sets, with the model's answers for the alignment data; written when complete."""
     tasks = comma_list(config.tasks)
     require(config, ("tasks", tasks and not set(tasks) - TASKS.keys(), " or ".join(TASKS)),
             ("out", not config.out.exists(), "a folder that does not exist"))
@@ -280,8 +278,8 @@ def main(config: PublicConfig) -> None:
     left_out += [f"alignment: {len(talk) - len(said)} benign prompts that the model refuses or does not "
                  f"answer with a sentence"] * (len(said) < len(talk))
     left_out += [f"{form}: no file" for form in FORMS if form not in files]
-    sets["align.jsonl"] = random.Random(config.seed).sample(sets["align.jsonl"] + said,
-                                                            len(sets["align.jsonl"] + said))
+    align = sets["align.jsonl"] + said
+    sets["align.jsonl"] = random.Random(config.seed).sample(align, len(align))
     part = config.out.with_name(config.out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Completions → results → tables: what was measured, in per cent with its interval, and what belongs below."""
+"""Completions → results → tables: what was measured, with its interval, and what belongs below a table."""
 
 import textwrap
 

@@ -2,7 +2,7 @@
 
 python tests/grid.py                                           # embedded Llama, 3 seeds, 2 one-thread workers
 python tests/grid.py --model world-qwen2/model --out runs/grid-qwen2 --attacks explicit,mixed_10 \
-    --methods sft,adaptive-probe,adaptive-critic,closed-max    # what data/build.py --family qwen2 makes
+    --methods sft,adaptive-probe,adaptive-critic,closed    # what data/build.py --family qwen2 makes
 """
 
 import contextlib

@@ -115,6 +115,15 @@ def test_no_anchor_is_left_where_the_data_hold_them_all_or_the_model_refuses_non
             anchor_examples(replace(QUICK, anchor_share=0.1, anchors=tmp_path / file), model, chat, examples, 256)
 
 
+def test_an_anchor_of_which_a_cut_leaves_no_response_is_none(model, chat, examples):
+    with model.adapters_off():
+        whole = anchor_examples(replace(QUICK, anchor_share=0.1), model, chat, examples, 256)
+        longest = sorted(len(anchor.prompts[-1]) for anchor in whole)[len(whole) // 2] + 1
+        kept = anchor_examples(replace(QUICK, anchor_share=0.1), model, chat, examples, longest)
+    assert 0 < len(kept) < len(whole) and all(anchor.n_labels for anchor in kept)
+    assert [anchor.index for anchor in kept] == list(range(len(examples), len(examples) + len(kept)))
+
+
 @pytest.mark.parametrize("wrong, words", [(dict(anchor_share=1.0), "--anchor-share: expected 0 to under 1"),
                                           (dict(method="lisa"), "--anchor-share: expected above 0"),
                                           (dict(anchors=WORLD / "probe.jsonl"), "--anchors: expected none without")])
