@@ -500,7 +500,7 @@ def leak_line(config: TrainConfig) -> str:
     if config.gate == "batch":
         return "\nthe gate leaks: a risky example has its batch's mean risk; --gate example closes it"
     kept = f"a first token at risk 1 keeps probability {1 - config.beta_max:.2g}"
-    return f"\nthe gate leaks: {kept}; to seal it: --beta-min 0.02 --beta-max 1 --anchor-share 0.1"
+    return f"\nthe gate leaks: {kept};\n  to seal it: --beta-min 0.02 --beta-max 1 --anchor-share 0.1"
 
 
 def main(config: TrainConfig) -> None:
