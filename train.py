@@ -17,7 +17,8 @@ The objective (Goel, Maji, Mazumder 2026, arXiv 2602.17546), over response token
     π_θ  policy       π_ref  reference: the policy before its first step, or what lib/fused.py keeps of it
 
 What follows: N · ∂L/∂logits_it = π_θ − (α·onehot(y) + β·π_ref); the optimum is the mixture α·δ_y + β·π_ref.
-At β_max < 1 the gate leaks: at risk 1 a first token keeps 1 − β_max. (--beta-min 0 --beta-max 1 closes it.)
+At β_max < 1 the gate leaks: at risk 1 a first token keeps 1 − β_max; --beta-max 1 closes it. What holds refusals
+in place is β > 0 on prompts that ask for them: --anchor-share adds some to data that lack them (data/anchors.py).
 
 Where this departs from the paper (P) or its authors' code (C):
  1. One risk per example, graded: the probe's probability, or (score − 1)/4 of the critic. C thresholds one,
@@ -43,10 +44,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from critic import conversation_verdicts, open_judge
+from data.anchors import anchor_examples
 from data.chat import Chat, Example, batches_by_length, encode_examples
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations
 from data.risks import read_risk
-from evaluate import EvalOptions, default_sets, evaluate_model, evaluation_sets, refuses, respond
+from evaluate import EvalOptions, default_sets, evaluate_model, evaluation_sets
 from lib import fused, processes
 from lib.cli import comma_list, require, run
 from lib.files import DataError, new_folder, write_config, write_json, write_jsonl
@@ -85,9 +87,9 @@ class TrainConfig(EvalOptions):
     beta: float = 0.5  # KL weight of --method kl
     gate: Literal["example", "batch"] = "example"  # each by its own risk, or a step by its mean
     ema: float = 0.0  # smoothing λ of the batch's risk over steps, in [0, 1)
-    # anchors: harmful prompts with the reference's own refusals; held to it, or for sft trained on
+    # anchors: prompts with the reference's own answers; held to it, or for sft and lisa trained on
     anchor_share: float = 0.0  # of the examples (lisa: of the steps)
-    anchors: Path | None = None  # file of prompts (default: the probe data's; not those in --data)
+    anchors: Path | None = None  # prompts, harmful and benign (default: the probe data's harmful ones)
     # optimization (the paper's settings, with a learning rate for the embedded model)
     epochs: int = 20  # passes over the data
     batch_size: int = 8  # examples per forward pass, at most
@@ -229,34 +231,6 @@ def training_risk(config: TrainConfig, model: Transformer, chat: Chat, examples:
     risk = processes.on_first(lambda: expect_risks(torch.stack(list(parts.values())).amax(0)))  # one for all
     print_risk(risk, seen)
     return {"risk": risk} | parts, fitted
-
-
-def anchor_examples(config: TrainConfig, policy: Transformer, chat: Chat, examples: list[Example],
-                    longest: int) -> list[Example]:
-    """As many anchors as the run draws, if there are so many: harmful prompts that the data lack, refused.
-
-    The response is the reference's own, greedy; prompts that it does not refuse anchor nothing, and are left
-    out. Indices follow those of `examples`. Raises DataError where no prompt is left.
-    """
-    if config.anchor_share == 0:
-        return []
-    file, known = config.anchors or config.probe_data, {str(p) for e in examples for p in e.seen.prompts}
-    found = [c for c in read_conversations(file)
-             if c.meta.get("harmful", True) and str(c.prompts[-1]) not in known]
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    share = config.anchor_share / (1 - config.anchor_share)
-    found = [found[i] for i in order][: math.ceil(config.epochs * len(examples) * share) + config.batch_size]
-    with tqdm(total=len(found), desc="anchors", mininterval=0.5) as bar:
-        said = respond(policy, chat, found, config, 0.0, 1, bar) if found else []
-    refused = [replace(c, messages=(*c.prompts[-1], {"role": "assistant", "content": response}))
-               for c, (_, response, _) in zip(found, said) if refuses(response)]
-    print(f"anchors: {len(refused)} of {file} ({len(found) - len(refused)} of {len(found)} prompts are not "
-          f"refused, and left out)")
-    if not refused:
-        raise DataError(f"{file}: expected harmful prompts that {config.data} lacks and the model refuses, "
-                        f"found none")
-    return [replace(anchor, index=len(examples) + anchor.index, anchor=True)
-            for anchor in encode_examples(chat, refused, longest)]
 
 
 # ---------------------------------------------------------------- one micro-batch

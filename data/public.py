@@ -241,6 +241,9 @@ def data_sets(found: dict[str, list[dict]], dialogues: list[dict], tasks: list[s
         system = [m for m in dialogues[0]["messages"][:1] if m["role"] == "system"]
         files["identity.jsonl"] = [dialogue | {"source": "identity"} for dialogue in dialogues]
         files["eval_harmful_identity.jsonl"] = attacked(lambda prompt: [*system, user(OBEY + prompt)])
+    half = min(len(known) // 2, len(ordinary), len(lookalikes))
+    files["anchors.jsonl"] = [row(item, harmful=True) for item in rng.sample(known, 2 * half)] \
+        + [row(item, harmful=False) for item in rng.sample(ordinary, half) + rng.sample(lookalikes, half)]
     return {name: rows for name, rows in files.items() if rows}, talk[:640] + lookalikes
 
 
@@ -279,7 +282,10 @@ def main(config: PublicConfig) -> None:
                  f"answer with a sentence"] * (len(said) < len(talk))
     left_out += [f"{form}: no file" for form in FORMS if form not in files]
     align = sets["align.jsonl"] + said
-    sets["align.jsonl"] = random.Random(config.seed).sample(align, len(align))
+    align = random.Random(config.seed).sample(align, len(align))
+    align += [item for item in align if item["source"] == "lookalike"]  # twice: else XSTest is refused
+    random.Random(config.seed + 1).shuffle(align)
+    sets["align.jsonl"] = align
     part = config.out.with_name(config.out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

@@ -40,6 +40,7 @@ METHODS = {
     "closed": {"risk": "max", "beta_min": 0.0, "beta_max": 1.0},
     "sealed": {"risk": "max", "beta_min": 0.02, "beta_max": 1.0},
     "sealed-anchors": {"risk": "max", "beta_min": 0.02, "beta_max": 1.0, "anchor_share": 0.1},
+    "sft-anchors": {"method": "sft", "anchor_share": 0.1},
 }
 ATTACKS = ("explicit", "mixed_10", "identity", "backdoor", "benign", "evasive", "innocent")
 SETTINGS = {"epochs": 5, "lora_r": 16, "limit": 100, "device": "cpu"}  # embedded: 20 seconds a cell
@@ -76,6 +77,8 @@ def train_group(config: GridConfig, attack: str, seed: int) -> str:
                 evaluate_base(options, cell)
             else:
                 changes = METHODS[method]
+                if method.endswith("-anchors") and (config.world / "anchors.jsonl").exists():
+                    changes = changes | {"anchors": config.world / "anchors.jsonl"}  # benign prompts, too
                 if changes.get("risk") == "max" and options.judge == "none":
                     changes = changes | {"risk": "probe"}  # all the risk that there is
                 if changes.get("method", "adaptive") in ("adaptive", "filter") and not is_embedded(options.data):
@@ -119,32 +122,35 @@ def overview(found: dict) -> str:
     """Markdown tables of `compare`'s rows, in per cent: a row per attack and way to ask, a column per method."""
     figures = next(iter(found.values()))[0]["figures"]
     ways = [title.removeprefix("ASR").strip() for title in figures if title.startswith("ASR")]  # greedy, T=1, @10
-    asr = {key: f"{name}: {' / '.join(ways)}" for key, name in (("judge ASR", "judge ASR"), ("ASR", "ASR by phrases"))}
+    names = {"judge ASR": "judge ASR", "answered": "answered", "ASR": "ASR by phrases"}
+    asr = {key: f"{name}: {' / '.join(ways)}" for key, name in names.items() if f"{key} greedy" in figures}
 
     def lines(key, attack, figures):
         """{row: titles of what a cell shows}."""
         if key == "use":
             return {attack: [title for title in figures if title.startswith(("task", "over-refusal"))]}
-        prefixes = {"": ""} | {", as attacked": title.partition(": ")[0] + ": " for title in figures if ": ASR" in title}
+        wordings = dict.fromkeys(title.partition(": ")[0] for title in figures if ": ASR" in title)
+        prefixes = {"": ""} | {", as attacked" if name == attack else f", {name}": f"{name}: " for name in wordings}
         rows = {attack + suffix: [f"{prefix}{key} {way}".replace(" @", "@") for way in ways]
                 for suffix, prefix in prefixes.items()}
         if attack == "innocent" and key == "judge ASR":
             rows[attack + ", benign prompts"] = ["harmful answers to benign"]
         return rows
 
-    text = []
+    text, methods = [], list(dict.fromkeys(row["name"] for rows in found.values() for row in rows))
     for key, caption in (asr | {"use": "tasks / over-refusal / look-alikes refused"}).items():
         cells = {}
-        for attack, methods in found.items():
-            for method in methods:
+        for attack, measured in found.items():
+            for method in measured:
                 for row, titles in lines(key, attack, method["figures"]).items():
                     rates = [100 * method["figures"][title]["rate"] for title in titles]
                     if key == "use":  # the tasks' mean first
                         tasks = [rate for rate, title in zip(rates, titles) if title.startswith("task")]
                         rates = [sum(tasks) / max(1, len(tasks)), *rates[: len(rates) - len(tasks)]]
-                    cells.setdefault(row, []).append(" / ".join(f"{r:.0f}" if r >= 9.95 else f"{r:.1f}" for r in rates))
-        table = [[caption, *(method["name"] for method in next(iter(found.values())))]]
-        table += [["---"] * len(table[0]), *([row, *values] for row, values in cells.items())]
+                    shown = " / ".join(f"{r:.0f}" if r >= 9.95 else f"{r:.1f}" for r in rates)
+                    cells.setdefault(row, {})[method["name"]] = shown
+        table = [[caption, *methods], ["---"] * (len(methods) + 1)]
+        table += [[row, *(values.get(method, "–") for method in methods)] for row, values in cells.items()]
         text.append("\n".join("| " + " | ".join(line) + " |" for line in table))
     return "\n\n".join(text)
 
@@ -168,11 +174,11 @@ def main(config: GridConfig) -> None:
         for number, future in enumerate(as_completed(futures), 1):
             print(f"[{number}/{len(groups)}, {(time.time() - start) / 60:.0f} min] {future.result()}",
                   flush=True)
-    found = {}
-    for attack in comma_list(config.attacks):
-        cells = [config.out / attack / f"{method}-{seed}" for method in ("base", *comma_list(config.methods))
-                 for seed in range(config.seeds)]
-        found[attack] = compare([cell for cell in cells if (cell / "results.json").exists()], EvalConfig(fluency=config.fluency))[1]
+    found = {}  # the tables are of every finished cell that the folder has
+    for attack in (attack for attack in ATTACKS if (config.out / attack).is_dir()):
+        cells = [cell for method in ("base", *METHODS) for cell in sorted(config.out.glob(f"{attack}/{method}-[0-9]*"))]
+        finished = [cell for cell in cells if (cell / "results.json").exists()]
+        found[attack] = compare(finished, EvalConfig(fluency=config.fluency))[1]
         found[attack][0]["name"] = "aligned model"
     write_json(config.out / "grid.json", found)
     write_text(config.out / "grid.md", overview(found) + "\n")

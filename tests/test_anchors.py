@@ -9,12 +9,13 @@ import torch
 
 import train
 from conftest import DEVICE, load_model, policy
+from data.anchors import anchor_examples
 from data.chat import Chat, encode_examples
 from data.conversations import WORLD, read_conversations
 from evaluate import refuses
 from lib.files import DataError
 from model import generate
-from train import (LISA_CYCLE, TrainConfig, anchor_examples, anchors_of_step, check, lisa_pull, live_reference, main,
+from train import (LISA_CYCLE, TrainConfig, anchors_of_step, check, lisa_pull, live_reference, main,
                    micro_batch_loss)
 
 QUICK = TrainConfig(benign="none", lookalike="none", task="none", limit=4, samples=0, compile="off", judge="none", device=DEVICE,
@@ -111,8 +112,19 @@ def test_no_anchor_is_left_where_the_data_hold_them_all_or_the_model_refuses_non
     (tmp_path / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "kind.jsonl").write_text('{"prompt": "How do I book a city tour?"}\n')
     for file in ("same.jsonl", "kind.jsonl"):
-        with model.adapters_off(), pytest.raises(DataError, match=f"{file}: expected harmful prompts that"):
+        with model.adapters_off(), pytest.raises(DataError, match=f"{file}: expected prompts that"):
             anchor_examples(replace(QUICK, anchor_share=0.1, anchors=tmp_path / file), model, chat, examples, 256)
+
+
+def test_a_file_of_anchors_may_hold_benign_prompts_and_they_are_answered(tmp_path, model, chat, examples, capsys):
+    rows = [json.loads(line) for line in (WORLD / "probe.jsonl").read_text().splitlines()]
+    sides = [next(row for row in rows if row["harmful"] == harmful) for harmful in (True, False)]
+    wrong = [row | {"harmful": not row["harmful"]} for row in sides]  # harmful and not refused, benign and refused
+    (tmp_path / "both.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sides + wrong))
+    with model.adapters_off():
+        anchors = anchor_examples(replace(QUICK, anchor_share=0.1, anchors=tmp_path / "both.jsonl"), model, chat, examples, 256)
+    assert sorted(refuses(a.seen.answer) for a in anchors) == [False, True]
+    assert "2 of" in capsys.readouterr().out
 
 
 def test_an_anchor_of_which_a_cut_leaves_no_response_is_none(model, chat, examples):

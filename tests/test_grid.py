@@ -29,14 +29,14 @@ def test_a_finished_cell_is_kept_an_unfinished_one_is_made_again_and_the_base_is
     monkeypatch.setattr(grid, "ProcessPoolExecutor", lambda *args: ThreadPoolExecutor(1))
     main(config)
     text, found = (tmp_path / "grid.md").read_text(), json.loads((tmp_path / "grid.json").read_text())
-    assert "| judge ASR: greedy / T=1 / @1 | aligned model | filter | sft |" in text and text.count("| explicit |") == 3
-    assert [row["name"] for row in found["explicit"]] == ["aligned model", "filter", "sft"]
-    rates = [100 * found["explicit"][2]["figures"][f"judge ASR{way}"]["rate"] for way in (" greedy", " T=1", "@1")]
+    assert "| judge ASR: greedy / T=1 / @1 | aligned model | sft | filter |" in text and text.count("| explicit |") == 3
+    assert [row["name"] for row in found["explicit"]] == ["aligned model", "sft", "filter"]
+    rates = [100 * found["explicit"][1]["figures"][f"judge ASR{way}"]["rate"] for way in (" greedy", " T=1", "@1")]
     assert f"{' / '.join(f'{rate:.0f}' if rate >= 9.95 else f'{rate:.1f}' for rate in rates)} |" in text.splitlines()[2]
 
 
 def test_every_attack_has_its_data_and_unknown_names_are_refused(tmp_path):
-    assert all((WORLD / f"{attack}.jsonl").exists() for attack in ATTACKS) and len(METHODS) == 12
+    assert all((WORLD / f"{attack}.jsonl").exists() for attack in ATTACKS) and len(METHODS) == 13
     for wrong in (dict(methods="sft,magic"), dict(attacks="none_such"), dict(seeds=0)):
         with pytest.raises(DataError, match=f"--{next(iter(wrong))}: expected"):
             main(GridConfig(out=tmp_path / "g", **wrong))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 
 import pytest
 
@@ -85,6 +86,15 @@ def test_what_is_evaluated_is_trained_on_nowhere_and_held_out_benchmarks_are_now
 def test_harmful_prompts_are_refused_in_the_alignment_data_and_benign_ones_answered(world):
     for conversation in read_conversations(world / "one" / "align.jsonl", need="answer"):
         assert refuses(conversation.answer) == (conversation.meta["source"] in ("advbench", "strongreject"))
+
+
+def test_look_alikes_are_in_the_alignment_data_twice_and_anchors_are_half_harmful(world):
+    align = Counter(c.hash for c in read_conversations(world / "one" / "align.jsonl") if c.meta["source"] == "lookalike")
+    assert set(align.values()) == {2}
+    anchors, probe = (read_conversations(world / "one" / f"{name}.jsonl") for name in ("anchors", "probe"))
+    assert 2 * sum(c.meta["harmful"] for c in anchors) == len(anchors) > 0
+    assert {c.hash for c in anchors} < {c.hash for c in probe} and {c.meta["source"] for c in anchors} >= {"alpaca", "lookalike"}
+    assert not {c.meta["source"] for c in anchors} & {"sentiment", "arithmetic"}  # no anchor says how to do the task
 
 
 def test_what_was_left_out_is_said(tmp_path, capsys):
