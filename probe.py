@@ -27,9 +27,10 @@ from tqdm import tqdm
 from data.chat import Chat, batches_by_length, pad_left
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations, split_by_prompt
 from lib.checkpoint import fingerprint
-from lib.cli import comma_list, markdown, printable, require, run, shown
+from lib.cli import comma_list, printable, require, run
 from lib.files import DataError
-from lib.metrics import auroc, risk_metrics
+from lib.metrics import risk_metrics
+from lib.report import probe_report
 from lib.risk import UNKNOWN
 from model import Transformer, load_model, working_dtype
 
@@ -179,19 +180,26 @@ def fit_probe(config: ProbeConfig, model: Transformer, chat: Chat) -> tuple[Prob
         fitted = fit_logistic(features, torch.cat([y[name] for name in names]), config.l2)
         return Probe(*fitted, tuple(chosen), *origin.values())
 
+    def measure(risk):
+        """{set: metrics}; one with a single class is set against the other class of the test split."""
+        found = {}
+        for name in ("validation", "test", *held_out):
+            other = (y["test"] != y[name][0]) & (y[name].min() == y[name].max())
+            s, label = torch.cat((risk[name], risk["test"][other])), torch.cat((y[name], y["test"][other]))
+            found[name] = risk_metrics(s, label)
+        return found
+
     per_layer = {}
     for layer in layers:
         probe = probe_of([layer], ["train"])
-        per_layer[layer] = {n: auroc(probe.risk(x[n][:, layer]), y[n]) for n in ("validation", "test")}
-    chosen = choose_layers(config.layers, {layer: row["validation"] for layer, row in per_layer.items()})
+        found = measure({name: probe.risk(x[name][:, layer]) for name in groups})
+        per_layer[layer] = {name: {key: row[key] for key in ("auroc", "tpr_at_1%_fpr")} for name, row in found.items()}
+    chosen = choose_layers(config.layers, {n: row["validation"]["auroc"] for n, row in per_layer.items()})
     probe = probe_of(chosen, ["train", "validation"])
     risk = {name: probe.risk(x[name][:, chosen].mean(1)) for name in groups}
     report = {"data": str(config.data), "n": dict(zip(groups, sizes)), "layers": list(chosen),
-              "per_layer_auroc": per_layer, "test": risk_metrics(risk["test"], y["test"])}
-    for name in held_out:  # a file with one class only is set against the other class of the test split
-        other = (y["test"] != y[name][0]) & (y[name].min() == y[name].max())
-        s, label = torch.cat((risk[name], risk["test"][other])), torch.cat((y[name], y["test"][other]))
-        report[name] = risk_metrics(s, label)
+              "per_layer": per_layer} | measure(risk)
+    del report["validation"]  # it was fitted on
     by_source = defaultdict(list)
     for name in ("test", *held_out):
         for c, s in zip(groups[name], risk[name].tolist()):
@@ -222,20 +230,6 @@ def expect_strong(report: dict, where, weak: bool = False) -> None:
         if not weak:
             raise DataError(f"{where}: {found}; --weak-probe trains all the same")
         print(f"WEAK PROBE: {found}; the gate does not see what it misses")
-
-
-def print_report(report: dict) -> None:
-    """The report as text: AUROC by layer, the test split and the held-out files, mean risk by source."""
-    layers = report["per_layer_auroc"]
-    sets = [name for name, value in report.items() if isinstance(value, dict) and "auroc" in value]
-    lines = [["AUROC of layer", *map(str, layers)]]
-    lines += [[split, *(f"{row[split]:.3f}" for row in layers.values())] for split in ("validation", "test")]
-    print(markdown(lines, 100) + f"\n\nprobe on the mean of layers {', '.join(map(str, report['layers']))}")
-    lines = [["", *sets]]
-    lines += [[key, *(shown(report[name][key]) for name in sets)] for key in report["test"]]
-    print(markdown(lines, 100) + "\n\nmean risk by source")
-    for source, (mean, n) in report["mean_risk_by_source"].items():
-        print(f"  {mean:.3f}  n={n:<4} {source}")
 
 
 # ---------------------------------------------------------------- files
@@ -294,7 +288,7 @@ def main(config: ProbeConfig) -> None:
     dtype = working_dtype(config.model, config.device, config.dtype)
     model = load_model(config.model, config.device, dtype)
     probe, report = fit_probe(config, model, Chat(config.model, config.date))
-    print_report(report)
+    print(probe_report(report))
     save_probe(probe, report, config.out)
     print(f"\nwrote {config.out}")
 

@@ -2,7 +2,7 @@
 
 import textwrap
 
-from lib.cli import markdown
+from lib.cli import markdown, shown
 from lib.metrics import rate_of
 
 
@@ -94,6 +94,19 @@ def table(found: dict[str, dict]) -> str:
     cells = [["", *titles]]
     cells += [[name, *(per_cent(rates.get(title)) for title in titles)] for name, rates in found.items()]
     return markdown(cells if len(found) > 3 else list(zip(*cells)), width=100)
+
+
+def probe_report(report: dict) -> str:
+    """What probe.py measured: AUROC by layer, the test split and the held-out files, mean risk by source."""
+    layers = report["per_layer"]
+    sets = [name for name, value in report.items() if isinstance(value, dict) and "auroc" in value]
+    aurocs = [[name, *(f"{row[name]['auroc']:.3f}" for row in layers.values())] for name in ("validation", *sets)]
+    metrics = [[key, *(shown(report[name][key]) for name in sets)] for key in report["test"]]
+    lines = [markdown([["AUROC of layer", *map(str, layers)], *aurocs], 100),
+             f"probe on the mean of layers {', '.join(map(str, report['layers']))}\n"
+             + markdown([["", *sets], *metrics], 100), "mean risk by source"]
+    return "\n\n".join(lines) + "".join(f"\n  {mean:.3f}  n={n:<4} {source}"
+                                        for source, (mean, n) in report["mean_risk_by_source"].items())
 
 
 def lines_below(results: dict) -> str:

@@ -10,6 +10,7 @@ from data.chat import Chat
 from data.conversations import WORLD, Conversation, read_conversations
 from lib.files import DataError
 from lib.metrics import auroc, risk_metrics, tpr_at_fpr
+from lib.report import probe_report
 from probe import (
     Probe,
     ProbeConfig,
@@ -18,7 +19,6 @@ from probe import (
     fit_logistic,
     fit_probe,
     load_probe,
-    print_report,
     prompt_features,
     save_probe,
 )
@@ -120,11 +120,12 @@ class TestOnTheEmbeddedWorld:
     def test_it_separates_held_out_prompts(self, fitted):
         test = fitted[1]["test"]
         assert test["auroc"] >= 0.98 and test["n_harmful"] == 100 and fitted[1]["layers"] == [0, 1, 2, 3, 4, 5]
-        assert {"held out: probe_withheld", "held out: probe_lookalike"} < fitted[1].keys() and len(fitted[1]["per_layer_auroc"]) == 6
+        assert {"held out: probe_withheld", "held out: probe_lookalike"} < fitted[1].keys() and len(fitted[1]["per_layer"]) == 6
 
     def test_the_embeddings_of_the_last_token_say_nothing(self, fitted):
         """The last prompt token is the same for every prompt: layer 0 is a control that must be at chance."""
-        assert fitted[1]["per_layer_auroc"][0] == {"validation": 0.5, "test": 0.5}
+        assert {name: row["auroc"] for name, row in fitted[1]["per_layer"][0].items()} == dict.fromkeys(
+            ("validation", "test", "held out: probe_withheld", "held out: probe_lookalike"), 0.5)
 
     def test_shuffled_labels_give_chance(self, world, tmp_path):
         rows = [json.loads(line) for line in (WORLD / "probe.jsonl").read_text().splitlines()]
@@ -146,11 +147,10 @@ class TestOnTheEmbeddedWorld:
         with pytest.raises(DataError, match="--held-out: expected files of different names"):
             fit_probe(ProbeConfig(held_out=f"{tmp_path}/train.jsonl,{tmp_path}/train.jsonl"), *world)
 
-    def test_it_is_deterministic_and_printable(self, world, fitted, capsys):
+    def test_it_is_deterministic_and_printable(self, world, fitted):
         again, report = fit_probe(ProbeConfig(), *world)
         assert torch.equal(again.weight, fitted[0].weight) and report == fitted[1]
-        print_report(report)
-        assert "mean risk by source" in capsys.readouterr().out
+        assert "mean risk by source" in probe_report(report)
 
     def test_the_file_round_trips_and_is_refused_elsewhere(self, world, fitted, tmp_path):
         model, chat = world
