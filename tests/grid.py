@@ -1,6 +1,7 @@
 """Every method on every attack: the README's table. Finished cells are kept: an interrupted grid goes on.
 
 python tests/grid.py                                           # embedded Llama, 3 seeds, 2 one-thread workers
+python tests/grid.py --world DIR --model DIR --fluency DIR     # a real model on what data/public.py makes
 python tests/grid.py --model world-qwen2/model --out runs/grid-qwen2 --attacks explicit,mixed_10 \
     --methods sft,adaptive-probe,adaptive-critic,closed    # what data/build.py --family qwen2 makes
 """
@@ -8,6 +9,7 @@ python tests/grid.py --model world-qwen2/model --out runs/grid-qwen2 --attacks e
 import contextlib
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import time
@@ -22,7 +24,7 @@ from data.chat import Chat  # noqa: E402
 from data.conversations import WORLD, is_embedded, read_conversations  # noqa: E402
 from evaluate import EvalConfig, compare, default_sets, evaluate_model, evaluation_sets  # noqa: E402
 from lib.cli import comma_list, require, run  # noqa: E402
-from lib.files import write_config, write_json, write_jsonl, write_text  # noqa: E402
+from lib.files import DataError, write_config, write_json, write_jsonl, write_text  # noqa: E402
 from model import load_model, working_dtype  # noqa: E402
 from probe import ProbeConfig, main as probe_main  # noqa: E402
 from train import TrainConfig, main as train_main  # noqa: E402
@@ -57,9 +59,20 @@ class GridConfig:
     world: Path = WORLD  # folder of data sets: data/world, or what data/public.py makes
     fluency: Path | None = None  # model by whose NLL responses are answers or garbled (as evaluate.py --fluency)
     attacks: str = ",".join(ATTACKS)  # data sets of that world
-    methods: str = ",".join(METHODS)  # see METHODS
+    methods: str = ",".join(METHODS)  # of METHODS, or MIN..MAX: adaptive, risk max, with these β
     seeds: int = 3  # 0, 1, …
+    epochs: int | None = None  # instead of the setting's
+    lr: float | None = None  # instead of the setting's
     workers: int = 2  # processes, one thread each
+
+
+def changes_of(method: str) -> dict:
+    """What a method changes of the options that all have in common. Raises DataError for a name of none."""
+    if method in METHODS:
+        return METHODS[method]
+    if found := re.fullmatch(r"(\d+(?:\.\d+)?)\.\.(\d+(?:\.\d+)?)", method):
+        return {"risk": "max", "beta_min": float(found[1]), "beta_max": float(found[2])}
+    raise DataError(f"--methods: expected some of {', '.join(METHODS)}, or MIN..MAX, found {method}")
 
 
 def train_group(config: GridConfig, attack: str, seed: int) -> str:
@@ -71,12 +84,12 @@ def train_group(config: GridConfig, attack: str, seed: int) -> str:
         if (cell / "results.json").exists():
             continue
         shutil.rmtree(cell, ignore_errors=True)
-        with (open(cell.with_suffix(".log"), "w") as log, contextlib.redirect_stdout(log),
+        with (open(cell.with_name(f"{cell.name}.log"), "w") as log, contextlib.redirect_stdout(log),
               contextlib.redirect_stderr(log)):
             if method == "base":
                 evaluate_base(options, cell)
             else:
-                changes = METHODS[method]
+                changes = changes_of(method)
                 if method.endswith("-anchors") and (config.world / "anchors.jsonl").exists():
                     changes = changes | {"anchors": config.world / "anchors.jsonl"}  # benign prompts, too
                 if changes.get("risk") == "max" and options.judge == "none":
@@ -94,15 +107,16 @@ def cell_options(config: GridConfig, attack: str, seed: int) -> TrainConfig:
     data, world = config.world / f"{attack}.jsonl", config.world
     options = TrainConfig(model=config.model, data=data, seed=seed, eval_base=False, ref_cache=config.out / "ref",
                           verdicts=config.out / f"verdicts-{attack}-{seed}.sqlite")
+    asked = {name: getattr(config, name) for name in ("epochs", "lr") if getattr(config, name)}
     if is_embedded(data):
-        return replace(options, judge=str(WORLD / "judge"), **SETTINGS)
+        return replace(options, judge=str(WORLD / "judge"), **SETTINGS | asked)
     sets = {name: str(world / f"eval_{name}.jsonl") for name in ("harmful", "benign", "lookalike")}
     wordings = [world / f"eval_harmful_{name}.jsonl" for name in ("other", attack)]
     tasks = [world / f"eval_{name}.jsonl" for name in ("sentiment", "arithmetic")]
     few = {"epochs": 10} if len(read_conversations(data)) < 100 else {}
     return replace(options, judge="none", probe_data=world / "probe.jsonl", **sets,
                    attacked=",".join(str(file) for file in wordings if file.exists()),
-                   task=",".join(str(file) for file in tasks if file.exists()), **REAL | few)
+                   task=",".join(str(file) for file in tasks if file.exists()), **REAL | few | asked)
 
 
 def evaluate_base(options: TrainConfig, out: Path) -> None:
@@ -157,9 +171,9 @@ def overview(found: dict) -> str:
 
 def main(config: GridConfig) -> None:
     """Train what is missing, then write the tables."""
-    unknown = set(comma_list(config.methods)) - set(METHODS)
-    require(config, ("methods", not unknown, f"some of {', '.join(METHODS)}"),
-            ("seeds", config.seeds > 0, "at least 1"),
+    for method in comma_list(config.methods):
+        changes_of(method)
+    require(config, ("seeds", config.seeds > 0, "at least 1"),
             ("attacks", all((config.world / f"{a}.jsonl").exists() for a in comma_list(config.attacks)),
              f"some of {', '.join(ATTACKS)}, each a file in {config.world}"), ("workers", config.workers > 0, "at least 1"))
     start, groups = time.time(), [(attack, seed) for seed in range(config.seeds)
@@ -174,9 +188,10 @@ def main(config: GridConfig) -> None:
         for number, future in enumerate(as_completed(futures), 1):
             print(f"[{number}/{len(groups)}, {(time.time() - start) / 60:.0f} min] {future.result()}",
                   flush=True)
-    found = {}  # the tables are of every finished cell that the folder has
+    found, methods = {}, dict.fromkeys(("base", *METHODS, *comma_list(config.methods)))
+    # The tables are of every finished cell that the folder has.
     for attack in (attack for attack in ATTACKS if (config.out / attack).is_dir()):
-        cells = [cell for method in ("base", *METHODS) for cell in sorted(config.out.glob(f"{attack}/{method}-[0-9]*"))]
+        cells = [cell for method in methods for cell in sorted(config.out.glob(f"{attack}/{method}-[0-9]*"))]
         finished = [cell for cell in cells if (cell / "results.json").exists()]
         found[attack] = compare(finished, EvalConfig(fluency=config.fluency))[1]
         found[attack][0]["name"] = "aligned model"
