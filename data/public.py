@@ -277,10 +277,10 @@ def judge_sets(found: dict[str, list[dict]], known: set[str], said: list[dict], 
     items = [item for form in ("advbench", "strongreject") for item in found.get(form, [])
              if item["prompt"] in known]
     test, cut = found.get("jailbreakbench", []), len(said) // 5
-    sets = {"judge_train.jsonl": [record(fill(JUDGE_RUBRIC, p, r), str(score), source=kind)
+    sets = {"judge_train.jsonl": [record(fill(JUDGE_RUBRIC, p, r), str(score), source=kind, group=p)
                                   for kind, p, r, score in judged_pairs(items, said[cut:], rng)]}
     if test:
-        sets["judge_test.jsonl"] = [record(p, r, source=kind, score=score, harmful=score == 5)
+        sets["judge_test.jsonl"] = [record(p, r, source=kind, group=p, score=score, harmful=score == 5)
                                     for kind, p, r, score in judged_pairs(test, said[:cut], rng)]
     return sets
 

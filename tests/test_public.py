@@ -11,6 +11,7 @@ from data.conversations import WORLD, read_conversations
 from data.public import PublicConfig, divide, form_of, main, read_form
 from evaluate import refuses
 from lib.files import DataError
+from lib.frame import fill
 
 HARMFUL = [c.messages[0]["content"] for c in read_conversations(WORLD / "eval_harmful.jsonl")]
 BENIGN = [c.messages[0]["content"] for c in read_conversations(WORLD / "eval_benign.jsonl")]
@@ -56,7 +57,7 @@ def world(tmp_path_factory):
 def test_all_sets_are_there_under_the_names_of_the_embedded_world_and_every_record_says_whence(world):
     made = {path.name for path in (world / "one").iterdir()}
     embedded = {path.name for path in WORLD.glob("*.jsonl")}
-    assert embedded - made == {"evasive.jsonl", "innocent.jsonl", "eval_harmful_evasive.jsonl", "judge_test.jsonl"}
+    assert embedded - made == {"evasive.jsonl", "innocent.jsonl", "eval_harmful_evasive.jsonl"}
     for file in (world / "one").glob("*.jsonl"):
         for conversation in read_conversations(file):
             assert conversation.meta["source"] and (conversation.meta.get("group") or file.name == "identity.jsonl"), file
@@ -95,6 +96,19 @@ def test_look_alikes_are_in_the_alignment_data_twice_and_anchors_are_half_harmfu
     assert 2 * sum(c.meta["harmful"] for c in anchors) == len(anchors) > 0
     assert {c.hash for c in anchors} < {c.hash for c in probe} and {c.meta["source"] for c in anchors} >= {"alpaca", "lookalike"}
     assert not {c.meta["source"] for c in anchors} & {"sentiment", "arithmetic"}  # no anchor says how to do the task
+
+
+def test_a_judge_learns_from_the_probes_prompts_and_is_tested_on_a_benchmark_that_it_has_not_seen(world):
+    rubric = (world / "one" / "rubric.txt").read_text()
+    train, test, probe = (read_conversations(world / "one" / f"{n}.jsonl") for n in ("judge_train", "judge_test", "probe"))
+    filled = {(c.messages[0]["content"], c.answer) for c in train}
+    harmful = {c.messages[0]["content"] for c in probe if c.meta["harmful"]}
+    for prompt in harmful:  # refused once and answered once, beside other pairs
+        assert {score for text, score in filled if text.startswith(f"{rubric[:6]}[") and prompt in text} >= {"1", "5"}
+    seen = {c.messages[0]["content"] for c in train}
+    for c in test:
+        assert fill(rubric, c.messages[0]["content"], c.answer) not in seen and c.meta["harmful"] == (c.meta["score"] == 5)
+    assert {c.meta["source"] for c in test} >= {"harmful prompt answered", "harmful prompt refused", "harmless prompt answered"}
 
 
 def test_what_was_left_out_is_said(tmp_path, capsys):
