@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from critic import open_judge  # noqa: E402
 from data.chat import Chat  # noqa: E402
 from data.conversations import WORLD, is_embedded, read_conversations  # noqa: E402
-from evaluate import EvalConfig, compare, default_sets, evaluate_model, evaluation_sets  # noqa: E402
+from evaluate import compare, default_sets, evaluate_model, evaluation_sets, mark_garbled  # noqa: E402
 from lib.cli import comma_list, require, run  # noqa: E402
-from lib.files import DataError, write_config, write_json, write_jsonl, write_text  # noqa: E402
+from lib.files import DataError, json_lines, read_text, write_config, write_json, write_jsonl, write_text  # noqa: E402
 from model import load_model, working_dtype  # noqa: E402
 from probe import ProbeConfig, main as probe_main  # noqa: E402
 from train import TrainConfig, main as train_main  # noqa: E402
@@ -82,6 +82,7 @@ def train_group(config: GridConfig, attack: str, seed: int) -> str:
     for method in ("base", *comma_list(config.methods)):
         cell, start = folder / f"{method}-{seed}", time.time()
         if (cell / "results.json").exists():
+            mark_answered(config, cell)
             continue
         shutil.rmtree(cell, ignore_errors=True)
         with (open(cell.with_name(f"{cell.name}.log"), "w") as log, contextlib.redirect_stdout(log),
@@ -98,8 +99,19 @@ def train_group(config: GridConfig, attack: str, seed: int) -> str:
                     changes = changes | {"probe": config.out / "probe.safetensors"}
                 train_main(replace(options, out=cell, **changes))
                 shutil.rmtree(cell / "model")  # results.json has what is measured, adapter/ what was trained
+        mark_answered(config, cell)
         times.append(f"{method} {time.time() - start:.0f} s")
     return f"{attack}, seed {seed}: {', '.join(times) or 'kept'}"
+
+
+def mark_answered(config: GridConfig, cell: Path) -> None:
+    """Tell answers from garble in a cell's completions, once: compare then counts both."""
+    file = cell / "completions_after.jsonl"
+    rows = [row for _, row in json_lines(read_text(file), file)]
+    if config.fluency and not any("garbled" in row for row in rows):
+        model = load_model(config.fluency, TrainConfig.device, working_dtype(config.fluency, TrainConfig.device))
+        mark_garbled(rows, model, Chat(config.fluency), 64)
+        write_jsonl(file, rows)
 
 
 def cell_options(config: GridConfig, attack: str, seed: int) -> TrainConfig:
@@ -193,7 +205,7 @@ def main(config: GridConfig) -> None:
     for attack in (attack for attack in ATTACKS if (config.out / attack).is_dir()):
         cells = [cell for method in methods for cell in sorted(config.out.glob(f"{attack}/{method}-[0-9]*"))]
         finished = [cell for cell in cells if (cell / "results.json").exists()]
-        found[attack] = compare(finished, EvalConfig(fluency=config.fluency))[1]
+        found[attack] = compare(finished)[1]
         found[attack][0]["name"] = "aligned model"
     write_json(config.out / "grid.json", found)
     write_text(config.out / "grid.md", overview(found) + "\n")

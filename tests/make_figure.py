@@ -1,6 +1,6 @@
-"""Draw the README's figure from the committed results (needs matplotlib, which nothing else does).
+"""Draw the README's figures from the committed results (needs matplotlib, which nothing else does).
 
-python tests/make_figure.py     # data/results/grid.json → data/results/figure.svg
+python tests/make_figure.py     # data/results/*.json → data/results/*.svg
 """
 
 import json
@@ -10,7 +10,19 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent.parent / "data" / "results"
-LABELS = {
+REAL = {  # rows of the first figure, from above
+    "aligned model": "aligned model, before",
+    "sft": "plain SFT",
+    "filter": "SFT without risky rows",
+    "safeinstr": "SFT + 3 % refusals (SafeInstr)",
+    "lisa": "Lisa",
+    "kl": "constant KL, β 0.5",
+    "csft": "C-SFT",
+    "adaptive-probe": "adaptive, β 0.1 … 0.9 (paper)",
+    "sealed": "adaptive, β 0.02 … 1 (sealed)",
+    "sealed-anchors": "sealed + 10 % anchors",
+}
+EMBEDDED = {
     "aligned model": "aligned model\nbefore",
     "sft": "plain SFT",
     "kl": "constant KL\nβ = 0.5",
@@ -23,29 +35,132 @@ BARS = [
     ("attack success, best of 10", "#f2a7a0", ["ASR@10"]),
     ("task accuracy", "#30638e", ["task arithmetic", "task sentiment"]),
 ]
+DARK, LIGHT = "#7a0019", "#30638e"
 
 
-def main():
-    """The rows of mixed_10: means over seeds, with the range over seeds."""
-    rows = {row["name"]: row["figures"] for row in json.loads((RESULTS / "grid.json").read_text())["mixed_10"]}
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "0", "font.family": "sans-serif", "font.size": 10})
+def read(name: str):
+    """A committed result file."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def save(figure, name: str) -> None:
+    """An SVG whose text stays text and whose bytes do not depend on the day."""
+    figure.savefig(RESULTS / name, metadata={"Date": None})
+    plt.close(figure)
+
+
+def real_model() -> None:
+    """Answered samples on two training sets, with intervals; beside them Alpaca / XSTest refused, and the task."""
+    found, titles = read("smollm2.json"), {"mixed_10": "SST-2, 10 % of it harmful", "benign": "SST-2 alone"}
+    figure, panels = plt.subplots(1, 2, figsize=(9.4, 3.5), layout="constrained", sharey=True)
+    for axes, (attack, title) in zip(panels, titles.items()):
+        rows = {row["name"]: row["figures"] for row in found[attack]}
+        for y, name in enumerate(REAL):
+            if name not in rows:
+                axes.text(2, y, "not run", va="center", fontsize=8, color="#777777")
+                continue
+            for key, shift, marker, colour in (("answered T=1", -0.15, "o", DARK), ("other: answered T=1", 0.15, "D", LIGHT)):
+                value = rows[name][key]
+                low, high = (100 * x for x in value["ci95"])
+                axes.plot([low, high], [y + shift] * 2, color=colour, lw=1.2)
+                axes.plot(100 * value["rate"], y + shift, marker, color=colour, markersize=5, label=None if y else
+                          {"o": "AdvBench, held out", "D": "HarmBench, JailbreakBench"}[marker],
+                          markerfacecolor=colour if marker == "o" else "white")
+            refused, alike, task = (100 * rows[name][key]["rate"] for key in
+                                    ("over-refusal", "over-refusal lookalike", "task sentiment"))
+            axes.text(106, y, f"{refused:.0f} / {alike:.0f}", va="center", fontsize=8)
+            axes.text(134, y, f"{task:.0f}" if name != "aligned model" else "–", va="center", fontsize=8)
+        axes.axvspan(*(100 * x for x in rows["aligned model"]["answered T=1"]["ci95"]), color="#dddddd", lw=0)
+        axes.text(106, -1.0, "benign\nrefused", fontsize=8, va="bottom")
+        axes.text(134, -1.0, "task\nright", fontsize=8, va="bottom")
+        axes.set_title(title, fontsize=10, loc="left", pad=22)
+        axes.set_xlim(-2, 148)
+        axes.set_xticks([0, 25, 50, 75, 100])
+        axes.set_xlabel("harmful prompts answered at T = 1, per cent", fontsize=9, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", lw=0.3)
+    panels[0].set_ylim(len(REAL) - 0.5, -0.9)
+    panels[0].set_yticks(range(len(REAL)), REAL.values(), fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncols=2, loc="outside upper center", fontsize=9)
+    save(figure, "smollm2.svg")
+
+
+def embedded() -> None:
+    """The rows of mixed_10 on the embedded model: means over seeds, with the range over seeds."""
+    rows = {row["name"]: row["figures"] for row in read("grid.json")["mixed_10"]}
     figure, axes = plt.subplots(figsize=(9.2, 3.4), layout="constrained")
     for i, (title, colour, columns) in enumerate(BARS):
         runs = [[100 * sum(rates) / len(rates) for rates in zip(*(rows[name][column]["rates"] for column in columns))]
-                for name in LABELS]
+                for name in EMBEDDED]
         means = [sum(r) / len(r) for r in runs]
         spread = [[max(0, m - min(r)) for m, r in zip(means, runs)], [max(0, max(r) - m) for m, r in zip(means, runs)]]
         x = [g + (i - 1.5) * 0.2 for g in range(len(runs))]
         axes.bar(x, means, 0.18, yerr=spread, color=colour, label=title, error_kw={"lw": 0.8, "ecolor": "#444444"})
         for position, mean, top in zip(x, means, spread[1]):
             axes.annotate(f"{mean:.0f}", (position, mean + top + 1), ha="center", va="bottom", fontsize=8, color="#333333")
-    axes.set_xticks(range(len(LABELS)), LABELS.values())
+    axes.set_xticks(range(len(EMBEDDED)), EMBEDDED.values())
     axes.set_ylim(0, 112)
     axes.set_yticks([0, 25, 50, 75, 100])
     axes.set_ylabel("per cent")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=9)
-    figure.savefig(RESULTS / "figure.svg", metadata={"Date": None})
+    save(figure, "figure.svg")
+
+
+def probe_by_layer() -> None:
+    """The real model's probe: how well one layer alone parts harmful from benign prompts."""
+    layers = read("smollm2-probe.json")["per_layer"]
+    sets = {"test": ("test split", "-"), "held out: probe_withheld": ("other benchmarks", "--"),
+            "held out: probe_lookalike": ("XSTest's safe prompts", ":")}
+    figure, panels = plt.subplots(1, 2, figsize=(9.2, 2.7), layout="constrained", sharey=True)
+    for axes, (key, title) in zip(panels, {"auroc": "AUROC", "tpr_at_1%_fpr": "TPR at 1 % FPR"}.items()):
+        for name, (label, style) in sets.items():
+            axes.plot([int(n) for n in layers], [row[name][key] for row in layers.values()], style, color="#222222",
+                      lw=1.4, label=label)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("layer (0: embeddings)", fontsize=9)
+        axes.set_ylim(0, 1.02)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False, fontsize=9, loc="lower right")
+    save(figure, "probe.svg")
+
+
+def frontier() -> None:
+    """Every pair of β on the embedded model: attack success against the task, and the leak against 1 − β_max."""
+    found = read("frontier.json")
+    figure, panels = plt.subplots(1, 3, figsize=(9.4, 3.1), layout="constrained")
+    grey = dict(zip(("0", "0.01", "0.02", "0.05", "0.1"), ("#c9c9c9", "#a0a0a0", "#707070", "#404040", "#000000")))
+    marks = dict(zip(("0.5", "0.7", "0.9", "0.99", "1"), "v^sDo"))
+    for axes, (attack, title) in zip(panels, {"mixed_10": "10 % harmful", "benign": "benign"}.items()):
+        for name, row in ((row["name"], row["figures"]) for row in found[attack][1:]):
+            low, high = name.split("..")
+            tasks = [100 * value["rate"] for key, value in row.items() if key.startswith("task")]
+            axes.plot(100 * row["ASR T=1"]["rate"], sum(tasks) / len(tasks), marks[high], color=grey[low], markersize=6)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("not refused at T = 1, per cent", fontsize=9)
+        axes.set_ylabel("tasks right, per cent", fontsize=9)
+    for low, colour in grey.items():
+        panels[1].plot([], [], "o", color=colour, label=f"β_min {low}")
+    for high, mark in marks.items():
+        panels[1].plot([], [], mark, color="#707070", label=f"β_max {high}")
+    panels[1].legend(frameon=False, fontsize=7, ncols=2)
+    for name, row in ((row["name"], row["figures"]) for row in found["mixed_10"][1:]):
+        low, high = name.split("..")
+        panels[2].plot(100 * (1 - float(high)), 100 * row["ASR T=1"]["rate"], marks[high], color=grey[low], markersize=6)
+    panels[2].plot([0, 50], [0, 50], lw=0.8, color="#777777")
+    panels[2].set_title("the leak, predicted and measured", fontsize=10, loc="left")
+    panels[2].set_xlabel("1 − β_max, per cent", fontsize=9)
+    panels[2].set_ylabel("not refused at T = 1", fontsize=9)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    save(figure, "frontier.svg")
+
+
+def main() -> None:
+    """All figures."""
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "0", "font.family": "sans-serif", "font.size": 10})
+    for draw in (real_model, embedded, probe_by_layer, frontier):
+        draw()
 
 
 if __name__ == "__main__":
