@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from data.chat import Chat, Example, encode_examples
-from data.conversations import read_conversations
+from data.conversations import is_embedded, read_conversations
 from evaluate import refuses, respond
 from lib.files import DataError
 from model import Transformer
@@ -27,6 +27,8 @@ def anchor_examples(config, policy: Transformer, chat: Chat, examples: list[Exam
     """
     if config.anchor_share == 0:
         return []
+    if not config.anchors and is_embedded(config.probe_data) and not is_embedded(config.model):
+        print("the anchors are the embedded prompts; your own (--anchors FILE) hold more in place")
     file, known = config.anchors or config.probe_data, {str(p) for e in examples for p in e.seen.prompts}
     found = [c for c in read_conversations(file) if str(c.prompts[-1]) not in known
              and (config.anchors or c.meta.get("harmful", True))]

@@ -137,7 +137,8 @@ def test_an_anchor_of_which_a_cut_leaves_no_response_is_none(model, chat, exampl
 
 
 @pytest.mark.parametrize("wrong, words", [(dict(anchor_share=1.0), "--anchor-share: expected 0 to under 1"),
-                                          (dict(method="lisa"), "--anchor-share: expected above 0"),
+                                          (dict(method="lisa"), "--anchor-share: expected at least 0.02"),
+                                          (dict(method="lisa", anchor_share=0.01), "--anchor-share: expected at least 0.02"),
                                           (dict(anchors=WORLD / "probe.jsonl"), "--anchors: expected none without")])
 def test_wrong_options_are_refused(wrong, words):
     with pytest.raises(DataError, match=words):
