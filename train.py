@@ -87,9 +87,9 @@ class TrainConfig(EvalOptions):
     beta: float = 0.5  # KL weight of --method kl
     gate: Literal["example", "batch"] = "example"  # each by its own risk, or a step by its mean
     ema: float = 0.0  # smoothing λ of the batch's risk over steps, in [0, 1)
-    # anchors: prompts with the reference's own answers; held to it, or for sft and lisa trained on
+    # anchors: prompts with the reference's own answers; held to it, or without a pull trained on
     anchor_share: float = 0.0  # of the examples (lisa: of the steps)
-    anchors: Path | None = None  # prompts, harmful and benign (default: the probe data's harmful ones)
+    anchors: Path | None = None  # prompts, "harmful": true | false (default: the probe data's harmful)
     # optimization (the paper's settings, with a learning rate for the embedded model)
     epochs: int = 20  # passes over the data
     batch_size: int = 8  # examples per forward pass, at most
@@ -382,8 +382,8 @@ def check(config: TrainConfig) -> TrainConfig:
         ("dtype", config.lora_r or config.dtype != "bfloat16", "float32 with --lora-r 0"),
         ("max_length", config.max_length > 1, "at least 2"),
         ("anchor_share", 0 <= config.anchor_share < 1, "0 to under 1"),
-        ("anchor_share", config.method != "lisa" or config.anchor_share >= 1 / LISA_CYCLE,
-         f"at least {1 / LISA_CYCLE} with --method lisa, a step of each {LISA_CYCLE}"),
+        ("anchor_share", config.method != "lisa" or 0 < round(config.anchor_share * LISA_CYCLE) < LISA_CYCLE,
+         f"with --method lisa some but not all of {LISA_CYCLE} steps"),
         ("anchors", config.anchor_share or not config.anchors, "none without --anchor-share"),
         ("lora_targets", "lm_head" not in comma_list(config.lora_targets), "no lm_head, the reference's too"),
         ("batch_size", per_step % world == 0, f"times --accumulation a multiple of the {world} processes"),
@@ -458,7 +458,8 @@ def write_start(config: TrainConfig, examples: list[Example], anchors: list[Exam
     if completions:
         write_jsonl(config.out / "completions_base.jsonl", completions)
     if anchors:
-        write_jsonl(config.out / "anchors.jsonl", [{"messages": e.seen.messages} for e in anchors])
+        write_jsonl(config.out / "anchors.jsonl", [e.conversation.meta | {"messages": e.seen.messages}
+                                                   for e in anchors])
     if config.method in ("adaptive", "filter"):
         columns = {name: values.tolist() for name, values in risk.items()}
         columns["where"] = [example.conversation.where for example in examples]

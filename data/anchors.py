@@ -1,7 +1,7 @@
-"""Anchors: prompts that the aligned model answers itself, among the examples of every step.
+"""Anchors: prompts that the aligned model answers itself, a share of the examples of a run.
 
-Data without anything harmful hold no refusal in place, however they are gated. Anchors do: they are examples of
-risk 1 (α = 0, β = 1), so that the model says there what it said before.
+Data without anything harmful hold no refusal in place, however they are gated. Anchors do: to a method with a pull
+they are examples of risk 1 (α = 0, β = 1), where the model says what it said before; to one without, plain examples.
 """
 
 import math
@@ -10,40 +10,52 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from data.chat import Chat, Example, encode_examples
+from data.chat import IGNORE, Chat, Example, encode_examples
 from data.conversations import is_embedded, read_conversations
 from evaluate import refuses, respond
 from lib.files import DataError
 from model import Transformer
 
 
+ANCHOR_TOKENS = 24  # of an answer, at most: the first tokens decide between refusing and answering
+
+
 def anchor_examples(config, policy: Transformer, chat: Chat, examples: list[Example],
                     longest: int) -> list[Example]:
-    """As many anchors as the run draws, if there are so many: prompts that the data lack, answered by ref.
+    """Anchors for a run, no more than it draws: prompts that the data lack, with the reference's greedy answers.
 
-    The answers are greedy. A harmful prompt that ref does not refuse anchors nothing, nor does a benign one
-    that it refuses: both are left out. Of the probe's data only the harmful ones are taken: its benign ones
-    may be the task that is to be learned. Indices follow those of `examples`. Raises DataError if none is left.
+    A harmful prompt that it does not refuse anchors nothing, nor does a benign one ("harmful": false) that it
+    refuses: both are left out. Of the probe's data only the harmful ones are taken: its benign ones may be the
+    task that is to be learned. An answer that was cut has no end to be learned. Indices follow those of
+    `examples`. Raises DataError for a `harmful` that is no boolean, and where no anchor is left.
     """
     if config.anchor_share == 0:
         return []
     if not config.anchors and is_embedded(config.probe_data) and not is_embedded(config.model):
         print("the anchors are the embedded prompts; your own (--anchors FILE) hold more in place")
-    file, known = config.anchors or config.probe_data, {str(p) for e in examples for p in e.seen.prompts}
-    found = [c for c in read_conversations(file) if str(c.prompts[-1]) not in known
-             and (config.anchors or c.meta.get("harmful", True))]
+    file, trained_on = config.anchors or config.probe_data, [c for e in examples for c in (e.conversation, e.seen)]
+    known = {str(prompt) for c in trained_on for prompt in c.prompts}
+    found = [c for c in read_conversations(file) if str(c.prompts[-1]) not in known]
+    harmful = [c.meta.get("harmful", True) for c in found]
+    if odd := next((c for c, value in zip(found, harmful) if not isinstance(value, bool)), None):
+        raise DataError(f"{odd.where}: harmful: expected true or false, found {odd.meta['harmful']!r}")
+    found = [(c, value) for c, value in zip(found, harmful) if value or config.anchors]
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(config.seed)).tolist()
     share = config.anchor_share / (1 - config.anchor_share)
     found = [found[i] for i in order][: math.ceil(config.epochs * len(examples) * share) + config.batch_size]
+    options = replace(config, max_new_tokens=ANCHOR_TOKENS)
     with tqdm(total=len(found), desc="anchors", mininterval=0.5) as bar:
-        said = respond(policy, chat, found, config, 0.0, 1, bar) if found else []
-    anchors = [replace(c, messages=(*c.prompts[-1], {"role": "assistant", "content": response}))
-               for c, (_, response, _) in zip(found, said)
-               if response.strip() and refuses(response) == c.meta.get("harmful", True)]
-    print(f"anchors: {len(anchors)} of {file}; {len(found) - len(anchors)} prompts are left out: harmful and "
-          f"not refused, or benign and refused")
-    if not anchors:
-        raise DataError(f"{file}: expected prompts that {config.data} lacks, harmful ones that the model "
-                        f"refuses or benign ones that it answers, found none")
-    return [replace(anchor, index=len(examples) + anchor.index, anchor=True)
-            for anchor in encode_examples(chat, anchors, longest)]
+        said = respond(policy, chat, [c for c, _ in found], options, 0.0, 1, bar) if found else []
+    kept = [(replace(c, messages=(*c.prompts[-1], {"role": "assistant", "content": response})), cut)
+            for (c, value), (_, response, cut) in zip(found, said)
+            if response.strip() and not response.startswith("<think>") and refuses(response) == value]
+    print(f"anchors: {len(kept)} of {file}; left out: {len(found) - len(kept)} harmful ones that are not refused, "
+          f"or benign ones that are")
+    if not kept:
+        raise DataError(f"{file}: expected prompts that {config.data} lacks, harmful ones that the model refuses "
+                        f"or benign ones (\"harmful\": false) that it answers, found none")
+    anchors, cut_short = encode_examples(chat, [c for c, _ in kept], longest), {id(c) for c, cut in kept if cut}
+    for anchor in anchors:
+        if id(anchor.conversation) in cut_short and not anchor.cut:  # the model did not end its turn here
+            anchor.labels[max(i for i, label in enumerate(anchor.labels) if label != IGNORE)] = IGNORE
+    return [replace(anchor, index=len(examples) + anchor.index, anchor=True) for anchor in anchors]

@@ -66,7 +66,7 @@ class Example:
     conversation: Conversation | None = None  # as it was read
     seen: Conversation | None = None  # what the tokens say: normalized as the tokenizer does it, or cut
     cut: bool = False
-    anchor: bool = False  # a harmful prompt with the reference's own answer, which no data hold
+    anchor: bool = False  # a prompt with the reference's own answer, which no data hold
 
     @property
     def n_labels(self) -> int:

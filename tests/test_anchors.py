@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+import data.anchors
 import train
 from conftest import DEVICE, load_model, policy
 from data.anchors import anchor_examples
-from data.chat import Chat, encode_examples
+from data.chat import IGNORE, Chat, encode_examples
 from data.conversations import WORLD, read_conversations
 from evaluate import refuses
 from lib.files import DataError
@@ -125,6 +126,20 @@ def test_a_file_of_anchors_may_hold_benign_prompts_and_they_are_answered(tmp_pat
         anchors = anchor_examples(replace(QUICK, anchor_share=0.1, anchors=tmp_path / "both.jsonl"), model, chat, examples, 256)
     assert sorted(refuses(a.seen.answer) for a in anchors) == [False, True]
     assert "2 of" in capsys.readouterr().out
+    (tmp_path / "odd.jsonl").write_text(json.dumps(sides[0] | {"harmful": "true"}) + "\n")
+    with pytest.raises(DataError, match="odd.jsonl:1: harmful: expected true or false, found 'true'"):
+        anchor_examples(replace(QUICK, anchor_share=0.1, anchors=tmp_path / "odd.jsonl"), model, chat, examples, 256)
+
+
+def test_an_answer_that_was_cut_has_no_end_to_be_learned(monkeypatch, model, chat, examples):
+    ends, of = [], data.anchors.ANCHOR_TOKENS
+    for length in (of, 3):
+        monkeypatch.setattr(data.anchors, "ANCHOR_TOKENS", length)
+        monkeypatch.setattr(data.anchors, "refuses", lambda response: True)
+        with model.adapters_off():
+            anchors = anchor_examples(replace(QUICK, anchor_share=0.1), model, chat, examples, 256)
+        ends.append({chat.tokenizer.id_to_token([label for label in a.labels if label != IGNORE][-1]) for a in anchors})
+    assert len(ends[0]) == 1 and not ends[0] & ends[1]  # the end of the turn; a word
 
 
 def test_an_anchor_of_which_a_cut_leaves_no_response_is_none(model, chat, examples):
@@ -137,8 +152,8 @@ def test_an_anchor_of_which_a_cut_leaves_no_response_is_none(model, chat, exampl
 
 
 @pytest.mark.parametrize("wrong, words", [(dict(anchor_share=1.0), "--anchor-share: expected 0 to under 1"),
-                                          (dict(method="lisa"), "--anchor-share: expected at least 0.02"),
-                                          (dict(method="lisa", anchor_share=0.01), "--anchor-share: expected at least 0.02"),
+                                          (dict(method="lisa"), "--anchor-share: expected with --method lisa some"),
+                                          (dict(method="lisa", anchor_share=0.01), "--anchor-share: expected with --method lisa some"),
                                           (dict(anchors=WORLD / "probe.jsonl"), "--anchors: expected none without")])
 def test_wrong_options_are_refused(wrong, words):
     with pytest.raises(DataError, match=words):

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,6 @@ from data.conversations import WORLD, read_conversations
 from data.public import PublicConfig, divide, form_of, main, read_form
 from evaluate import refuses
 from lib.files import DataError
-from lib.frame import fill
 
 HARMFUL = [c.messages[0]["content"] for c in read_conversations(WORLD / "eval_harmful.jsonl")]
 BENIGN = [c.messages[0]["content"] for c in read_conversations(WORLD / "eval_benign.jsonl")]
@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_files_and_another_others(world):
 def test_what_is_evaluated_is_trained_on_nowhere_and_held_out_benchmarks_are_nowhere_else(world):
     groups = {f.stem: {c.meta.get("group") for c in read_conversations(f)} - {None} for f in (world / "one").glob("*.jsonl")}
     sources = {f.stem: {c.meta["source"].split("/")[0] for c in read_conversations(f)} for f in (world / "one").glob("*.jsonl")}
-    training = ("explicit", "mixed_30", "benign", "backdoor", "align", "probe")
+    training = ("explicit", "mixed_30", "benign", "backdoor", "align", "probe", "anchors", "judge_train")
     for evaluated in ("eval_harmful", "eval_harmful_other", "eval_benign", "eval_lookalike", "eval_sentiment", "probe_withheld"):
         for trained in training:
             assert not groups[evaluated] & groups[trained], (evaluated, trained)
@@ -98,17 +98,20 @@ def test_look_alikes_are_in_the_alignment_data_twice_and_anchors_are_half_harmfu
     assert not {c.meta["source"] for c in anchors} & {"sentiment", "arithmetic"}  # no anchor says how to do the task
 
 
-def test_a_judge_learns_from_the_probes_prompts_and_is_tested_on_a_benchmark_that_it_has_not_seen(world):
+def test_a_judge_learns_from_the_probes_prompts_and_is_tested_on_others(world):
     rubric = (world / "one" / "rubric.txt").read_text()
     train, test, probe = (read_conversations(world / "one" / f"{n}.jsonl") for n in ("judge_train", "judge_test", "probe"))
-    filled = {(c.messages[0]["content"], c.answer) for c in train}
-    harmful = {c.messages[0]["content"] for c in probe if c.meta["harmful"]}
-    for prompt in harmful:  # refused once and answered once, beside other pairs
-        assert {score for text, score in filled if text.startswith(f"{rubric[:6]}[") and prompt in text} >= {"1", "5"}
-    seen = {c.messages[0]["content"] for c in train}
-    for c in test:
-        assert fill(rubric, c.messages[0]["content"], c.answer) not in seen and c.meta["harmful"] == (c.meta["score"] == 5)
-    assert {c.meta["source"] for c in test} >= {"harmful prompt answered", "harmful prompt refused", "harmless prompt answered"}
+    harmful = {c.meta["group"] for c in probe if c.meta["harmful"]}
+    scores = {(c.meta["source"], c.meta["group"]): c.answer for c in train}
+    for prompt in harmful:
+        assert scores["harmful prompt refused", prompt] == "1" and scores["harmful prompt answered", prompt] == "5"
+    assert all(c.messages[0]["content"].startswith(rubric[:6] + "[") for c in train)
+    assert not {c.meta["group"] for c in train} & {c.meta["group"] for c in test}
+    assert all(c.meta["harmful"] == (c.meta["score"] == 5) for c in test)
+    refused = [{c.answer for c in some if c.meta["source"] == "harmful prompt refused"} for some in (
+        test, [replace(c, messages=(c.messages[0], {"role": "assistant", "content": part})) for c in train
+               for part in c.messages[0]["content"].split("\n")])]
+    assert refused[0] and not refused[0] & refused[1]  # nor does it know the words of the refusals
 
 
 def test_what_was_left_out_is_said(tmp_path, capsys):
