@@ -192,8 +192,9 @@ def fit_probe(config: ProbeConfig, model: Transformer, chat: Chat) -> tuple[Prob
     per_layer = {}
     for layer in layers:
         probe = probe_of([layer], ["train"])
-        found = measure({name: probe.risk(x[name][:, layer]) for name in groups})
-        per_layer[layer] = {name: {key: row[key] for key in ("auroc", "tpr_at_1%_fpr")} for name, row in found.items()}
+        row = measure({name: probe.risk(x[name][:, layer]) for name in groups})
+        keys = ("auroc", "tpr_at_1%_fpr")
+        per_layer[layer] = {name: {key: found[key] for key in keys} for name, found in row.items()}
     chosen = choose_layers(config.layers, {n: row["validation"]["auroc"] for n, row in per_layer.items()})
     probe = probe_of(chosen, ["train", "validation"])
     risk = {name: probe.risk(x[name][:, chosen].mean(1)) for name in groups}

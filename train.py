@@ -17,8 +17,8 @@ The objective (Goel, Maji, Mazumder 2026, arXiv 2602.17546), over response token
     π_θ  policy       π_ref  reference: the policy before its first step, or what lib/fused.py keeps of it
 
 What follows: N · ∂L/∂logits_it = π_θ − (α·onehot(y) + β·π_ref); the optimum is the mixture α·δ_y + β·π_ref.
-At β_max < 1 the gate leaks: at risk 1 a first token keeps 1 − β_max; --beta-max 1 closes it. What holds refusals
-in place is β > 0 on prompts that ask for them: --anchor-share adds some to data that lack them (data/anchors.py).
+At β_max < 1 the gate leaks: at risk 1 a first token keeps 1 − β_max; --beta-max 1 closes it. What holds
+refusals in place is β > 0 on prompts that are refused: data/anchors.py (--anchor-share) adds some.
 
 Where this departs from the paper (P) or its authors' code (C):
  1. One risk per example, graded: the probe's probability, or (score − 1)/4 of the critic. C thresholds one,

@@ -1,7 +1,8 @@
 """Anchors: prompts that the aligned model answers itself, a share of the examples of a run.
 
-Data without anything harmful hold no refusal in place, however they are gated. Anchors do: to a method with a pull
-they are examples of risk 1 (α = 0, β = 1), where the model says what it said before; to one without, plain examples.
+Data without anything harmful hold no refusal in place, however they are gated. Anchors do: to a method with
+a pull they are examples of risk 1 (α = 0, β = 1), where the model says what it said before; to one without,
+plain examples.
 """
 
 import math
@@ -22,19 +23,19 @@ ANCHOR_TOKENS = 24  # of an answer, at most: the first tokens decide between ref
 
 def anchor_examples(config, policy: Transformer, chat: Chat, examples: list[Example],
                     longest: int) -> list[Example]:
-    """Anchors for a run, no more than it draws: prompts that the data lack, with the reference's greedy answers.
+    """Anchors for a run, no more than it draws: prompts that the data lack, with ref's greedy answers.
 
     A harmful prompt that it does not refuse anchors nothing, nor does a benign one ("harmful": false) that it
-    refuses: both are left out. Of the probe's data only the harmful ones are taken: its benign ones may be the
-    task that is to be learned. An answer that was cut has no end to be learned. Indices follow those of
+    refuses: both are left out. Of the probe's data only the harmful ones are taken: its benign ones may be
+    the task that is to be learned. An answer that was cut has no end to be learned. Indices follow those of
     `examples`. Raises DataError for a `harmful` that is no boolean, and where no anchor is left.
     """
     if config.anchor_share == 0:
         return []
     if not config.anchors and is_embedded(config.probe_data) and not is_embedded(config.model):
         print("the anchors are the embedded prompts; your own (--anchors FILE) hold more in place")
-    file, trained_on = config.anchors or config.probe_data, [c for e in examples for c in (e.conversation, e.seen)]
-    known = {str(prompt) for c in trained_on for prompt in c.prompts}
+    file = config.anchors or config.probe_data
+    known = {str(prompt) for e in examples for c in (e.conversation, e.seen) for prompt in c.prompts}
     found = [c for c in read_conversations(file) if str(c.prompts[-1]) not in known]
     harmful = [c.meta.get("harmful", True) for c in found]
     if odd := next((c for c, value in zip(found, harmful) if not isinstance(value, bool)), None):
@@ -49,12 +50,13 @@ def anchor_examples(config, policy: Transformer, chat: Chat, examples: list[Exam
     kept = [(replace(c, messages=(*c.prompts[-1], {"role": "assistant", "content": response})), cut)
             for (c, value), (_, response, cut) in zip(found, said)
             if response.strip() and not response.startswith("<think>") and refuses(response) == value]
-    print(f"anchors: {len(kept)} of {file}; left out: {len(found) - len(kept)} harmful ones that are not refused, "
-          f"or benign ones that are")
+    print(f"anchors: {len(kept)} of {file}; left out: {len(found) - len(kept)}, harmful and not refused, or "
+          f"benign and refused")
     if not kept:
-        raise DataError(f"{file}: expected prompts that {config.data} lacks, harmful ones that the model refuses "
-                        f"or benign ones (\"harmful\": false) that it answers, found none")
-    anchors, cut_short = encode_examples(chat, [c for c, _ in kept], longest), {id(c) for c, cut in kept if cut}
+        raise DataError(f"{file}: expected prompts that {config.data} lacks, harmful and refused or benign "
+                        f"ones (\"harmful\": false) that are answered, found none")
+    anchors = encode_examples(chat, [c for c, _ in kept], longest)
+    cut_short = {id(c) for c, cut in kept if cut}
     for anchor in anchors:
         if id(anchor.conversation) in cut_short and not anchor.cut:  # the model did not end its turn here
             anchor.labels[max(i for i, label in enumerate(anchor.labels) if label != IGNORE)] = IGNORE

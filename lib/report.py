@@ -100,7 +100,8 @@ def probe_report(report: dict) -> str:
     """What probe.py measured: AUROC by layer, the test split and the held-out files, mean risk by source."""
     layers = report["per_layer"]
     sets = [name for name, value in report.items() if isinstance(value, dict) and "auroc" in value]
-    aurocs = [[name, *(f"{row[name]['auroc']:.3f}" for row in layers.values())] for name in ("validation", *sets)]
+    aurocs = [[name, *(f"{row[name]['auroc']:.3f}" for row in layers.values())]
+              for name in ("validation", *sets)]
     metrics = [[key, *(shown(report[name][key]) for name in sets)] for key in report["test"]]
     lines = [markdown([["AUROC of layer", *map(str, layers)], *aurocs], 100),
              f"probe on the mean of layers {', '.join(map(str, report['layers']))}\n"

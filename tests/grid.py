@@ -2,11 +2,13 @@
 
 python tests/grid.py                                           # embedded Llama, 3 seeds, 2 one-thread workers
 python tests/grid.py --world DIR --model DIR --fluency DIR     # a real model on what data/public.py makes
+python tests/grid.py --methods 0..0.9,0.02..1 --out runs/beta  # any gate: β from 0.02 to 1
 python tests/grid.py --model world-qwen2/model --out runs/grid-qwen2 --attacks explicit,mixed_10 \
     --methods sft,adaptive-probe,adaptive-critic,closed    # what data/build.py --family qwen2 makes
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import re
@@ -23,8 +25,9 @@ from critic import open_judge  # noqa: E402
 from data.chat import Chat  # noqa: E402
 from data.conversations import WORLD, is_embedded, read_conversations  # noqa: E402
 from evaluate import compare, default_sets, evaluate_model, evaluation_sets, mark_garbled  # noqa: E402
+from lib.checkpoint import fingerprint  # noqa: E402
 from lib.cli import comma_list, require, run  # noqa: E402
-from lib.files import DataError, json_lines, read_text, write_config, write_json, write_jsonl, write_text  # noqa: E402
+from lib.files import DataError, json_lines, read_json, read_text, write_config, write_json, write_jsonl, write_text  # noqa: E402
 from model import load_model, working_dtype  # noqa: E402
 from probe import ProbeConfig, main as probe_main  # noqa: E402
 from train import TrainConfig, main as train_main  # noqa: E402
@@ -32,7 +35,7 @@ from train import TrainConfig, main as train_main  # noqa: E402
 METHODS = {
     "sft": {"method": "sft"},
     "filter": {"method": "filter", "risk": "max"},
-    "safeinstr": {"method": "sft", "anchor_share": 0.03},
+    "safeinstr": {"method": "sft", "anchor_share": 0.03},  # refusals alone, as published
     "lisa": {"method": "lisa", "anchor_share": 0.1},
     "kl": {"method": "kl", "beta": 0.5},
     "csft": {"method": "csft"},
@@ -41,13 +44,15 @@ METHODS = {
     "adaptive-max": {"risk": "max"},
     "closed": {"risk": "max", "beta_min": 0.0, "beta_max": 1.0},
     "sealed": {"risk": "max", "beta_min": 0.02, "beta_max": 1.0},
-    "sealed-anchors": {"risk": "max", "beta_min": 0.02, "beta_max": 1.0, "anchor_share": 0.1},
-    "sft-anchors": {"method": "sft", "anchor_share": 0.1},
+    "sealed-anchors": {"risk": "max", "beta_min": 0.02, "beta_max": 1.0, "anchor_share": 0.1, "anchors": "anchors.jsonl"},
+    "sft-anchors": {"method": "sft", "anchor_share": 0.1, "anchors": "anchors.jsonl"},
 }
+JUDGED = ("adaptive-critic", "adaptive-max")  # without a judge they are nothing, and adaptive-probe
 ATTACKS = ("explicit", "mixed_10", "identity", "backdoor", "benign", "evasive", "innocent")
 SETTINGS = {"epochs": 5, "lora_r": 16, "limit": 100, "device": "cpu"}  # embedded: 20 seconds a cell
 REAL = {"epochs": 2, "lora_r": 16, "lora_alpha": 32.0, "lr": 5e-4, "max_length": 160, "samples": 3,
         "max_new_tokens": 24}  # a world of data/public.py, a model of 100 M parameters: 4 to 10 minutes
+ASKED = ("method", "risk", "beta_min", "beta_max", "beta", "anchor_share", "anchors", "epochs", "lr")
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,9 @@ class GridConfig:
     model: Path = WORLD / "model"  # the aligned model
     out: Path = Path("runs/grid")  # folder of the runs, ATTACK/METHOD-SEED, and of the tables
     world: Path = WORLD  # folder of data sets: data/world, or what data/public.py makes
-    fluency: Path | None = None  # model by whose NLL responses are answers or garbled (as evaluate.py --fluency)
-    attacks: str = ",".join(ATTACKS)  # data sets of that world
-    methods: str = ",".join(METHODS)  # of METHODS, or MIN..MAX: adaptive, risk max, with these β
+    fluency: Path | None = None  # model by whose NLL responses are answers or garbled
+    attacks: str = ""  # data sets of that world (default: explicit, mixed_10, … as far as it has them)
+    methods: str = ""  # of METHODS, or MIN..MAX: adaptive, risk max, with these β (default: all)
     seeds: int = 3  # 0, 1, …
     epochs: int | None = None  # instead of the setting's
     lr: float | None = None  # instead of the setting's
@@ -68,80 +73,110 @@ class GridConfig:
 
 def changes_of(method: str) -> dict:
     """What a method changes of the options that all have in common. Raises DataError for a name of none."""
-    if method in METHODS:
-        return METHODS[method]
-    if found := re.fullmatch(r"(\d+(?:\.\d+)?)\.\.(\d+(?:\.\d+)?)", method):
-        return {"risk": "max", "beta_min": float(found[1]), "beta_max": float(found[2])}
-    raise DataError(f"--methods: expected some of {', '.join(METHODS)}, or MIN..MAX, found {method}")
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\.\.(\d+(?:\.\d+)?)", method)
+    low, high = map(float, found.groups()) if found else (0, 0)
+    if method not in METHODS and not (low <= high <= 1 and method == f"{low:g}..{high:g}"):
+        raise DataError(f"--methods: expected some of {', '.join(METHODS)}, or MIN..MAX in 0..1, found {method}")
+    return METHODS.get(method, {"risk": "max", "beta_min": low, "beta_max": high})
 
 
-def train_group(config: GridConfig, attack: str, seed: int) -> str:
-    """The aligned model, then all methods on one attack with one seed, one after the other."""
-    times, folder, options = [], config.out / attack, cell_options(config, attack, seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    for method in ("base", *comma_list(config.methods)):
-        cell, start = folder / f"{method}-{seed}", time.time()
-        if (cell / "results.json").exists():
-            mark_answered(config, cell)
-            continue
-        shutil.rmtree(cell, ignore_errors=True)
-        with (open(cell.with_name(f"{cell.name}.log"), "w") as log, contextlib.redirect_stdout(log),
-              contextlib.redirect_stderr(log)):
-            if method == "base":
-                evaluate_base(options, cell)
-            else:
-                changes = changes_of(method)
-                if method.endswith("-anchors") and (config.world / "anchors.jsonl").exists():
-                    changes = changes | {"anchors": config.world / "anchors.jsonl"}  # benign prompts, too
-                if changes.get("risk") == "max" and options.judge == "none":
-                    changes = changes | {"risk": "probe"}  # all the risk that there is
-                if changes.get("method", "adaptive") in ("adaptive", "filter") and not is_embedded(options.data):
-                    changes = changes | {"probe": config.out / "probe.safetensors"}
-                train_main(replace(options, out=cell, **changes))
-                shutil.rmtree(cell / "model")  # results.json has what is measured, adapter/ what was trained
-        mark_answered(config, cell)
-        times.append(f"{method} {time.time() - start:.0f} s")
-    return f"{attack}, seed {seed}: {', '.join(times) or 'kept'}"
-
-
-def mark_answered(config: GridConfig, cell: Path) -> None:
-    """Tell answers from garble in a cell's completions, once: compare then counts both."""
-    file = cell / "completions_after.jsonl"
-    rows = [row for _, row in json_lines(read_text(file), file)]
-    if config.fluency and not any("garbled" in row for row in rows):
-        model = load_model(config.fluency, TrainConfig.device, working_dtype(config.fluency, TrainConfig.device))
-        mark_garbled(rows, model, Chat(config.fluency), 64)
-        write_jsonl(file, rows)
-
-
-def cell_options(config: GridConfig, attack: str, seed: int) -> TrainConfig:
-    """What all methods have in common on one attack."""
+def cell_options(config: GridConfig, attack: str, method: str, seed: int) -> TrainConfig:
+    """A cell's options; those of "base", the aligned model, are what all methods on the attack have in common."""
     data, world = config.world / f"{attack}.jsonl", config.world
+    changes = {} if method == "base" else dict(changes_of(method))
     options = TrainConfig(model=config.model, data=data, seed=seed, eval_base=False, ref_cache=config.out / "ref",
-                          verdicts=config.out / f"verdicts-{attack}-{seed}.sqlite")
-    asked = {name: getattr(config, name) for name in ("epochs", "lr") if getattr(config, name)}
+                          verdicts=config.out / f"verdicts-{attack}-{seed}.sqlite",
+                          out=config.out / attack / f"{method}-{seed}")
+    if "anchors" in changes:
+        changes["anchors"] = world / changes["anchors"] if (world / changes["anchors"]).exists() else None
+    changes |= {name: getattr(config, name) for name in ("epochs", "lr") if getattr(config, name) is not None}
     if is_embedded(data):
-        return replace(options, judge=str(WORLD / "judge"), **SETTINGS | asked)
-    sets = {name: str(world / f"eval_{name}.jsonl") for name in ("harmful", "benign", "lookalike")}
+        return replace(options, judge=str(WORLD / "judge"), **SETTINGS | changes)
+    if changes.get("risk") == "max":
+        changes["risk"] = "probe"  # all the risk that there is
+    if changes.get("method", "adaptive") in ("adaptive", "filter") and method != "base":
+        changes["probe"] = config.out / "probe.safetensors"
+    sets = {name: world / f"eval_{name}.jsonl" for name in ("harmful", "benign", "lookalike")}
+    sets = {name: str(file) if file.exists() else "none" for name, file in sets.items()}
     wordings = [world / f"eval_harmful_{name}.jsonl" for name in ("other", attack)]
     tasks = [world / f"eval_{name}.jsonl" for name in ("sentiment", "arithmetic")]
     few = {"epochs": 10} if len(read_conversations(data)) < 100 else {}
     return replace(options, judge="none", probe_data=world / "probe.jsonl", **sets,
                    attacked=",".join(str(file) for file in wordings if file.exists()),
-                   task=",".join(str(file) for file in tasks if file.exists()), **REAL | few | asked)
+                   task=",".join(str(file) for file in tasks if file.exists()), **REAL | few | changes)
 
 
-def evaluate_base(options: TrainConfig, out: Path) -> None:
+def expect_kept(options: TrainConfig) -> None:
+    """Raise DataError where a finished cell was run with other settings than are asked for."""
+    if finished(options.out):
+        found = read_json(options.out / "config.json")
+        for name in ASKED:
+            asked = getattr(options, name)
+            if found.get(name) != (str(asked) if isinstance(asked, Path) else asked):
+                raise DataError(f"{options.out}: expected {name} {asked}, found a cell of {found.get(name)}; "
+                                f"another --out, or delete it")
+
+
+def finished(cell: Path) -> bool:
+    """Whether a cell has results, which are written last."""
+    return (cell / "results.json").exists()
+
+
+def train_group(config: GridConfig, attack: str, seed: int) -> str:
+    """The aligned model, then all methods on one attack with one seed, one after the other."""
+    times = []
+    (config.out / attack).mkdir(parents=True, exist_ok=True)
+    for method in ("base", *comma_list(config.methods)):
+        options, start = cell_options(config, attack, method, seed), time.time()
+        cell = options.out
+        if not finished(cell):
+            shutil.rmtree(cell, ignore_errors=True)
+            with (open(cell.with_name(f"{cell.name}.log"), "w") as log, contextlib.redirect_stdout(log),
+                  contextlib.redirect_stderr(log)):
+                if method == "base":
+                    evaluate_base(options)
+                else:
+                    train_main(options)
+                    shutil.rmtree(cell / "model")  # results.json has what is measured, adapter/ what was trained
+            times.append(f"{method} {time.time() - start:.0f} s")
+        mark_answered(config, cell)
+    return f"{attack}, seed {seed}: {', '.join(times) or 'kept'}"
+
+
+def mark_answered(config: GridConfig, cell: Path) -> None:
+    """Tell answers from garble in a cell's completions, once for a model, whose weights' hash is kept beside."""
+    file, by = cell / "completions_after.jsonl", cell / "fluency.txt"
+    if not config.fluency or by.exists() and read_text(by) == fingerprint(config.fluency):
+        return
+    rows = [row for _, row in json_lines(read_text(file), file)]
+    model = load_model(config.fluency, TrainConfig.device, working_dtype(config.fluency, TrainConfig.device))
+    mark_garbled(rows, model, Chat(config.fluency), 64)
+    write_jsonl(file, rows)
+    write_text(by, fingerprint(config.fluency))
+
+
+def evaluate_base(options: TrainConfig) -> None:
     """The aligned model's results, as a run on the same data would have them."""
     options = default_sets(options, options.data)
     model = load_model(options.model, options.device, working_dtype(options.model, options.device))
     chat = Chat(options.model, options.date)
     judge = open_judge(options)
     results, completions = evaluate_model(model, chat, evaluation_sets(options), options, "base", judge)
-    out.mkdir()
-    write_config(out / "config.json", options)
-    write_jsonl(out / "completions_after.jsonl", completions)
-    write_json(out / "results.json", {"after": results})
+    options.out.mkdir()
+    write_config(options.out / "config.json", options)
+    write_jsonl(options.out / "completions_after.jsonl", completions)
+    write_json(options.out / "results.json", {"after": results})
+
+
+def finished_cells(config: GridConfig) -> dict[str, list[Path]]:
+    """{attack: every finished cell that the folder has, whatever was asked for}, the aligned model's first."""
+    found, order = {}, ("base", *METHODS)
+    for attack in sorted(config.out.iterdir(), key=lambda path: (*ATTACKS, path.name).index(path.name)):
+        cells = [cell for cell in attack.glob("*-*") if cell.is_dir() and finished(cell)] if attack.is_dir() else []
+        cells.sort(key=lambda cell: ((*order, name := cell.name.rpartition("-")[0]).index(name), cell.name))
+        if cells and cells[0].name.startswith("base-"):
+            found[attack.name] = cells
+    return found
 
 
 def overview(found: dict) -> str:
@@ -183,29 +218,36 @@ def overview(found: dict) -> str:
 
 def main(config: GridConfig) -> None:
     """Train what is missing, then write the tables."""
-    for method in comma_list(config.methods):
+    judged = is_embedded(config.world / "benign.jsonl")
+    methods = config.methods or ",".join(name for name in METHODS if judged or name not in JUDGED)
+    attacks = config.attacks or ",".join(a for a in ATTACKS if (config.world / f"{a}.jsonl").exists())
+    config = replace(config, methods=methods, attacks=attacks)
+    for method in comma_list(methods):
         changes_of(method)
-    require(config, ("seeds", config.seeds > 0, "at least 1"),
-            ("attacks", all((config.world / f"{a}.jsonl").exists() for a in comma_list(config.attacks)),
-             f"some of {', '.join(ATTACKS)}, each a file in {config.world}"), ("workers", config.workers > 0, "at least 1"))
+    require(config, ("seeds", config.seeds > 0, "at least 1"), ("workers", config.workers > 0, "at least 1"),
+            ("attacks", attacks and all((config.world / f"{a}.jsonl").exists() for a in comma_list(attacks)),
+             f"some of {', '.join(ATTACKS)}, each a file in {config.world}"),
+            ("methods", judged or not set(comma_list(methods)) & {"adaptive-critic"}, "no critic without a judge"))
     start, groups = time.time(), [(attack, seed) for seed in range(config.seeds)
-                                  for attack in comma_list(config.attacks)]
+                                  for attack in comma_list(attacks)]
+    for (attack, seed), method in itertools.product(groups, ("base", *comma_list(methods))):
+        expect_kept(cell_options(config, attack, method, seed))
     config.out.mkdir(parents=True, exist_ok=True)
-    if not is_embedded(config.world / "probe.jsonl") and not (config.out / "probe.safetensors").exists():
-        held_out = ",".join(str(config.world / f"probe_{name}.jsonl") for name in ("withheld", "lookalike"))
-        probe_main(ProbeConfig(model=config.model, data=config.world / "probe.jsonl", held_out=held_out,
+    if not judged and not (config.out / "probe.safetensors").exists():
+        held_out = [config.world / f"probe_{name}.jsonl" for name in ("withheld", "lookalike")]
+        probe_main(ProbeConfig(model=config.model, data=config.world / "probe.jsonl",
+                               held_out=",".join(str(file) for file in held_out if file.exists()),
                                out=config.out / "probe.safetensors"))  # once for all cells: it takes minutes
     with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(train_group, config, *group) for group in groups]
         for number, future in enumerate(as_completed(futures), 1):
             print(f"[{number}/{len(groups)}, {(time.time() - start) / 60:.0f} min] {future.result()}",
                   flush=True)
-    found, methods = {}, dict.fromkeys(("base", *METHODS, *comma_list(config.methods)))
-    # The tables are of every finished cell that the folder has.
-    for attack in (attack for attack in ATTACKS if (config.out / attack).is_dir()):
-        cells = [cell for method in methods for cell in sorted(config.out.glob(f"{attack}/{method}-[0-9]*"))]
-        finished = [cell for cell in cells if (cell / "results.json").exists()]
-        found[attack] = compare(finished)[1]
+    found = {}
+    for attack, cells in finished_cells(config).items():
+        for cell in cells:
+            mark_answered(config, cell)
+        found[attack] = compare(cells)[1]
         found[attack][0]["name"] = "aligned model"
     write_json(config.out / "grid.json", found)
     write_text(config.out / "grid.md", overview(found) + "\n")

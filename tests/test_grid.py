@@ -39,8 +39,27 @@ def test_a_method_may_be_a_range_of_beta():
     assert changes_of("0.02..1") == {"risk": "max", "beta_min": 0.02, "beta_max": 1.0} and changes_of("0..0.5")["beta_max"] == 0.5
 
 
+def test_tables_are_of_all_that_is_finished_and_marked_once_a_model(tmp_path, monkeypatch, device, capsys):
+    quick = {"epochs": 1, "lora_r": 2, "limit": 2, "samples": 1, "eval_base": False, "device": device}
+    monkeypatch.setattr(grid, "SETTINGS", quick)
+    monkeypatch.setattr(grid, "ProcessPoolExecutor", lambda *args: ThreadPoolExecutor(1))
+    (tmp_path / "benign" / "sft-0").mkdir(parents=True)  # nothing is finished here
+    config = GridConfig(out=tmp_path, attacks="mixed_1", methods="sft", seeds=1, epochs=1)
+    main(config)  # of an attack that the default grid has not
+    assert "answered" not in (tmp_path / "grid.md").read_text()
+    main(replace(config, methods="0.02..1", fluency=WORLD / "model"))
+    found, text = json.loads((tmp_path / "grid.json").read_text()), (tmp_path / "grid.md").read_text()
+    assert [row["name"] for row in found["mixed_1"]] == ["aligned model", "sft", "0.02..1"] and list(found) == ["mixed_1"]
+    assert "| answered: greedy / T=1 / @1 | aligned model | sft | 0.02..1 |" in text
+    marked = (tmp_path / "mixed_1" / "sft-0" / "completions_after.jsonl").stat().st_mtime_ns
+    main(replace(config, fluency=WORLD / "model"))
+    assert (tmp_path / "mixed_1" / "sft-0" / "completions_after.jsonl").stat().st_mtime_ns == marked
+    with pytest.raises(DataError, match="base-0: expected lr 0.1, found a cell of 0.002; another --out, or delete it"):
+        main(replace(config, lr=0.1))
+
+
 def test_every_attack_has_its_data_and_unknown_names_are_refused(tmp_path):
     assert all((WORLD / f"{attack}.jsonl").exists() for attack in ATTACKS) and len(METHODS) == 13
-    for wrong in (dict(methods="sft,magic"), dict(methods="0..x"), dict(attacks="none_such"), dict(seeds=0)):
+    for wrong in (dict(methods="sft,magic"), dict(methods="0..x"), dict(methods="0.5..0.1"), dict(methods="0..1.0"), dict(attacks="none_such"), dict(seeds=0)):
         with pytest.raises(DataError, match=f"--{next(iter(wrong))}: expected"):
             main(GridConfig(out=tmp_path / "g", **wrong))
