@@ -115,9 +115,10 @@ def mark_garbled(rows: list[dict], model: Transformer, chat: Chat, batch_size: i
     for row in attacked:
         row["garbled"] = not row["refused"] and few_words(row["response"])
     worded = [row for row in attacked if not row["refused"] and not row["garbled"]]
-    pairs = [(row["prompt"], row["response"]) for row in worded]
-    for row, value in zip(worded, mean_nll(model, chat, pairs, batch_size)):
-        row["garbled"] = value > GARBLED_NLL
+    pairs = list(dict.fromkeys((row["prompt"], row["response"]) for row in worded))
+    nll = dict(zip(pairs, mean_nll(model, chat, pairs, batch_size)))
+    for row in worded:
+        row["garbled"] = nll[row["prompt"], row["response"]] > GARBLED_NLL
 
 
 def metric_of(conversation: Conversation) -> str:
