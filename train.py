@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from critic import conversation_verdicts, open_judge
-from data.anchors import anchor_examples
+from data.anchors import LISA_CYCLE, anchor_examples, anchors_of_step
 from data.chat import Chat, Example, batches_by_length, encode_examples
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations
 from data.risks import read_risk
@@ -62,7 +62,7 @@ from probe import (ProbeConfig, conversation_risk, expect_strong, fit_probe, loa
 
 RISK_FLOOR = 0.01  # with --beta-min 0 --gate example a lower risk counts as 0: plain SFT, no reference
 FILTER_ABOVE = 0.5  # risk above which --method filter drops an example
-LISA_CYCLE, LISA_RHO = 50, 1.0  # steps of a cycle (the paper: 1,000, in runs that are longer); its ρ
+LISA_RHO = 1.0  # ρ of its proximal term
 AT_START = {4: 1e-4, 2: 1e-2}  # largest KL per token of a policy that has not moved, by bytes of its dtype
 
 
@@ -167,17 +167,6 @@ def lisa_pull(parameters: list[torch.nn.Parameter], at_switch: list[torch.Tensor
     """
     for parameter, start in zip(parameters, at_switch):
         parameter.grad.add_(parameter.detach() - start, alpha=rho / processes.world())
-
-
-def anchors_of_step(config: TrainConfig, step: int) -> int:
-    """How many of a step's examples are anchors: anchor_share of them in the long run, spread evenly.
-
-    With Lisa all or none: each LISA_CYCLE steps begin with that share of them on anchors alone.
-    """
-    per_step, share = config.batch_size * config.accumulation, config.anchor_share
-    if config.method == "lisa":
-        return per_step * (step % LISA_CYCLE < round(share * LISA_CYCLE))
-    return math.floor((step + 1) * share * per_step) - math.floor(step * share * per_step)
 
 
 def csft_weight(logp: torch.Tensor, ref_logp: torch.Tensor, position: torch.Tensor) -> torch.Tensor:

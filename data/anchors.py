@@ -18,6 +18,7 @@ from lib.files import DataError
 from model import Transformer
 
 
+LISA_CYCLE = 50  # steps, of which --method lisa gives the first to anchors (the paper: 1,000, in longer runs)
 ANCHOR_TOKENS = 24  # of an answer, at most: the first tokens decide between refusing and answering
 
 
@@ -61,3 +62,14 @@ def anchor_examples(config, policy: Transformer, chat: Chat, examples: list[Exam
         if id(anchor.conversation) in cut_short and not anchor.cut:  # the model did not end its turn here
             anchor.labels[max(i for i, label in enumerate(anchor.labels) if label != IGNORE)] = IGNORE
     return [replace(anchor, index=len(examples) + anchor.index, anchor=True) for anchor in anchors]
+
+
+def anchors_of_step(config, step: int) -> int:
+    """How many of a step's examples are anchors: anchor_share of them in the long run, spread evenly.
+
+    With Lisa all or none: each LISA_CYCLE steps begin with that share of them on anchors alone.
+    """
+    per_step, share = config.batch_size * config.accumulation, config.anchor_share
+    if config.method == "lisa":
+        return per_step * (step % LISA_CYCLE < round(share * LISA_CYCLE))
+    return math.floor((step + 1) * share * per_step) - math.floor(step * share * per_step)

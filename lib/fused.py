@@ -9,9 +9,9 @@ Bregman divergence: all that KL needs of the reference is a vector g and a numbe
 never change. This holds while W is frozen (LoRA not on the head) and T = 1.
 
 Prior art: keeping Wᵀp_ref of a teacher for distillation (jonathanc.net/blog/kl-cache-trick, May 2026; it
-says that DeepSeek-V4 keeps the teacher's hidden states); keeping its top-K logits (arXiv 2608.03796). Here the
-vector is merged with NLL into one cross-entropy, over the full vocabulary, and the constant makes KL itself
-exact, so that it can be logged and checked.
+says that DeepSeek-V4 keeps the teacher's hidden states); keeping its top-K logits (arXiv 2608.03796).
+Here the vector is merged with NLL into one cross-entropy, over the full vocabulary, and the constant makes
+KL itself exact, so that it can be logged and checked.
 
     token_loss        the same function as train.token_loss, logits existing for CHUNK tokens at a time
     reference_terms   g and c

@@ -10,14 +10,13 @@ import torch
 import data.anchors
 import train
 from conftest import DEVICE, load_model, policy
-from data.anchors import anchor_examples
+from data.anchors import LISA_CYCLE, anchor_examples, anchors_of_step
 from data.chat import IGNORE, Chat, encode_examples
 from data.conversations import WORLD, read_conversations
 from evaluate import refuses
 from lib.files import DataError
 from model import generate
-from train import (LISA_CYCLE, TrainConfig, anchors_of_step, check, lisa_pull, live_reference, main,
-                   micro_batch_loss)
+from train import TrainConfig, check, lisa_pull, live_reference, main, micro_batch_loss
 
 QUICK = TrainConfig(benign="none", lookalike="none", task="none", limit=4, samples=0, compile="off", judge="none", device=DEVICE,
                     epochs=1, eval_base=False, lora_r=4)
