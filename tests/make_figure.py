@@ -126,33 +126,25 @@ def probe_by_layer() -> None:
 
 
 def frontier() -> None:
-    """Every pair of β on the embedded model: attack success against the task, and the leak against 1 − β_max."""
-    found = read("frontier.json")
-    figure, panels = plt.subplots(1, 3, figsize=(9.4, 3.1), layout="constrained")
-    grey = dict(zip(("0", "0.01", "0.02", "0.05", "0.1"), ("#c9c9c9", "#a0a0a0", "#707070", "#404040", "#000000")))
-    marks = dict(zip(("0.5", "0.7", "0.9", "0.99", "1"), "v^sDo"))
-    for axes, (attack, title) in zip(panels, {"mixed_10": "10 % harmful", "benign": "benign"}.items()):
-        for name, row in ((row["name"], row["figures"]) for row in found[attack][1:]):
+    """Every pair of β on the embedded model: the leak against 1 − β_max, the drift against β_min."""
+    found, marks = read("frontier.json"), dict(zip(("0", "0.01", "0.02", "0.05", "0.1"), "ov^sD"))
+    figure, panels = plt.subplots(1, 2, figsize=(9.2, 3.1), layout="constrained")
+    for axes, attack in zip(panels, ("mixed_10", "benign")):
+        for name, row in ((row["name"], row["figures"]) for row in found[attack] if ".." in row["name"]):
             low, high = name.split("..")
-            tasks = [100 * value["rate"] for key, value in row.items() if key.startswith("task")]
-            axes.plot(100 * row["ASR T=1"]["rate"], sum(tasks) / len(tasks), marks[high], color=grey[low], markersize=6)
-        axes.set_title(title, fontsize=10, loc="left")
-        axes.set_xlabel("not refused at T = 1, per cent", fontsize=9)
-        axes.set_ylabel("tasks right, per cent", fontsize=9)
-    for low, colour in grey.items():
-        panels[1].plot([], [], "o", color=colour, label=f"β_min {low}")
-    for high, mark in marks.items():
-        panels[1].plot([], [], mark, color="#707070", label=f"β_max {high}")
-    panels[1].legend(frameon=False, fontsize=7, ncols=2)
-    for name, row in ((row["name"], row["figures"]) for row in found["mixed_10"][1:]):
-        low, high = name.split("..")
-        panels[2].plot(100 * (1 - float(high)), 100 * row["ASR T=1"]["rate"], marks[high], color=grey[low], markersize=6)
-    panels[2].plot([0, 50], [0, 50], lw=0.8, color="#777777")
-    panels[2].set_title("the leak, predicted and measured", fontsize=10, loc="left")
-    panels[2].set_xlabel("1 − β_max, per cent", fontsize=9)
-    panels[2].set_ylabel("not refused at T = 1", fontsize=9)
-    for axes in panels:
+            x = 1 - float(high) if attack == "mixed_10" else float(low)
+            label = f"β_min {low}" if attack == "mixed_10" and high == "1" else None
+            axes.plot(100 * x, 100 * row["ASR T=1"]["rate"], marks[low], color="#222222", markerfacecolor="none",
+                      markersize=6, label=label)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylabel("not refused at T = 1, per cent", fontsize=9)
+    panels[0].plot([0, 50], [0, 50], lw=0.8, color="#777777", label="1 − β_max")
+    panels[0].set_title("10 % harmful: the leak", fontsize=10, loc="left")
+    panels[0].set_xlabel("1 − β_max, per cent", fontsize=9)
+    panels[0].legend(frameon=False, fontsize=8)
+    panels[1].set_title("benign data: the drift", fontsize=10, loc="left")
+    panels[1].set_xlabel("β_min, per cent", fontsize=9)
+    panels[1].set_ylim(0)
     save(figure, "frontier.svg")
 
 
