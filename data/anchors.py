@@ -17,7 +17,6 @@ from evaluate import refuses, respond
 from lib.files import DataError
 from model import Transformer
 
-
 LISA_CYCLE = 50  # steps, of which --method lisa gives the first to anchors (the paper: 1,000, in longer runs)
 ANCHOR_TOKENS = 24  # of an answer, at most: the first tokens decide between refusing and answering
 

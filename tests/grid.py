@@ -8,6 +8,7 @@ python tests/grid.py --model world-qwen2/model --out runs/grid-qwen2 --attacks e
 """
 
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
@@ -47,6 +48,7 @@ METHODS = {
     "sealed-anchors": {"risk": "max", "beta_min": 0.02, "beta_max": 1.0, "anchor_share": 0.1, "anchors": "anchors.jsonl"},
     "sft-anchors": {"method": "sft", "anchor_share": 0.1, "anchors": "anchors.jsonl"},
 }
+hash_of = functools.cache(fingerprint)  # it reads every weight
 JUDGED = ("adaptive-critic", "adaptive-max")  # without a judge they are nothing, and adaptive-probe
 ATTACKS = ("explicit", "mixed_10", "identity", "backdoor", "benign", "evasive", "innocent")
 SETTINGS = {"epochs": 5, "lora_r": 16, "limit": 100, "device": "cpu"}  # embedded: 20 seconds a cell
@@ -146,13 +148,13 @@ def train_group(config: GridConfig, attack: str, seed: int) -> str:
 def mark_answered(config: GridConfig, cell: Path) -> None:
     """Tell answers from garble in a cell's completions, once for a model, whose weights' hash is kept beside."""
     file, by = cell / "completions_after.jsonl", cell / "fluency.txt"
-    if not config.fluency or by.exists() and read_text(by) == fingerprint(config.fluency):
+    if not config.fluency or by.exists() and read_text(by) == hash_of(config.fluency):
         return
     rows = [row for _, row in json_lines(read_text(file), file)]
     model = load_model(config.fluency, TrainConfig.device, working_dtype(config.fluency, TrainConfig.device))
     mark_garbled(rows, model, Chat(config.fluency), 64)
     write_jsonl(file, rows)
-    write_text(by, fingerprint(config.fluency))
+    write_text(by, hash_of(config.fluency))
 
 
 def evaluate_base(options: TrainConfig) -> None:
@@ -184,7 +186,8 @@ def overview(found: dict) -> str:
     figures = next(iter(found.values()))[0]["figures"]
     ways = [title.removeprefix("ASR").strip() for title in figures if title.startswith("ASR")]  # greedy, T=1, @10
     names = {"judge ASR": "judge ASR", "answered": "answered", "ASR": "ASR by phrases"}
-    asr = {key: f"{name}: {' / '.join(ways)}" for key, name in names.items() if f"{key} greedy" in figures}
+    every = {title for measured in found.values() for row in measured for title in row["figures"]}
+    asr = {key: f"{name}: {' / '.join(ways)}" for key, name in names.items() if f"{key} greedy" in every}
 
     def lines(key, attack, figures):
         """{row: titles of what a cell shows}."""
@@ -204,6 +207,8 @@ def overview(found: dict) -> str:
         for attack, measured in found.items():
             for method in measured:
                 for row, titles in lines(key, attack, method["figures"]).items():
+                    if not set(titles) <= method["figures"].keys():
+                        continue  # responses that were not told from garble
                     rates = [100 * method["figures"][title]["rate"] for title in titles]
                     if key == "use":  # the tasks' mean first
                         tasks = [rate for rate, title in zip(rates, titles) if title.startswith("task")]

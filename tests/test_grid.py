@@ -54,6 +54,9 @@ def test_tables_are_of_all_that_is_finished_and_marked_once_a_model(tmp_path, mo
     marked = (tmp_path / "mixed_1" / "sft-0" / "completions_after.jsonl").stat().st_mtime_ns
     main(replace(config, fluency=WORLD / "model"))
     assert (tmp_path / "mixed_1" / "sft-0" / "completions_after.jsonl").stat().st_mtime_ns == marked
+    main(replace(config, seeds=2))  # new cells, and a row of two seeds, of which one is marked
+    text, found = (tmp_path / "grid.md").read_text(), json.loads((tmp_path / "grid.json").read_text())
+    assert "| mixed_1 | – | – | 0.0 / 0.0 / 0.0 |" in text and len(found["mixed_1"][1]["seeds"]) == 2
     with pytest.raises(DataError, match="base-0: expected lr 0.1, found a cell of 0.002; another --out, or delete it"):
         main(replace(config, lr=0.1))
 
