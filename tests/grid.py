@@ -2,7 +2,7 @@
 
 python tests/grid.py                                           # embedded Llama, 3 seeds, 2 one-thread workers
 python tests/grid.py --world DIR --model DIR --fluency DIR     # a real model on what data/public.py makes
-python tests/grid.py --methods 0..0.9,0.02..1 --out runs/beta  # any gate: β from 0.02 to 1
+python tests/grid.py --methods 0..0.9,0.02..1+0.03 --out runs/beta  # any gate: β from 0.02 to 1, 3 % anchors
 python tests/grid.py --model world-qwen2/model --out runs/grid-qwen2 --attacks explicit,mixed_10 \
     --methods sft,adaptive-probe,adaptive-critic,closed    # what data/build.py --family qwen2 makes
 """
@@ -66,7 +66,7 @@ class GridConfig:
     world: Path = WORLD  # folder of data sets: data/world, or what data/public.py makes
     fluency: Path | None = None  # model by whose NLL responses are answers or garbled
     attacks: str = ""  # data sets of that world (default: explicit, mixed_10, … as far as it has them)
-    methods: str = ""  # of METHODS, or MIN..MAX: adaptive, risk max, with these β (default: all)
+    methods: str = ""  # of METHODS, or MIN..MAX[+SHARE]: β, risk max, share of anchors (default: all)
     seeds: int = 3  # 0, 1, …
     epochs: int | None = None  # instead of the setting's
     lr: float | None = None  # instead of the setting's
@@ -75,11 +75,15 @@ class GridConfig:
 
 def changes_of(method: str) -> dict:
     """What a method changes of the options that all have in common. Raises DataError for a name of none."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\.\.(\d+(?:\.\d+)?)", method)
-    low, high = map(float, found.groups()) if found else (0, 0)
-    if method not in METHODS and not (low <= high <= 1 and method == f"{low:g}..{high:g}"):
-        raise DataError(f"--methods: expected some of {', '.join(METHODS)}, or MIN..MAX in 0..1, found {method}")
-    return METHODS.get(method, {"risk": "max", "beta_min": low, "beta_max": high})
+    number = r"(\d+(?:\.\d+)?)"
+    found = re.fullmatch(rf"{number}\.\.{number}(?:\+{number})?", method)
+    low, high, share = (float(text or 0) for text in found.groups()) if found else (0, 0, 0)
+    canonical = f"{low:g}..{high:g}" + f"+{share:g}" * (share > 0)  # one name for one cell
+    if method not in METHODS and not (low <= high <= 1 and share < 1 and method == canonical):
+        raise DataError(f"--methods: expected some of {', '.join(METHODS)}, or MIN..MAX in 0..1, "
+                        f"with +SHARE of anchors under 1, found {method}")
+    gate = {"risk": "max", "beta_min": low, "beta_max": high, "anchor_share": share}
+    return METHODS.get(method, gate | ({"anchors": "anchors.jsonl"} if share else {}))
 
 
 def cell_options(config: GridConfig, attack: str, method: str, seed: int) -> TrainConfig:

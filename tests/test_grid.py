@@ -35,8 +35,10 @@ def test_a_finished_cell_is_kept_an_unfinished_one_is_made_again_and_the_base_is
     assert f"{' / '.join(f'{rate:.0f}' if rate >= 9.95 else f'{rate:.1f}' for rate in rates)} |" in text.splitlines()[2]
 
 
-def test_a_method_may_be_a_range_of_beta():
-    assert changes_of("0.02..1") == {"risk": "max", "beta_min": 0.02, "beta_max": 1.0} and changes_of("0..0.5")["beta_max"] == 0.5
+def test_a_method_may_be_a_range_of_beta_with_a_share_of_anchors():
+    gate = {"risk": "max", "beta_min": 0.02, "beta_max": 1.0, "anchor_share": 0.03, "anchors": "anchors.jsonl"}
+    assert changes_of("0.02..1+0.03") == gate
+    assert changes_of("0.02..1") == {"risk": "max", "beta_min": 0.02, "beta_max": 1.0, "anchor_share": 0.0} and changes_of("0..0.5")["beta_max"] == 0.5
 
 
 def test_tables_are_of_all_that_is_finished_and_marked_once_a_model(tmp_path, monkeypatch, device, capsys):
@@ -63,6 +65,6 @@ def test_tables_are_of_all_that_is_finished_and_marked_once_a_model(tmp_path, mo
 
 def test_every_attack_has_its_data_and_unknown_names_are_refused(tmp_path):
     assert all((WORLD / f"{attack}.jsonl").exists() for attack in ATTACKS) and len(METHODS) == 13
-    for wrong in (dict(methods="sft,magic"), dict(methods="0..x"), dict(methods="0.5..0.1"), dict(methods="0..1.0"), dict(attacks="none_such"), dict(seeds=0)):
+    for wrong in (dict(methods="sft,magic"), dict(methods="0..x"), dict(methods="0.5..0.1"), dict(methods="0..1.0"), dict(methods="0..1+1"), dict(methods="0..1.2.3"), dict(attacks="none_such"), dict(seeds=0)):
         with pytest.raises(DataError, match=f"--{next(iter(wrong))}: expected"):
             main(GridConfig(out=tmp_path / "g", **wrong))
