@@ -1,11 +1,14 @@
-"""Checkpoint folders: config.json of either generation, weight files read and written, a fingerprint."""
+"""Checkpoint folders: config.json of either generation, weights, a fingerprint; what a run was made of."""
 
 import hashlib
 import os
+import platform
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -197,3 +200,37 @@ def fingerprint(path) -> str:
             while chunk := stream.read(1 << 24):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- provenance
+
+
+def commit(folder: Path = Path(__file__).parent.parent, seconds: float = 10.0) -> str | None:
+    """The commit that `folder`, the project's, has checked out, with -dirty where a tracked file differs.
+
+    None where it is no checkout of its own (a copy inside another one is not that one's), or git is absent,
+    fails, or takes longer than `seconds`.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment["GIT_CEILING_DIRECTORIES"] = str(folder.resolve().parent)  # git looks no further up
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL,
+                              capture_output=True, timeout=seconds, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode().strip() or None
+
+
+def provenance(model, data) -> dict:
+    """What a run was made of, for its config.json: this code, what it ran on, the model and the data.
+
+    "commit": see `commit`; "versions" of python, torch, tokenizers; "model_sha256": `fingerprint` of the
+    folder; "data_sha256": of the file's bytes.
+    """
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
+                "tokenizers": tokenizers.__version__}
+    with open(data, "rb") as stream:
+        data_sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"commit": commit(), "versions": versions, "model_sha256": fingerprint(model),
+            "data_sha256": data_sha256}
