@@ -248,7 +248,8 @@ def save_probe(probe: Probe, report: dict, path) -> None:
     tensors = {name: values.pop(name) for name in ("weight", "bias", "mean", "std")}
     metadata = {"probe": json.dumps(values), "report": json.dumps(report)}
     part = Path(path).with_name(Path(path).name + ".part")
-    save_file(tensors, part, metadata=metadata | {"sha256": checksum(tensors, metadata)})
+    metadata |= {"sha256": checksum(tensors, metadata)}
+    save_file(tensors, part, {"probe": json.dumps(metadata)})  # several keys come in any order
     os.replace(part, path)
 
 
@@ -264,10 +265,10 @@ def load_probe(path, model: Transformer, chat: Chat) -> tuple[Probe, dict]:
     """(probe, report) of a file. Raises DataError for none, a damaged one, one fitted on something else."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
+            metadata = json.loads(file.metadata()["probe"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if checksum(tensors, metadata) != metadata.get("sha256"):
-            raise ValueError("another checksum than the file says: it is damaged, or older than checksums")
+        if "sha256" not in metadata or checksum(tensors, metadata) != metadata["sha256"]:
+            raise ValueError("another checksum than the file says: it is damaged, or of an older form")
         values = json.loads(metadata["probe"])
         probe = Probe(**tensors, **(values | {"layers": tuple(values["layers"])}))
         report = json.loads(metadata["report"])

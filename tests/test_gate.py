@@ -527,9 +527,9 @@ def test_a_probe_file_with_a_flipped_bit_is_refused(fitted, tmp_path):
             continue
         assert torch.equal(probe.weight, load_probe(file, model, chat)[0].weight), place  # white space of the header
     with safe_open(file, "pt") as stored:
-        tensors, metadata = {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata()
+        tensors, metadata = {name: stored.get_tensor(name) for name in stored.keys()}, json.loads(stored.metadata()["probe"])
     odd = metadata | {"probe": metadata["probe"][:-1] + ', "pooling": "foo"}'}
-    save_file(tensors, tmp_path / "p", odd)
+    save_file(tensors, tmp_path / "p", {"probe": json.dumps(odd)})
     with pytest.raises(DataError, match="another checksum"):
         load_probe(tmp_path / "p", model, chat)
 
