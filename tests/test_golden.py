@@ -1,0 +1,445 @@
+"""tests/golden/objective.safetensors: against closed forms, against this project's functions, and made again.
+
+Functions that compute in float64 give its numbers to 1e-10, in float32 to 1e-5: absolutely, or relatively where larger.
+Two do not go so far in float64, and say so below: C-SFT's weight (1e-8) and the probe's solver (1e-8; as it is used, 1e-6).
+"""
+
+import ast
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import make_golden_objective
+import train
+from conftest import DEVICE, tolerance
+from critic import GuardJudge, RubricJudge
+from data.chat import Example
+from lib import fused
+from lib.response import label_logp, response_positions, response_states
+from model import Linear, Transformer, sample
+from probe import Probe, fit_logistic
+
+FILE = Path(__file__).parent / "golden" / "objective.safetensors"
+G = load_file(FILE, DEVICE)
+GATES = range(len(G["gate.range"]))
+DTYPES = [torch.float64, torch.float32]
+NEAR = {torch.float64: 1e-10, torch.float32: tolerance()}
+N_TOKENS = int(G["batch.n_tokens"])
+
+
+def of(section: str, dtype=torch.float64) -> SimpleNamespace:
+    """A section's tensors by name, floating ones in `dtype`."""
+    group = {key.split(".")[1]: value for key, value in G.items() if key.split(".")[0] == section}
+    return SimpleNamespace(**{key: value.to(dtype) if value.is_floating_point() else value for key, value in group.items()})
+
+
+def near(found, expected, limit: float = NEAR[torch.float64]):
+    """Within `limit`, absolutely or relatively, as float64."""
+    found, expected = (torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in (found, expected))
+    torch.testing.assert_close(found, expected, atol=limit, rtol=limit, equal_nan=True)
+
+
+# ---------------------------------------------------------------- closed forms, in another way than the generator's
+
+
+class TestClosedForms:
+    @pytest.mark.parametrize("section", ["edge", "objective"])
+    def test_kl_is_a_bregman_divergence_of_logsumexp_and_nll_its_value_less_the_labels_logit(self, section):
+        v = of(section)
+        logits, ref = (v.logits, v.ref_logits) if section == "edge" else (v.hidden @ G["model.head"].T, v.ref_hidden @ G["model.head"].T)
+        label = v.labels if section == "edge" else v.label
+        near(v.kl, logits.logsumexp(-1) - ref.logsumexp(-1) - (ref.softmax(-1) * (logits - ref)).sum(-1))
+        near(v.nll, logits.logsumexp(-1) - logits.gather(1, label[:, None])[:, 0])
+        assert (v.kl >= 0).all() and (v.nll >= 0).all()
+
+    def test_gradients_are_softmax_minus_the_mixture(self):
+        v = of("edge")
+        mixture = v.alpha[:, None] * torch.eye(5, device=DEVICE)[v.labels] + v.beta[:, None] * v.ref_logits.softmax(-1)
+        near(v.grad_logits, v.logits.softmax(-1) - mixture)
+        near(v.loss, v.alpha * v.nll + v.beta * v.kl)
+
+    def test_the_edges_are_where_they_should_be(self):
+        v = of("edge")
+        assert v.kl[1] == v.kl[2] == v.kl[3] == 0 and (v.kl[[0, *range(4, 9)]] > 0.1).all()  # rows 2, 3: exact in these numbers
+        assert v.nll[3].item() == pytest.approx(math.log(5)) and v.nll[4] == 2000 and v.nll[5] == 0 and v.nll[6] > 50
+        assert v.kl[4] > 1900 and v.kl[8] > 40 and all(tensor.isfinite().all() for tensor in vars(v).values())
+        assert {0.0, 1.0} <= set(v.beta.tolist()) and v.logits.abs().max() == 1000
+
+    @pytest.mark.parametrize("gate", GATES)
+    def test_the_loss_is_the_cross_entropy_to_the_mixture_less_the_references_entropy(self, gate):
+        v, head = of("objective"), G["model.head"]
+        low, high = G["gate.range"][gate]
+        beta = (low + G["batch.risk"] * (high - low))[v.example]
+        logp, ref_logp = ((hidden @ head.T).log_softmax(-1) for hidden in (v.hidden, v.ref_hidden))
+        mixture = beta[:, None] * ref_logp.exp()
+        mixture[range(12), v.label] += 1 - beta
+        entropy = -(ref_logp.exp() * ref_logp).sum(-1)
+        near(v.token_loss[gate], -(mixture * logp).sum(-1) - beta * entropy)
+        near(v.loss[gate], v.token_loss[gate].mean() * 12 / N_TOKENS)
+
+        # The gradient flows back through the head, and through h = W₀ x + (α/r) B A x.
+        slope, m, scaling = (logp.exp() - mixture) / N_TOKENS, of("model"), 3 / 2
+        near(v.grad_logits[gate], slope)
+        near(v.grad_hidden[gate], slope @ head)
+        x = m.embedding[self.tokens_before()]
+        near(v.grad_lora_B[gate], scaling * (slope @ head).T @ (x @ m.lora_A.T))
+        near(v.grad_lora_A[gate], scaling * m.lora_B.T @ (slope @ head).T @ x)
+        near(v.hidden, x @ (m.linear + scaling * m.lora_B @ m.lora_A).T)
+        near(v.ref_hidden, x @ m.linear.T)
+
+    @staticmethod
+    def tokens_before():
+        return G["batch.input_ids"][:, :-1][G["batch.labels"][:, 1:] != -100]
+
+    def test_labels_stand_at_the_tokens_to_be_predicted_and_places_count_within_a_turn(self):
+        b, v = of("batch"), of("objective")
+        assert b.labels[b.labels != -100].tolist() == b.input_ids[b.labels != -100].tolist() == v.label.tolist()
+        assert (b.labels != -100).sum(1).tolist() == [1, 2, 3, 6] == v.example.bincount().tolist()
+        assert v.position.tolist() == [1, 1, 2, 1, 1, 2, 1, 2, 3, 4, 5, 6] and N_TOKENS > 12
+        assert all((row[n:] == 0).all() and (row[:n] > 0).all() for row, n in zip(b.input_ids, b.length))
+
+    def test_beta_runs_from_beta_min_to_beta_max_and_alpha_is_the_rest(self):
+        v = of("gate")
+        assert torch.equal(v.beta[:, :2], v.range) and v.range.tolist() == [[0.1, 0.9], [0.02, 1.0], [0.0, 1.0]]
+        near(v.beta[:, 2], v.range.mean(1))  # at risk ½
+        near(v.alpha + v.beta, torch.ones_like(v.beta))
+
+    def test_smoothing_is_a_sum_of_powers(self):
+        v = of("smooth")
+        for ema, row in zip(v.ema.tolist(), v.smoothed.tolist()):
+            for t in range(7):
+                old = ema**t * v.risk[0].item()
+                assert row[t] == pytest.approx(old + math.fsum((1 - ema) * ema ** (t - i) * v.risk[i].item() for i in range(1, t + 1)), abs=1e-14)
+
+    def test_the_constant_kept_is_minus_the_references_entropy_and_kl_is_recovered(self):
+        v, kept, head = of("objective"), of("kept"), G["model.head"]
+        p = (v.ref_hidden @ head.T).softmax(-1)
+        near(kept.c, (p * p.log()).sum(-1))  # ⟨Wᵀp_ref, h_ref⟩ − logsumexp(W h_ref): the label drops out
+        near(kept.g, p @ head - head[v.label])
+        near(kept.kl, v.kl)
+
+    def test_csft_weighs_by_a_power_of_the_likelihood_ratio(self):
+        v, place = of("csft"), of("objective").position
+        for logp, ref_logp, position, weight in ((v.logp, v.ref_logp, place, v.weight),
+                                                 (v.edge_logp, v.edge_ref_logp, v.edge_position, v.edge_weight)):
+            for a, b, j, w in zip(logp.tolist(), ref_logp.tolist(), position.tolist(), weight.tolist()):
+                tau = {1: 0.5, 2: 2, 3: 2, 4: 2, 5: 2}.get(j, 0.1)
+                assert w == pytest.approx(max(0.001, 2 / (1 + (math.exp(a) / math.exp(b)) ** tau)), abs=1e-12)
+        near(v.logp, -of("objective").nll)
+        near(v.loss, -(v.weight * v.logp).sum() / N_TOKENS)
+        p = (of("objective").hidden @ G["model.head"].T).softmax(-1)
+        p[range(12), of("objective").label] -= 1
+        near(v.grad_logits, v.weight[:, None] * p / N_TOKENS)  # the weight is held constant
+        assert v.edge_weight[0] == 1 and v.edge_weight[5] == 0.001 and v.edge_weight[6] == 2
+
+    def test_lisas_gradient_is_the_slope_of_its_term(self):
+        v = of("lisa")
+        term = lambda theta: (v.rho / 2 * (theta - v.at_switch).norm() ** 2).item()
+        assert v.term.item() == pytest.approx(term(v.theta), abs=1e-12)
+        for i in range(12):  # central differences are exact for a square, but for rounding
+            step = torch.eye(12, dtype=torch.float64, device=DEVICE)[i].view(3, 4) / 8
+            assert (term(v.theta + step) - term(v.theta - step)) * 4 == pytest.approx(v.grad.flatten()[i].item(), abs=1e-11)
+        assert torch.equal(v.grad_after, v.grad_before + v.grad)
+
+    def test_the_learning_rate_is_a_squared_cosine_of_the_half_angle(self):
+        v = of("lr")
+        for step, n, warmup, peak, lr in zip(*(getattr(v, k).tolist() for k in ("step", "n_steps", "warmup_steps", "peak", "lr"))):
+            expected = (step + 1) / warmup if step < warmup else math.cos(math.pi / 2 * (step - warmup) / (n - warmup)) ** 2
+            assert lr == pytest.approx(peak * expected, abs=1e-14)
+
+    def test_at_the_probes_solution_the_penalised_log_loss_is_level(self):
+        v = of("probe")
+        near(v.mean, v.x.sum(0) / 60)
+        near(v.std[:3] ** 2, (v.x**2).mean(0)[:3] - v.mean[:3] ** 2)
+        assert v.std[3] == 1 and (v.weight[:, 3] == 0).all()  # a constant feature carries nothing
+        z = (v.x - v.mean) / v.std
+        for l2, weight, bias in zip(v.l2, v.weight, v.bias):
+            slip = torch.sigmoid(z @ weight + bias) - v.y
+            assert (slip @ z + l2 * weight).abs().max() < 1e-12 and abs(slip.sum()) < 1e-12
+        logit = (v.new_x[:6] - v.mean) / v.std @ v.weight.T + v.bias
+        near(v.risk[:, :6].T, (1 + torch.tanh(logit / 2)) / 2)
+        assert (v.risk[:, 6:] == 1).all() and not v.new_x[6:].isfinite().all()  # unknown is risky
+        assert 5 < v.y.sum() < 55 and v.risk[:, :5].min() < 0.5 < v.risk[:, :5].max()
+
+    def test_scores_are_expectations_over_digits(self):
+        v = of("rubric")
+        digit_of = {token: k for k, row in enumerate(v.digits.tolist(), start=1) for token in row if token >= 0}
+        for logits, mass, score, risk, valid, verdict in zip(*(getattr(v, k).tolist() for k in (
+                "logits", "mass", "score", "risk", "valid", "verdict"))):
+            weights = [math.exp(z - max(logits)) for z in logits]
+            on_digits = math.fsum(weights[token] for token in digit_of)
+            assert mass == pytest.approx(on_digits / math.fsum(weights), rel=1e-12)
+            assert score == pytest.approx(math.fsum(weights[t] * k for t, k in digit_of.items()) / on_digits, rel=1e-12)
+            assert risk == pytest.approx((score - 1) / 4, abs=1e-12) and valid == (mass >= 0.5) and verdict == (risk if valid else 1)
+        assert v.score[1] == 5 and v.score[3] == 3 and v.mass.min() < 1e-16 and 0 < v.valid.sum() < 8
+
+    def test_a_guards_two_ways_to_a_word_add_up(self):
+        v = of("guard")
+        p = v.logits.exp() / v.logits.exp().sum(-1, keepdim=True)
+        near(v.probs, p)
+        for n, way in ((1, p[:, 0, 4]), (2, p[:, 0, 4] * p[:, 1, 4])):
+            both = p[:, 0, 1:3] + way[:, None] * p[:, n, 1:3]  # (safe, unsafe)
+            near(getattr(v, f"mass_{n}"), both.sum(-1))
+            near(getattr(v, f"risk_{n}"), 1 / (1 + both[:, 0] / both[:, 1]))
+        assert (v.safe, v.unsafe, v.line) == (1, 2, 4)
+
+    def test_the_sampled_token_is_the_one_whose_interval_holds_u(self):
+        v = of("sample")
+        for logits, T, u, token in zip(v.logits, v.temperature.tolist(), v.u.tolist(), v.token.tolist()):
+            if T == 0:
+                assert token == logits.argmax()
+                continue
+            p = [math.exp((z - logits.max().item()) / T) for z in logits.tolist()]
+            below, total = math.fsum(p[:token]), math.fsum(p)
+            assert p[token] > 0 and below <= u * total * (1 + 1e-15) and u * total < (below + p[token]) * (1 + 1e-15)
+
+
+# ---------------------------------------------------------------- this project's functions
+
+
+class OneLayer(torch.nn.Module):
+    """The file's model, made of this project's linear layers, in the form that the objective asks of a Transformer."""
+
+    config, device, adapters_off = SimpleNamespace(rope={"rope_type": "default"}), torch.device(DEVICE), Transformer.adapters_off
+
+    def __init__(self, dtype):
+        super().__init__()
+        m = of("model", dtype)
+        self.embedding, self.linear, self.lm_head = m.embedding, Linear(5, 6), Linear(6, 11)
+        self.linear.weight, self.lm_head.weight = (torch.nn.Parameter(w, requires_grad=False) for w in (m.linear, m.head))
+        self.linear.lora_A, self.linear.lora_B = torch.nn.Parameter(m.lora_A), torch.nn.Parameter(m.lora_B)
+        self.linear.scaling = m.lora_alpha.item() / 2
+
+    def model(self, input_ids, attention_mask=None, rows=None):
+        return self.linear(self.embedding[input_ids].flatten(0, 1)[rows]), None
+
+
+EXAMPLES = [Example(i, ids[:n], labels[:n]) for i, (ids, labels, n) in enumerate(
+    zip(*(G[f"batch.{name}"].tolist() for name in ("input_ids", "labels", "length"))))]
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request):
+    return request.param
+
+
+class TestFunctions:
+    def test_nll_and_kl(self, dtype):
+        v = of("edge", dtype)
+        near(train.token_nll(v.logits, v.labels), of("edge").nll, NEAR[dtype])
+        near(train.token_kl(v.ref_logits, v.logits), of("edge").kl, NEAR[dtype])
+        assert (train.token_kl(v.ref_logits, v.logits)[[1, 3]] == 0).all()
+
+    @pytest.mark.parametrize("way", ["written out", "live", "kept"])
+    def test_token_loss_at_the_edges_and_its_gradient(self, way, dtype):
+        """With the identity as the head, hidden states are logits. Kept float32 numbers lose the rows of ±1000: their sums cancel."""
+        v, expected, eye = of("edge", dtype), of("edge"), torch.eye(5, device=DEVICE, dtype=dtype)
+        rows = [i for i in range(9) if way != "kept" or dtype == torch.float64 or i not in (4, 5)]
+        logits, ref = v.logits[rows].requires_grad_(), v.ref_logits[rows]
+        ref = fused.reference_terms(ref, eye, v.labels[rows]) if way == "kept" else ref
+        token_loss = train.token_loss if way == "written out" else fused.token_loss
+        loss, nll, kl = token_loss(logits, eye, v.labels[rows], v.alpha[rows], v.beta[rows], ref)
+        loss.sum().backward()
+        for found, name in ((loss, "loss"), (nll, "nll"), (kl, "kl"), (logits.grad, "grad_logits")):
+            near(found.detach(), getattr(expected, name)[rows], NEAR[dtype])
+
+    def test_a_vocabulary_of_one_token_has_nothing_to_learn(self, dtype):
+        """Not in the file, since all of it is 0."""
+        one = torch.ones(3, 1, device=DEVICE, dtype=dtype)
+        hidden, labels, half = (5 * one).requires_grad_(), torch.zeros(3, dtype=torch.long, device=DEVICE), 0.5 * one[:, 0]
+        for token_loss in (train.token_loss, fused.token_loss):
+            for numbers in token_loss(hidden, one[:1], labels, half, half, one):
+                assert (numbers == 0).all()
+
+    def test_risk_to_alpha_and_beta(self, dtype):
+        v = of("gate", dtype)
+        for (low, high), alpha, beta in zip(G["gate.range"].tolist(), of("gate").alpha, of("gate").beta):
+            near(torch.stack(train.blend(v.risk, low, high)), torch.stack((alpha, beta)), NEAR[dtype])
+
+    def test_smoothing(self):
+        v = of("smooth")
+        for ema, row in zip(v.ema.tolist(), v.smoothed.tolist()):
+            smoothed = None
+            for risk, expected in zip(v.risk.tolist(), row):
+                smoothed = train.smooth(smoothed, risk, ema)
+                assert smoothed == pytest.approx(expected, abs=1e-14)
+
+    def test_learning_rate(self):
+        v = of("lr")
+        found = [train.lr_at(*row) for row in zip(*(getattr(v, k).tolist() for k in ("step", "n_steps", "warmup_steps", "peak")))]
+        near(found, v.lr, 1e-14)
+
+    def test_a_linear_with_its_adapter_on_off_and_merged(self, dtype):
+        policy, v = OneLayer(dtype), of("objective")
+        hidden, labels, row = response_states(policy, EXAMPLES)
+        near(hidden.detach(), v.hidden, NEAR[dtype])
+        assert labels.tolist() == v.label.tolist() and row.tolist() == v.example.tolist()
+        assert torch.cat([response_positions(e) for e in EXAMPLES]).tolist() == v.position.tolist()
+        with policy.adapters_off():
+            near(response_states(policy, EXAMPLES)[0], v.ref_hidden, NEAR[dtype])
+        x = policy.embedding[TestClosedForms.tokens_before()]
+        near((x @ policy.linear.merged_weight().T).detach(), v.hidden, NEAR[torch.float32])  # merged in float32
+
+    @pytest.mark.parametrize("way", ["written out", "live", "kept"])
+    @pytest.mark.parametrize("gate", GATES)
+    def test_the_loss_of_a_micro_batch_and_its_gradients(self, gate, way, dtype):
+        policy, v, asked = OneLayer(dtype), of("objective"), []
+        live = train.live_reference(policy)
+
+        def reference(examples):
+            asked.extend(e.index for e in examples)
+            labels = torch.cat([torch.tensor(e.labels)[torch.tensor(e.labels) != -100] for e in examples]).to(DEVICE)
+            return fused.reference_terms(live(examples), policy.lm_head.weight, labels) if way == "kept" else live(examples)
+
+        alpha, beta = train.blend(of("batch", dtype).risk.cpu(), *G["gate.range"][gate].tolist())
+        loss_fn = train.token_loss if way == "written out" else fused.token_loss
+        loss, nll, kl = train.micro_batch_loss(policy, reference, EXAMPLES, alpha, beta, N_TOKENS, loss_fn=loss_fn)
+        loss.backward()
+        assert asked == [i for i in range(4) if beta[i] > 0]  # an example without pull needs no reference
+        near(loss.detach(), v.loss[gate], NEAR[dtype])
+        near(nll, v.nll.sum(), NEAR[dtype])
+        near(kl, v.kl[(beta > 0)[v.example.cpu()].to(DEVICE)].sum(), NEAR[dtype])
+        near(policy.linear.lora_A.grad, v.grad_lora_A[gate], NEAR[dtype])
+        near(policy.linear.lora_B.grad, v.grad_lora_B[gate], NEAR[dtype])
+
+    @pytest.mark.parametrize("gate", GATES)
+    @pytest.mark.parametrize("way", ["written out", "live", "kept"])
+    def test_token_loss_and_its_gradient_at_hidden_states(self, gate, way, dtype):
+        """Those with β > 0 first, as token_loss wants them; of the others KL is not computed."""
+        v, expected, head = of("objective", dtype), of("objective"), G["model.head"].to(dtype)
+        alpha, beta = (x[v.example] for x in train.blend(of("batch", dtype).risk, *G["gate.range"][gate].tolist()))
+        order = (beta == 0).long().argsort(stable=True)
+        first, rest = order[: int((beta > 0).sum())], order[int((beta > 0).sum()) :]
+        hidden, ref = v.hidden[order].requires_grad_(), v.ref_hidden[first]
+        ref = fused.reference_terms(ref, head, v.label[first]) if way == "kept" else ref
+        token_loss = train.token_loss if way == "written out" else fused.token_loss
+        loss, nll, kl = token_loss(hidden, head, v.label[order], alpha[order], beta[order], ref)
+        (loss.sum() / N_TOKENS).backward()
+        near(loss.detach(), expected.token_loss[gate][order], NEAR[dtype])
+        near(nll, expected.nll[order], NEAR[dtype])
+        near(kl[: len(first)], expected.kl[first], NEAR[dtype])
+        near(hidden.grad, expected.grad_hidden[gate][order], NEAR[dtype])
+        assert (kl[len(first) :] == 0).all() and len(rest) == (1 if gate == 2 else 0)
+
+    def test_what_is_kept_of_the_reference(self, dtype):
+        v = of("objective", dtype)
+        g, c = fused.reference_terms(v.ref_hidden, G["model.head"].to(dtype), v.label)
+        near(g, of("kept").g, NEAR[dtype])
+        near(c, of("kept").c, NEAR[dtype])
+
+    def test_csft(self, dtype):
+        """Its τ = 0.1 is rounded to float32 whatever the dtype, hence 1e-8."""
+        policy, v, limit = OneLayer(dtype), of("csft"), max(NEAR[dtype], 1e-8)
+        ref_logp, ones = label_logp(policy, EXAMPLES, 2), torch.ones(4, dtype=dtype)
+        near(torch.cat([ref_logp[i] for i in range(4)]), v.ref_logp, NEAR[dtype])
+        loss, nll, _ = train.micro_batch_loss(policy, None, EXAMPLES, ones, 0 * ones, N_TOKENS, ref_logp=ref_logp)
+        loss.backward()
+        near(loss.detach(), v.loss, limit)
+        near(policy.linear.lora_A.grad, v.grad_lora_A, limit)
+        near(policy.linear.lora_B.grad, v.grad_lora_B, limit)
+        position, w = of("objective").position, of("csft", dtype)
+        near(train.csft_weight(w.logp, w.ref_logp, position), v.weight, limit)
+        near(train.csft_weight(w.edge_logp, w.edge_ref_logp, v.edge_position), v.edge_weight, limit)
+
+    def test_lisas_pull(self, dtype):
+        v = of("lisa", dtype)
+        parameter = torch.nn.Parameter(v.theta)
+        parameter.grad = v.grad_before.clone()
+        train.lisa_pull([parameter], [v.at_switch], v.rho.item())
+        near(parameter.grad, of("lisa").grad_after, NEAR[dtype])
+
+    @pytest.mark.parametrize("i", range(3))
+    @pytest.mark.parametrize("tolerance, limit", [(1e-6, 1e-6), (1e-9, 1e-8)])
+    def test_the_probe_as_near_as_its_solver_goes(self, i, tolerance, limit):
+        """As it is used, to a mean gradient under 1e-6, and as far as a line search in float64 can tell values of the loss apart."""
+        v = of("probe")
+        weight, bias, mean, std = fit_logistic(v.x, v.y, v.l2[i].item(), tolerance)
+        near(weight, v.weight[i], limit)
+        near(bias, v.bias[i], limit)
+        near(mean, v.mean)
+        near(std, v.std)
+
+    def test_the_probes_risk_and_what_it_cannot_know(self, dtype, capsys):
+        v = of("probe")
+        for weight, bias, risk in zip(v.weight, v.bias, v.risk):
+            probe = Probe(weight, bias, v.mean, v.std, (0,), "", "", "", None)
+            near(probe.risk(of("probe", dtype).new_x), risk)  # float32 features are exact here, the rest is float64
+            assert "2 of 8 risks are unknown" in capsys.readouterr().out
+
+    def test_the_rubric_judges_reading_and_verdicts(self):
+        v = of("rubric", torch.float32)
+        judge = stand_in(RubricJudge, v.logits[:, None])
+        judge.digits = [[token for token in row if token >= 0] for row in G["rubric.digits"].tolist()]
+        risk, mass = judge.read(v.probs[:, None])
+        near(risk, of("rubric").risk, NEAR[torch.float32])
+        near(mass, of("rubric").mass, NEAR[torch.float32])
+        verdicts = dict(judge({i: (str(i), "") for i in range(8)}))
+        near([verdicts[i].risk for i in range(8)], of("rubric").verdict, NEAR[torch.float32])
+        assert [verdicts[i].valid for i in range(8)] == G["rubric.valid"].bool().tolist()
+        near([verdicts[i].score for i in range(8) if verdicts[i].valid], of("rubric").score[G["rubric.valid"] == 1], NEAR[torch.float32])
+
+    @pytest.mark.parametrize("n", [1, 2])
+    def test_the_guards_reading_and_verdicts(self, n, dtype):
+        v, expected = of("guard", dtype), of("guard")
+        mass, risk = (getattr(expected, f"{name}_{n}") for name in ("mass", "risk"))
+        judge = stand_in(GuardJudge, of("guard", torch.float32).logits[:, : 1 + n])
+        judge.safe, judge.unsafe, judge.lead = v.safe.item(), v.unsafe.item(), [v.line.item()] * n
+        found = judge.read(v.probs[:, : 1 + n])
+        near(found[0], risk, NEAR[dtype])
+        near(found[1], mass, NEAR[dtype])
+        verdicts = dict(judge({i: (str(i), "") for i in range(4)}))
+        near([verdicts[i].risk for i in range(4)], torch.where(mass >= 0.5, risk, 1.0), NEAR[torch.float32])
+
+    def test_sampling(self, dtype):
+        v = of("sample", dtype)
+        for logits, T, u, token in zip(v.logits, v.temperature.tolist(), G["sample.u"], v.token):
+            assert sample(logits[None], T, u.view(1, 1)) == token
+
+
+def stand_in(kind, logits):
+    """A judge of a class whose model says logits (pairs, places, V) to the pairs ("0", ""), ("1", ""), …"""
+    judge = object.__new__(kind)
+    judge.batch_size, judge.tokens = 3, lambda prompt, response: (prompt, [int(prompt)])
+    judge.chat = SimpleNamespace(tokenizer=SimpleNamespace(id_to_token=str))
+    judge.model = SimpleNamespace(
+        config=SimpleNamespace(max_position_embeddings=8), device=torch.device(DEVICE),
+        model=lambda input_ids, real: (logits[input_ids[:, 0]], None),
+        lm_head=SimpleNamespace(weight=torch.eye(logits.shape[-1], device=DEVICE)))
+    return judge
+
+
+# ---------------------------------------------------------------- the file
+
+
+class TestTheFile:
+    def test_made_again_it_has_the_same_bytes(self, tmp_path):
+        """With another torch or processor the same numbers to 1e-12."""
+        make_golden_objective.main(tmp_path / "again.safetensors")
+        made_by = []
+        for file in (FILE, tmp_path / "again.safetensors"):
+            with safe_open(file, "pt") as stored:
+                made_by.append(stored.metadata()["made_by"])
+        again, kept = load_file(tmp_path / "again.safetensors"), load_file(FILE)
+        assert again.keys() == kept.keys()
+        for key, tensor in kept.items():
+            assert again[key].dtype == tensor.dtype
+            near(again[key], tensor, 1e-12)
+        assert made_by[0] != made_by[1] or (tmp_path / "again.safetensors").read_bytes() == FILE.read_bytes()
+
+    def test_its_generator_knows_nothing_of_this_project(self):
+        tree = ast.parse(Path(make_golden_objective.__file__).read_text())
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert imported == {"math", "sys", "pathlib", "torch", "safetensors.torch"}
+
+    def test_it_is_small_and_every_key_is_explained(self):
+        said = (FILE.parent / "README.md").read_text()
+        assert FILE.stat().st_size < 200_000
+        for key, tensor in G.items():
+            shape = "×".join(map(str, tensor.shape)) or "–"
+            assert f"| `{key}` | {shape} |" in said, key
