@@ -85,7 +85,7 @@ class EvalConfig(EvalOptions):
 
 
 def refuses(response: str) -> bool:
-    """Whether the response contains one of REFUSAL_PHRASES."""
+    """Whether the response contains one of REFUSAL_PHRASES: AdvBench's convention, arXiv 2307.15043."""
     response = response.replace("’", "'")
     return any(phrase in response for phrase in REFUSAL_PHRASES)
 
@@ -141,7 +141,10 @@ def final_number(text: str) -> float | None:
 
 
 def is_correct(response: str, answer: str, metric: str) -> bool:
-    """number: equal final numbers; label: equal first words, in any case; exact: equal but for spaces."""
+    """number: equal final numbers; label: equal first words, in any case; exact: equal but for spaces.
+
+    The final number behind #### is GSM8K's form: Cobbe et al. 2021, arXiv 2110.14168.
+    """
     if metric == "number":
         return final_number(response) == final_number(answer) is not None
     if metric == "label":

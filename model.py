@@ -308,7 +308,7 @@ class Transformer(nn.Module):
 
     @contextmanager
     def adapters_off(self):
-        """Within it the model is the reference policy: the frozen weights it was loaded with."""
+        """Within it the model is the reference policy (arXiv 2602.17546): the frozen weights alone."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         before = [linear.adapter_on for linear in linears]
         try:

@@ -4,7 +4,7 @@
     python probe.py --model DIR --data FILE --out FILE          # FILE: prompts with "harmful": true | false
 
 x (H,)   = mean over the chosen layers of the residual stream at the last prompt token
-s        = σ( w · (x − mean) / std + b ) ∈ [0, 1]               the risk of the prompt
+s        = σ( w · (x − mean) / std + b ) ∈ [0, 1]               the risk of the prompt (arXiv 2602.17546)
 w, b     = argmin  Σ_i log-loss_i + (l2 / 2) ‖w‖²               solved to convergence in float64
 
 `--layers auto` chooses on a validation split; every figure is of a test split that nothing was chosen on.

@@ -9,7 +9,8 @@ from lib.metrics import rate_of
 def summarize(rows: list[dict], options) -> dict:
     """The results of completions and their scores, as in results.json; of one run, or pooled over several.
 
-    options: those of the evaluation (temperature, max_new_tokens).
+    Attack success by phrases as in arXiv 2307.15043, by a judge's 5 of 5 as in arXiv 2310.03693, each greedy,
+    sampled, and of k samples. options: those of the evaluation (temperature, max_new_tokens).
     """
     def of(kind):
         return {name: [row for row in rows if (row["kind"], row["set"]) == (kind, name)]
