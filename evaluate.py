@@ -45,7 +45,7 @@ METRICS = ("number", "label", "exact")
 # Options in which runs of a row of --compare may differ: they tell runs apart, or change no figure's meaning.
 NOT_COMPARED = {"seed", "out", "eval_base", "device", "dtype", "verdicts", "judge_requests",
                 "judge_timeout", "judge_batch_size", "ref", "ref_cache", "compile", "gradient_checkpointing",
-                "fsdp", "date", "eval_batch_size"}
+                "fsdp", "date", "eval_batch_size", "save_every", "commit", "versions", "computed_in"}
 # Options that a run's config.json does not hand on: they say how this machine works, not what is measured.
 MACHINE = {"device", "dtype", "verdicts", "judge_requests", "judge_timeout", "judge_batch_size",
            "judge_failures", "eval_batch_size"}
@@ -360,17 +360,16 @@ def main(config: EvalConfig) -> None:
             options = as_in_run(config, read_json(file), file, config.given)
         read_config(folder)
         options = default_sets(options, folder)
+        judge = open_judge(options) if processes.rank() == 0 else None
+        jobs.append((path, folder, options, evaluation_sets(options), judge))
+    for path, folder, options, sets, judge in jobs:
         name = "evaluations/" + str(path).strip("./").replace("/", "-")
         out = processes.on_first(lambda: new_folder(config.out, name))
-        judge = open_judge(options) if processes.rank() == 0 else None
-        jobs.append((path, folder, options, evaluation_sets(options), judge, out))
-    for path, folder, options, sets, judge, out in jobs:
+        processes.on_first(lambda: write_config(out / "config.json", options))
         model = load_model(folder, config.device, working_dtype(folder, config.device, config.dtype))
         chat = Chat(folder, options.date)
         results, completions = evaluate_model(model, chat, sets, options, path.resolve().name, judge)
         if processes.rank() == 0:
-            out.mkdir(parents=True)
-            write_config(out / "config.json", options)
             write_jsonl(out / "completions.jsonl", completions)
             write_json(out / "results.json", results)
         found[str(path)] = results

@@ -11,22 +11,18 @@ w, b     = argmin  Σ_i log-loss_i + (l2 / 2) ‖w‖²               solved to 
 """
 
 import json
-import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data.chat import Chat, batches_by_length, pad_left
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations, split_by_prompt
-from lib.checkpoint import fingerprint
+from lib.checkpoint import fingerprint, load_checked, save_checked
 from lib.cli import comma_list, printable, require, run
 from lib.files import DataError
 from lib.metrics import risk_metrics
@@ -246,29 +242,13 @@ def save_probe(probe: Probe, report: dict, path) -> None:
     """Write the probe, what it depends on, its report and a checksum as one safetensors file."""
     values = asdict(probe)
     tensors = {name: values.pop(name) for name in ("weight", "bias", "mean", "std")}
-    metadata = {"probe": json.dumps(values), "report": json.dumps(report)}
-    part = Path(path).with_name(Path(path).name + ".part")
-    metadata |= {"sha256": checksum(tensors, metadata)}
-    save_file(tensors, part, {"probe": json.dumps(metadata)})  # several keys come in any order
-    os.replace(part, path)
-
-
-def checksum(tensors: dict, metadata: dict) -> str:
-    """SHA-256 (hex) of a probe file's tensors, bit by bit, and of its metadata."""
-    digest = sha256(json.dumps([metadata["probe"], metadata["report"]]).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()
+    save_checked(path, tensors, {"probe": json.dumps(values), "report": json.dumps(report)})
 
 
 def load_probe(path, model: Transformer, chat: Chat) -> tuple[Probe, dict]:
     """(probe, report) of a file. Raises DataError for none, a damaged one, one fitted on something else."""
+    tensors, metadata = load_checked(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = json.loads(file.metadata()["probe"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if "sha256" not in metadata or checksum(tensors, metadata) != metadata["sha256"]:
-            raise ValueError("another checksum than the file says: it is damaged, or of an older form")
         values = json.loads(metadata["probe"])
         probe = Probe(**tensors, **(values | {"layers": tuple(values["layers"])}))
         report = json.loads(metadata["report"])

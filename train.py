@@ -32,7 +32,6 @@ Where this departs from the paper (P) or its authors' code (C):
 """
 
 import gc
-import json
 import math
 import time
 from dataclasses import dataclass, fields, replace
@@ -44,17 +43,18 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from critic import conversation_verdicts, open_judge
-from data.anchors import LISA_CYCLE, anchor_examples, anchors_of_step
+from data.anchors import LISA_CYCLE, anchor_examples, anchor_records, anchors_of_step
 from data.chat import Chat, Example, batches_by_length, encode_examples
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations
-from data.risks import read_risk
+from data.risks import read_risk, risks_of_rows
 from evaluate import EvalOptions, default_sets, evaluate_model, evaluation_sets
 from lib import fused, processes
 from lib.cli import comma_list, require, run
-from lib.files import DataError, new_folder, write_config, write_json, write_jsonl
+from lib.files import DataError, remove, write_json
 from lib.metrics import agreement
-from lib.report import figures, lines_below, table
+from lib.report import figures, lines_below, summarize, table
 from lib.response import label_logp, response_positions, response_states
+from lib.resume import Progress, kept_rows, options_of_run, run_folder, told_how
 from lib.risk import expect_risks
 from model import Transformer, add_lora, compile_blocks, load_model, save_adapter, save_model, working_dtype
 from probe import (ProbeConfig, conversation_risk, expect_strong, fit_probe, load_probe, print_risk,
@@ -76,6 +76,8 @@ class TrainConfig(EvalOptions):
     out: Path | None = None  # new folder of the run (default: runs/METHOD-SEED)
     method: Literal["sft", "filter", "kl", "csft", "lisa", "adaptive"] = "adaptive"  # or a baseline
     eval_base: bool = True  # evaluate the aligned model before training
+    resume: Path | None = None  # unfinished run to go on with, by its own options
+    save_every: float = 10.0  # minutes between the states that it can go on from; 0: none
     # risk
     risk: str = "probe"  # probe, critic, max of both, or a JSONL file of risks
     risk_by_line: bool = False  # take that file's rows in their order, without conversations
@@ -108,6 +110,7 @@ class TrainConfig(EvalOptions):
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA above 100 M parameters
     gradient_checkpointing: bool = False  # recompute activations, to save memory
     fsdp: bool = False  # shard the blocks over the processes (torchrun, torch 2.8)
+    given: tuple = ()
 
 
 # ---------------------------------------------------------------- the objective
@@ -182,31 +185,29 @@ def csft_weight(logp: torch.Tensor, ref_logp: torch.Tensor, position: torch.Tens
 # ---------------------------------------------------------------- the risk of the data
 
 
-def probe_risk(config: TrainConfig, model: Transformer, chat: Chat, examples: list[Example]) -> tuple:
-    """Risk (examples,) in [0, 1] by the probe, and the (probe, report) if one was fitted for it."""
-    fitted = None
+def probe_risk(config: TrainConfig, model: Transformer, chat: Chat, examples: list[Example]) -> torch.Tensor:
+    """Risk (examples,) in [0, 1] by the probe: config.probe, or one that is fitted, and kept in the run."""
     if config.probe:
         probe, report = load_probe(config.probe, model, chat)
     else:
         if is_embedded(config.probe_data) and not is_embedded(config.model):
             print("the probe is fitted on the embedded prompts; your own (--probe-data FILE) teach it more")
         options = ProbeConfig(model=config.model, data=config.probe_data, device=config.device)
-        probe, report = fitted = fit_probe(options, model, chat)
+        probe, report = fit_probe(options, model, chat)
+        processes.on_first(lambda: save_probe(probe, report, config.out / "probe.safetensors"))
     expect_strong(report, config.probe or config.probe_data, config.weak_probe)
-    return conversation_risk(probe, model, [e.prompts for e in examples], ProbeConfig.batch_size), fitted
+    return conversation_risk(probe, model, [e.prompts for e in examples], ProbeConfig.batch_size)
 
 
 def training_risk(config: TrainConfig, model: Transformer, chat: Chat, examples: list[Example],
-                  conversations: list[Conversation], judge) -> tuple:
-    """{"risk": (examples,) in [0, 1], and its parts}; the (probe, report) if one was fitted.
+                  conversations: list[Conversation], judge) -> list[dict]:
+    """A row for each example: its "risk" in [0, 1], the parts, where it stands, the hash of what was judged.
 
     Probe and critic see the tokens that are trained on, and what they say; a record may say something else.
     """
-    parts, fitted, seen = {}, None, [example.seen for example in examples]
-    if config.method not in ("adaptive", "filter"):
-        return {"risk": torch.zeros(len(examples))}, None
+    parts, seen = {}, [example.seen for example in examples]
     if config.risk in ("probe", "max"):
-        parts["probe"], fitted = probe_risk(config, model, chat, examples)
+        parts["probe"] = probe_risk(config, model, chat, examples)
     if config.risk in ("critic", "max"):
         verdicts = processes.on_first(lambda: conversation_verdicts(judge, seen, config))
         parts["critic"] = torch.tensor([verdict.risk for verdict in verdicts], dtype=torch.float64)
@@ -217,9 +218,11 @@ def training_risk(config: TrainConfig, model: Transformer, chat: Chat, examples:
     if not parts:
         risks = read_risk(Path(config.risk), conversations, examples, config.risk_by_line)
         parts["file"] = torch.tensor(risks, dtype=torch.float64)
-    risk = processes.on_first(lambda: expect_risks(torch.stack(list(parts.values())).amax(0)))  # one for all
+    risk = expect_risks(torch.stack(list(parts.values())).amax(0))
     print_risk(risk, seen)
-    return {"risk": risk} | parts, fitted
+    columns = {name: values.tolist() for name, values in ({"risk": risk} | parts).items()}
+    columns |= {"where": [e.conversation.where for e in examples], "hash": [text.hash for text in seen]}
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 # ---------------------------------------------------------------- one micro-batch
@@ -273,8 +276,8 @@ def shuffled_forever(examples: list[Example], seed: int):
 
 
 def train(config: TrainConfig, policy: Transformer, reference, examples: list[Example], risk: torch.Tensor,
-          metrics_file: Path) -> None:
-    """Train `policy` in place; metrics_file gains a line per step.
+          run: Path) -> None:
+    """Train `policy` in place; run/metrics.jsonl gains a line per step. Goes on where run/steps/ ends.
 
     reference: as in micro_batch_loss. risk (examples,) in [0, 1], looked up by an example's index. Raises
     FloatingPointError where the gradient is not finite, DataError where the reference is not the policy.
@@ -287,12 +290,14 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
     per_step, pulls = config.batch_size * config.accumulation, beta_range(config)[1] > 0
     n_steps = math.ceil(config.epochs * len(data) / (1 - config.anchor_share) / per_step)
     data, anchors = shuffled_forever(data, config.seed), shuffled_forever(anchors, config.seed)
-    smoothed, moved, at_switch = None, False, None
-    with processes.open_on_first(metrics_file) as metrics:
+    with Progress(run, policy, optimizer, config.save_every, examples, risk) as progress:
+        first, (smoothed, moved), at_switch = progress.restore((None, False))
         for step in (bar := tqdm(range(n_steps), desc=config.method, mininterval=0.5)):
             started = time.perf_counter()
             n_held = anchors_of_step(config, step)
             drawn = [next(anchors if i < n_held else data) for i in range(per_step)]
+            if step < first:
+                continue  # done before the run was interrupted
             drawn.sort(key=lambda e: len(e.input_ids))
             n_tokens = sum(example.n_labels for example in drawn)
 
@@ -339,7 +344,7 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
                    "risk": s.mean().item() if config.method == "adaptive" else None, "lr": lr,
                    "alpha": alpha.mean().item(), "beta": beta.mean().item(), "grad_norm": grad_norm,
                    "tokens_per_s": speed}
-            metrics.write(json.dumps(row) + "\n")
+            progress.end_step(step + 1, row, step + 1 == n_steps, (smoothed, moved), at_switch)
             shown = {key: f"{row[key]:.3f}" for key in ("loss", "nll", "kl") if row[key] is not None}
             bar.set_postfix(shown, refresh=False)
 
@@ -353,7 +358,7 @@ def check(config: TrainConfig) -> TrainConfig:
     needed_by = {"beta_min": ("adaptive",), "beta_max": ("adaptive",), "gate": ("adaptive",), "beta": ("kl",),
                  "risk": ("adaptive", "filter"), "probe": ("adaptive", "filter"), "ref": ("adaptive", "kl")}
     world, per_step = processes.world(), config.batch_size * config.accumulation
-    least = dict(epochs=1, batch_size=1, accumulation=1, warmup_steps=0, weight_decay=0, lora_r=0)
+    least = dict(epochs=1, batch_size=1, accumulation=1, warmup_steps=0, weight_decay=0, lora_r=0, save_every=0)
     require(
         config,
         *((name, n <= getattr(config, name) < math.inf, f"at least {n}") for name, n in least.items()),
@@ -361,6 +366,7 @@ def check(config: TrainConfig) -> TrainConfig:
         *((name, 0 <= getattr(config, name) <= 1, "0 to 1") for name in ("beta_min", "beta")),
         *((name, config.method in methods or untouched[name], f"none without --method {' or '.join(methods)}")
           for name, methods in needed_by.items()),
+        ("out", config.resume or not (config.out and config.out.exists()), "a folder that does not exist"),
         ("beta_max", config.beta_min <= config.beta_max <= 1, "beta-min to 1"),
         ("ema", 0 <= config.ema < 1, "0 to under 1"),
         ("ema", config.ema == 0 or config.gate == "batch", "0 unless --gate batch"),
@@ -381,10 +387,9 @@ def check(config: TrainConfig) -> TrainConfig:
         ("ref", not config.fsdp or config.ref != "live", "the kept reference, auto or cache, with --fsdp"),
         ("device", world == 1 or config.device in ("cpu", "cuda"), "cpu or cuda for several processes"),
     )
-    out = new_folder(config.out, f"runs/{config.method}-{config.seed}")
     if config.judge is None and not is_embedded(config.model):
         config = replace(config, judge="none")  # the embedded judge knows no other model's language
-    config = replace(default_sets(config, config.data), out=out)
+    config = default_sets(config, config.data)
     judged = config.judge != "none" or config.risk not in ("critic", "max")
     require(config, ("judge", judged, f"a checkpoint folder or a URL for --risk {config.risk}"))
     return config
@@ -431,31 +436,18 @@ def reference_of(config: TrainConfig, policy: Transformer, examples: list[Exampl
         lengths = [len(example.input_ids) for example in pulled]
         batches = [[pulled[i] for i in batch] for batch in batches_by_length(lengths, config.batch_size)]
         cache = fused.ReferenceCache(config.ref_cache, policy, batches)
+        why = f"{cache.size / 1e9:.1f} GB are over half of the free disk"
         if must or cache.size <= processes.on_first(cache.room) / 2:
-            with torch.no_grad(), policy.adapters_off():
-                cache.fill(lambda batch: response_states(policy, batch)[:2], policy.lm_head.weight)
-            return cache.terms
-        print(f"the reference runs in every step: {cache.size / 1e9:.1f} GB are over half of the free disk")
+            try:
+                with torch.no_grad(), policy.adapters_off():
+                    cache.fill(lambda batch: response_states(policy, batch)[:2], policy.lm_head.weight)
+                return cache.terms
+            except OSError as error:  # a folder that cannot be written
+                if must:
+                    raise
+                why = str(error)
+        print(f"the reference runs in every step: {why}")
     return live_reference(policy if config.lora_r else open_model(config, config.model))
-
-
-def write_start(config: TrainConfig, examples: list[Example], anchors: list[Example], risk: dict, fitted,
-                completions: list) -> None:
-    """Make the run folder, with all that is known before training."""
-    config.out.mkdir(parents=True)
-    write_config(config.out / "config.json", config)
-    if completions:
-        write_jsonl(config.out / "completions_base.jsonl", completions)
-    if anchors:
-        write_jsonl(config.out / "anchors.jsonl", [e.conversation.meta | {"messages": e.seen.messages}
-                                                   for e in anchors])
-    if config.method in ("adaptive", "filter"):
-        columns = {name: values.tolist() for name, values in risk.items()}
-        columns["where"] = [example.conversation.where for example in examples]
-        columns["hash"] = [example.seen.hash for example in examples]  # of what was judged
-        write_jsonl(config.out / "risk.jsonl", [dict(zip(columns, row)) for row in zip(*columns.values())])
-    if fitted:
-        save_probe(*fitted, config.out / "probe.safetensors")
 
 
 def leak_line(config: TrainConfig) -> str:
@@ -469,43 +461,52 @@ def leak_line(config: TrainConfig) -> str:
 
 
 def main(config: TrainConfig) -> None:
-    """records → examples → risk → loss → checkpoint → evaluation"""
+    """records → examples → risk → loss → checkpoint → evaluation; the run's folder keeps what is known."""
     processes.join()
-    config = processes.on_first(lambda: check(config))
+    config = processes.on_first(lambda: check(options_of_run(config) if config.resume else config))
     torch.manual_seed(config.seed)
     sets, conversations = evaluation_sets(config), read_conversations(config.data, need="answer")
     judge = open_judge(config) if processes.rank() == 0 else None
     policy, chat = open_model(config, config.model, to_train=True), Chat(config.model, config.date)
     longest = min(config.max_length, policy.config.max_position_embeddings)
     examples = encode_examples(chat, conversations, longest)
+    config = processes.on_first(lambda: run_folder(config, f"runs/{config.method}-{config.seed}", policy))
 
-    base, completions = None, []
-    with policy.adapters_off():
-        risk, fitted = training_risk(config, policy, chat, examples, conversations, judge)
-        if config.eval_base:
-            base, completions = evaluate_model(policy, chat, sets, config, "base", judge)
-        anchors = anchor_examples(config, policy, chat, examples, longest)
-    kept, gate = gated(config, examples, risk["risk"])
-    gate = torch.cat((gate, gate.new_ones(len(anchors))))  # they are as risky as can be
-    kept = kept + anchors
-    reference = reference_of(config, policy, kept, gate)
-    processes.on_first(lambda: write_start(config, examples, anchors, risk, fitted, completions))
+    out, risk, results = config.out, torch.zeros(len(examples)), {}
+    with told_how(out):
+        with policy.adapters_off():
+            if config.method in ("adaptive", "filter"):
+                rows = kept_rows(out / "risk.jsonl", lambda: training_risk(config, policy, chat, examples,
+                                                                           conversations, judge))
+                risk = torch.tensor(risks_of_rows(rows, examples, out / "risk.jsonl"), dtype=torch.float64)
+            if config.eval_base:
+                rows = kept_rows(out / "completions_base.jsonl",
+                                 lambda: evaluate_model(policy, chat, sets, config, "base", judge)[1])
+                results["base"] = summarize(rows, config)
+            rows = kept_rows(out / "anchors.jsonl", lambda: anchor_records(config, policy, chat, examples)
+                             ) if config.anchor_share else []
+            anchors = anchor_examples(rows, chat, len(examples), longest)
+        kept, gate = gated(config, examples, risk)
+        kept, gate = kept + anchors, torch.cat((gate, gate.new_ones(len(anchors))))  # as risky as can be
 
-    compile_blocks(policy, config.compile)
-    train(config, policy, reference, kept, gate, config.out / "metrics.jsonl")
-    if config.lora_r:
-        save_adapter(policy, config.out / "adapter")
-    save_model(policy, config.out / "model")
-
-    del policy, reference
-    gc.collect()  # compiled blocks refer to themselves
-    policy = open_model(config, config.out / "model")  # what is evaluated is what was saved
-    after, completions = evaluate_model(policy, chat, sets, config, "after", judge)
-    results = {"base": base, "after": after} if base else {"after": after}
-    processes.on_first(lambda: write_jsonl(config.out / "completions_after.jsonl", completions))
-    processes.on_first(lambda: write_json(config.out / "results.json", results))
+        if not processes.on_first((out / "model").exists):
+            reference = reference_of(config, policy, kept, gate)
+            compile_blocks(policy, config.compile)
+            train(config, policy, reference, kept, gate, out)
+            if config.lora_r:
+                save_adapter(policy, out / "adapter")
+            save_model(policy, out / "model")
+            del reference
+        del policy
+        gc.collect()  # compiled blocks refer to themselves
+        policy = open_model(config, out / "model")  # what is evaluated is what was saved
+        rows = kept_rows(out / "completions_after.jsonl",
+                         lambda: evaluate_model(policy, chat, sets, config, "after", judge)[1])
+        results["after"] = summarize(rows, config)
+        processes.on_first(lambda: write_json(out / "results.json", results))
+    processes.on_first(lambda: remove(out / "steps"))
     shown = {name: figures(found) for name, found in results.items()}
-    print(f"\n{config.out}, per cent with 95 % intervals\n{table(shown)}{lines_below(after)}"
+    print(f"\n{out}, per cent with 95 % intervals\n{table(shown)}{lines_below(results['after'])}"
           + leak_line(config))
 
 

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from data.chat import IGNORE, Chat, Example, encode_examples
-from data.conversations import is_embedded, read_conversations
+from data.conversations import conversation_of, is_embedded, read_conversations
 from evaluate import refuses, respond
 from lib.files import DataError
 from model import Transformer
@@ -21,17 +21,14 @@ LISA_CYCLE = 50  # steps, of which --method lisa gives the first to anchors (the
 ANCHOR_TOKENS = 24  # of an answer, at most: the first tokens decide between refusing and answering
 
 
-def anchor_examples(config, policy: Transformer, chat: Chat, examples: list[Example],
-                    longest: int) -> list[Example]:
+def anchor_records(config, policy: Transformer, chat: Chat, examples: list[Example]) -> list[dict]:
     """Anchors for a run, no more than it draws: prompts that the data lack, with ref's greedy answers.
 
     A harmful prompt that it does not refuse anchors nothing, nor does a benign one ("harmful": false) that it
     refuses: both are left out. Of the probe's data only the harmful ones are taken: its benign ones may be
-    the task that is to be learned. An answer that was cut has no end to be learned. Indices follow those of
-    `examples`. Raises DataError for a `harmful` that is no boolean, and where no anchor is left.
+    the task that is to be learned. "cut": whether the answer was. Raises DataError for a `harmful` that is no
+    boolean, and where no anchor is left.
     """
-    if config.anchor_share == 0:
-        return []
     if not config.anchors and is_embedded(config.probe_data) and not is_embedded(config.model):
         print("the anchors are the embedded prompts; your own (--anchors FILE) hold more in place")
     file = config.anchors or config.probe_data
@@ -47,7 +44,7 @@ def anchor_examples(config, policy: Transformer, chat: Chat, examples: list[Exam
     options = replace(config, max_new_tokens=ANCHOR_TOKENS)
     with tqdm(total=len(found), desc="anchors", mininterval=0.5) as bar:
         said = respond(policy, chat, [c for c, _ in found], options, 0.0, 1, bar) if found else []
-    kept = [(replace(c, messages=(*c.prompts[-1], {"role": "assistant", "content": response})), cut)
+    kept = [c.meta | {"messages": [*c.prompts[-1], {"role": "assistant", "content": response}], "cut": cut}
             for (c, value), (_, response, cut) in zip(found, said)
             if response.strip() and not response.startswith("<think>") and refuses(response) == value]
     print(f"anchors: {len(kept)} of {file}; left out: {len(found) - len(kept)}, harmful and not refused, or "
@@ -55,12 +52,19 @@ def anchor_examples(config, policy: Transformer, chat: Chat, examples: list[Exam
     if not kept:
         raise DataError(f"{file}: expected prompts that {config.data} lacks, harmful and refused or benign "
                         f"ones (\"harmful\": false) that are answered, found none")
-    anchors = encode_examples(chat, [c for c, _ in kept], longest)
-    cut_short = {id(c) for c, cut in kept if cut}
+    return kept
+
+
+def anchor_examples(records: list[dict], chat: Chat, first: int, longest: int) -> list[Example]:
+    """Examples of `anchor_records`, numbered from `first`. An answer that was cut has no end to be learned."""
+    if not records:
+        return []
+    conversations = [conversation_of(record, f"anchor {i}", "answer") for i, record in enumerate(records, 1)]
+    anchors = encode_examples(chat, conversations, longest)
     for anchor in anchors:
-        if id(anchor.conversation) in cut_short and not anchor.cut:  # the model did not end its turn here
+        if anchor.conversation.meta["cut"] and not anchor.cut:  # the model did not end its turn here
             anchor.labels[max(i for i, label in enumerate(anchor.labels) if label != IGNORE)] = IGNORE
-    return [replace(anchor, index=len(examples) + anchor.index, anchor=True) for anchor in anchors]
+    return [replace(anchor, index=first + anchor.index, anchor=True) for anchor in anchors]
 
 
 def anchors_of_step(config, step: int) -> int:

@@ -56,3 +56,14 @@ def read_risk(path: Path, conversations: list[Conversation], examples: list[Exam
             raise DataError(f"{path}: expected a risk for each conversation, found none for "
                             f"{example.conversation.where}")
     return [found.get(example.seen.hash, UNKNOWN) for example in examples]
+
+
+def risks_of_rows(rows: list[dict], examples: list[Example], file: Path) -> list[float]:
+    """Risk of each example from a run's own risk.jsonl, in the order of both.
+
+    Raises DataError where the hashes say that they are not of these examples.
+    """
+    if [row.get("hash") for row in rows] != [example.seen.hash for example in examples]:
+        raise DataError(f"{file}: expected a row for each example of the data, found others: what the run "
+                        f"was started with has changed since")
+    return [as_risk(row.get("risk"), str(file)) for row in rows]

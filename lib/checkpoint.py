@@ -1,6 +1,7 @@
 """Checkpoint folders: config.json of either generation, weights, a fingerprint; what a run was made of."""
 
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -13,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lib.files import ModelError, read_json, write_json
+from lib.files import DataError, ModelError, read_json, remove, write_json, written_whole
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 ROPE_TYPES = ("default", "linear", "llama3", "longrope")
@@ -168,28 +169,59 @@ def matching_files(path: Path, shapes: dict[str, tuple], config: Config) -> list
 def write_checkpoint(path: Path, raw: dict, tensors: dict, tokenizer: Path | None) -> None:
     """A folder of config.json, weights, and the tokenizer and template of `tokenizer`; whole or not at all.
 
-    Raises FileExistsError for a `path` that exists.
+    Raises FileExistsError for a `path` that exists, OSError that names it where it cannot be written.
     """
     if path.exists():
         raise FileExistsError(f"{path}: exists already; a model is never written over another")
-    part = path.with_name(path.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-    write_json(part / "config.json", raw)
-    for name in TOKENIZER_FILES:
-        if tokenizer and (tokenizer / name).exists():
-            shutil.copy(tokenizer / name, part / name)
-    os.replace(part, path)
+    with written_whole(path) as part:
+        part.mkdir(parents=True)
+        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        write_json(part / "config.json", raw)
+        for name in TOKENIZER_FILES:
+            if tokenizer and (tokenizer / name).exists():
+                shutil.copy(tokenizer / name, part / name)
 
 
 def write_adapter(path: Path, config: dict, tensors: dict) -> None:
     """A folder in PEFT's format: adapter_config.json and adapter_model.safetensors; whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(part / "adapter_config.json", config)
-    os.replace(part, path)
+    remove(path)  # of an attempt that ended before its model was saved
+    with written_whole(path) as part:
+        part.mkdir(parents=True)
+        save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(part / "adapter_config.json", config)
+
+
+# ---------------------------------------------------------------- tensors with a checksum
+
+
+def save_checked(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
+    """A safetensors file, whole or not at all, with a checksum beside its metadata."""
+    text = json.dumps(metadata | {"sha256": checksum(tensors, metadata)})
+    with written_whole(Path(path)) as part:
+        save_file(tensors, part, {"checked": text})  # one key: several would come in any order
+
+
+def load_checked(path: Path) -> tuple[dict, dict]:
+    """(tensors, metadata) of `save_checked`. Raises DataError for any other file, and a damaged one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("checked", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if metadata.pop("sha256", None) != checksum(tensors, metadata):
+            raise ValueError("another checksum than the file says: it is damaged, or of an older form")
+    except Exception as error:
+        raise DataError(f"{path}: expected a file with a checksum, as it was written here, found: "
+                        f"{error}") from None
+    return tensors, metadata
+
+
+def checksum(tensors: dict, metadata: dict) -> str:
+    """SHA-256 (hex) of tensors, bit by bit, and of metadata."""
+    digest = hashlib.sha256(json.dumps([metadata[key] for key in sorted(metadata)]).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def fingerprint(path) -> str:

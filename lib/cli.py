@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import inspect
 import re
+import signal
 import sys
 import types
 import typing
@@ -86,13 +87,13 @@ def run(main, config_class, positional: str | None = None) -> None:
     if processes.started() and Path(sys.argv[0]).name not in ("train.py", "evaluate.py"):
         sys.exit(f"error: expected one process for {sys.argv[0]}: "
                  f"only train.py and evaluate.py share their work")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt, as Ctrl-C is
     try:
         main(parse(config_class, positional=positional))
     except (DataError, ModelError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: an unfinished run has no model and no results.json; "
-                 "verdicts and kept reference stay")
+        sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
+    except KeyboardInterrupt as error:
+        sys.exit("\n".join(["interrupted: verdicts and kept reference stay", *getattr(error, "__notes__", ())]))
     finally:
         sys.stderr = sys.__stderr__  # silent processes speak up when they fail
     processes.leave()

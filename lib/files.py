@@ -2,8 +2,12 @@
 
 import json
 import os
+import shutil
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 class DataError(ValueError):
@@ -63,11 +67,61 @@ def read_json(file: Path, default=None) -> dict:
     return value
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+@contextmanager
+def naming(path: Path):
+    """What goes wrong in writing, a full disk for one, as an OSError that names `path`."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+@contextmanager
+def written_whole(path: Path):
+    """A path to write a file or a folder to, which becomes `path` when all of it is on the disk, or never.
+
+    Nothing half-written stays, but for a process that was killed: path.part, which the next one writes over.
+    """
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair loses no file
-    os.replace(part, path)
+    remove(part)
+    try:
+        with naming(path):
+            yield part
+            for file in (*part.rglob("*"), part):
+                sync(file)
+            os.replace(part, path)
+            sync(path.parent)  # where its new name is
+    except BaseException:
+        remove(part)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a folder's list of names is on the disk."""
+    if os.name == "posix":  # Windows opens no folder, and syncs nothing that is open for reading
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises OSError that names it."""
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair loses no file
 
 
 def write_json(path: Path, value) -> None:
@@ -75,10 +129,11 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_config(path: Path, config) -> None:
-    """A script's options, a dataclass, as JSON."""
-    options = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "given"}
-    write_text(path, json.dumps(options, indent=2, default=str) + "\n")  # paths as text
+def write_config(path: Path, config, **facts) -> None:
+    """A script's options, a dataclass, as JSON; `facts` beside them: what is no option."""
+    options = {field.name: getattr(config, field.name) for field in fields(config)
+               if field.name not in ("given", "resume")}
+    write_text(path, json.dumps(options | facts, indent=2, default=str) + "\n")  # paths as text
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
@@ -87,11 +142,16 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def new_folder(out: Path | None, default: str) -> Path:
-    """`out`, which must not exist (nothing is ever written over), or the first free of default, default-2, …
+    """Make `out`, which must not exist (nothing is ever written over), or the first of default, default-2, …
 
-    Raises DataError for an `out` that exists.
+    Of two processes at a time each gets another one. Raises DataError for an `out` that exists.
     """
-    if out and out.exists():
-        raise DataError(f"--out: expected a folder that does not exist, found {out}")
-    numbered = (Path(default + f"-{i}" * (i > 1)) for i in range(1, 10**6))
-    return out or next(path for path in numbered if not path.exists())
+    for number in range(1, 10**6):
+        path = out or Path(default + f"-{number}" * (number > 1))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            if out:
+                raise DataError(f"--out: expected a folder that does not exist, found {out}") from None

@@ -31,8 +31,8 @@ import torch
 from tqdm import tqdm
 
 from lib.checkpoint import fingerprint
-from lib.files import DataError
-from lib.processes import on_first, rank
+from lib.files import DataError, naming
+from lib.processes import on_first
 
 CHUNK = 256  # tokens whose logits exist at a time
 CHECKSUM = hashlib.sha256().digest_size  # 32 bytes
@@ -188,21 +188,25 @@ class ReferenceCache:
             missing = on_first(self._open)
             for batch in tqdm([self.batches[i] for i in missing], desc="reference", disable=not missing):
                 hidden, labels = states(batch)
-                g, c = reference_terms(hidden, weight, labels)
-                if rank() == 0:
-                    rows = np.empty(len(c), self.form)
-                    rows["g"], rows["c"] = g.cpu().view(torch.uint8).numpy(), c.cpu().numpy()
-                    ends = np.cumsum([example.n_labels for example in batch])
-                    for example, own in zip(batch, np.split(rows, ends[:-1])):
-                        start = self.stream.seek(self.place[example.index].start)
-                        self.stream.write(self._part(start, own.tobytes()))
-                    self.stream.flush()
+                terms = reference_terms(hidden, weight, labels)
+                on_first(lambda: self._write(batch, *terms))
             on_first(lambda: os.fsync(self.stream.fileno()))  # before anybody maps it
         finally:
             if self.stream:
                 self.stream.close()  # and its lock is gone
         self.bytes, self.device = np.memmap(self.file, mode="r"), weight.device
         return self
+
+    def _write(self, batch: list, g: torch.Tensor, c: torch.Tensor) -> None:
+        """Write the parts of a batch of examples. Raises OSError that names the file."""
+        rows = np.empty(len(c), self.form)
+        rows["g"], rows["c"] = g.cpu().view(torch.uint8).numpy(), c.cpu().numpy()
+        ends = np.cumsum([example.n_labels for example in batch])
+        with naming(self.file):
+            for example, own in zip(batch, np.split(rows, ends[:-1])):
+                start = self.stream.seek(self.place[example.index].start)
+                self.stream.write(self._part(start, own.tobytes()))
+            self.stream.flush()
 
     def _part(self, start: int, rows: bytes) -> bytes:
         """Rows and their checksum, which is another in another file or place."""

@@ -76,11 +76,6 @@ def on_first(function):
     return box[0]
 
 
-def open_on_first(path):
-    """A text file to write line by line on the first process; the others write into nothing."""
-    return open(path if rank() == 0 else os.devnull, "w", buffering=1)
-
-
 def gather(items: list) -> list[list]:
     """The lists of all processes, in their order."""
     boxes = [items] * world()
@@ -125,6 +120,14 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a sharded tensor; any other as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """`tensor` on the parameter's device; this process's part of it, where the parameter is sharded so."""
+    tensor = tensor.to(parameter.device)
+    if not is_sharded(parameter) or tensor.shape != parameter.shape:  # an optimizer's count of its steps
+        return tensor
+    return torch.distributed.tensor.distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 
 def optimizer_groups(parameters: list) -> list[dict]:

@@ -5,11 +5,13 @@ SQLite, so that processes can share it.
 
 import sqlite3
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 from lib.files import DataError
 from lib.risk import as_risk
+
+
+PATIENCE = 600  # seconds that another process may have the file locked
 
 
 class VerdictFile:
@@ -21,21 +23,30 @@ class VerdictFile:
     def __init__(self, path: Path):
         self.path, self.fresh, self.kept_at = Path(path), [], time.monotonic()
 
-    @contextmanager
-    def errors(self):
-        """SQLite's errors, told of the file."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise DataError(f"{self.path}: expected a file of verdicts that can be read and written, "
-                            f"found: {error}") from None
+    def do(self, work):
+        """work() on the open file. Waits where another process has it locked, which is printed.
+
+        In SQLite itself only for a second at a time: no signal is heard there. Raises DataError that names
+        the file for all else that goes wrong.
+        """
+        began, told = time.monotonic(), False
+        while True:
+            try:
+                return work()
+            except sqlite3.Error as error:
+                locked = getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+                if not locked or time.monotonic() - began > PATIENCE:
+                    raise DataError(f"{self.path}: expected a file of verdicts that can be read and written, "
+                                    f"found: {error}") from None
+                if not told:
+                    print(f"{self.path}: waiting for another process, which has it locked")
+                told = True
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.errors():
-            self.file = sqlite3.connect(self.path, timeout=600)
-            columns = "key TEXT PRIMARY KEY, risk REAL, mass REAL, prompt TEXT, response TEXT"
-            self.file.execute(f"CREATE TABLE IF NOT EXISTS verdicts ({columns})")
+        self.file = self.do(lambda: sqlite3.connect(self.path, timeout=1))
+        columns = "key TEXT PRIMARY KEY, risk REAL, mass REAL, prompt TEXT, response TEXT"
+        self.do(lambda: self.file.execute(f"CREATE TABLE IF NOT EXISTS verdicts ({columns})"))
         return self
 
     def __exit__(self, *error):
@@ -46,9 +57,8 @@ class VerdictFile:
 
     def find(self, keys) -> dict[str, tuple[float, float]]:
         """What is known of the keys. Raises DataError for a risk or a mass that is not in [0, 1]."""
-        with self.errors():
-            rows = {key: self.file.execute("SELECT risk, mass FROM verdicts WHERE key = ?", [key]).fetchone()
-                    for key in set(keys)}
+        select = "SELECT risk, mass FROM verdicts WHERE key = ?"
+        rows = self.do(lambda: {key: self.file.execute(select, [key]).fetchone() for key in set(keys)})
         return {key: tuple(as_risk(value, f"{self.path}: verdict {key[:12]}") for value in row)
                 for key, row in rows.items() if row and None not in row}
 
@@ -60,7 +70,9 @@ class VerdictFile:
 
     def keep(self) -> None:
         """Write what is fresh."""
-        with self.errors():
+        def write():
             self.file.executemany("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?, ?)", self.fresh)
             self.file.commit()
+
+        self.do(write)
         self.fresh, self.kept_at = [], time.monotonic()

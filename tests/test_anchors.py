@@ -10,7 +10,7 @@ import torch
 import data.anchors
 import train
 from conftest import DEVICE, load_model, policy
-from data.anchors import LISA_CYCLE, anchor_examples, anchors_of_step
+from data.anchors import LISA_CYCLE, anchor_examples, anchor_records, anchors_of_step
 from data.chat import IGNORE, Chat, encode_examples
 from data.conversations import WORLD, read_conversations
 from evaluate import refuses
@@ -60,11 +60,15 @@ def test_lisas_pull_is_the_gradient_of_its_proximal_term():
     torch.testing.assert_close(theta.grad, expected)
 
 
+def anchors_of(config, model, chat, examples, longest):
+    return anchor_examples(anchor_records(config, model, chat, examples), chat, len(examples), longest)
+
+
 def run(tmp_path, monkeypatch, chat, examples, **options):
     """The (anchor?, α, β) of every example that a run's steps were given, in the order of the steps."""
     config, model = replace(QUICK, batch_size=4, **options), policy(adapter=0.0)
     with model.adapters_off():
-        anchors = anchor_examples(config, model, chat, examples, 256)
+        anchors = anchors_of(config, model, chat, examples, 256)
     seen = []
 
     def spy(model, reference, examples, alpha, beta, *rest):
@@ -73,8 +77,8 @@ def run(tmp_path, monkeypatch, chat, examples, **options):
 
     monkeypatch.setattr(train, "micro_batch_loss", spy)
     risk = torch.cat((torch.linspace(0, 1, len(examples)), torch.ones(len(anchors))))
-    train.train(config, model, live_reference(model), examples + anchors, risk, tmp_path / "metrics")
-    return seen, anchors, [json.loads(line) for line in (tmp_path / "metrics").read_text().splitlines()]
+    train.train(config, model, live_reference(model), examples + anchors, risk, tmp_path)
+    return seen, anchors, [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_an_anchor_is_a_pure_pull_whatever_the_gate_and_for_sft_a_plain_example(tmp_path, monkeypatch, chat, examples):
@@ -96,7 +100,7 @@ def test_the_batch_gate_smooths_the_risk_of_the_data_alone(tmp_path, monkeypatch
 def test_anchors_are_the_references_own_refusals_of_prompts_that_the_data_lack(model, chat, examples):
     config = replace(QUICK, anchor_share=0.1)
     with model.adapters_off():
-        anchors = anchor_examples(config, model, chat, examples, 256)
+        anchors = anchors_of(config, model, chat, examples, 256)
     known = {str(c.prompts[-1]) for c in read_conversations(config.data)}
     harmful = {str(c.prompts[-1]) for c in read_conversations(config.probe_data) if c.meta["harmful"]}
     assert [a.index for a in anchors] == list(range(len(examples), len(examples) + len(anchors)))
@@ -113,7 +117,7 @@ def test_no_anchor_is_left_where_the_data_hold_them_all_or_the_model_refuses_non
     (tmp_path / "kind.jsonl").write_text('{"prompt": "How do I book a city tour?"}\n')
     for file in ("same.jsonl", "kind.jsonl"):
         with model.adapters_off(), pytest.raises(DataError, match=f"{file}: expected prompts that"):
-            anchor_examples(replace(QUICK, anchor_share=0.1, anchors=tmp_path / file), model, chat, examples, 256)
+            anchors_of(replace(QUICK, anchor_share=0.1, anchors=tmp_path / file), model, chat, examples, 256)
 
 
 def test_a_file_of_anchors_may_hold_benign_prompts_and_they_are_answered(tmp_path, model, chat, examples, capsys):
@@ -122,12 +126,12 @@ def test_a_file_of_anchors_may_hold_benign_prompts_and_they_are_answered(tmp_pat
     wrong = [row | {"harmful": not row["harmful"]} for row in sides]  # harmful and not refused, benign and refused
     (tmp_path / "both.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sides + wrong))
     with model.adapters_off():
-        anchors = anchor_examples(replace(QUICK, anchor_share=0.1, anchors=tmp_path / "both.jsonl"), model, chat, examples, 256)
+        anchors = anchors_of(replace(QUICK, anchor_share=0.1, anchors=tmp_path / "both.jsonl"), model, chat, examples, 256)
     assert sorted(refuses(a.seen.answer) for a in anchors) == [False, True]
     assert "2 of" in capsys.readouterr().out
     (tmp_path / "odd.jsonl").write_text(json.dumps(sides[0] | {"harmful": "true"}) + "\n")
     with pytest.raises(DataError, match="odd.jsonl:1: harmful: expected true or false, found 'true'"):
-        anchor_examples(replace(QUICK, anchor_share=0.1, anchors=tmp_path / "odd.jsonl"), model, chat, examples, 256)
+        anchors_of(replace(QUICK, anchor_share=0.1, anchors=tmp_path / "odd.jsonl"), model, chat, examples, 256)
 
 
 def test_an_answer_that_was_cut_has_no_end_to_be_learned(monkeypatch, model, chat, examples):
@@ -136,16 +140,16 @@ def test_an_answer_that_was_cut_has_no_end_to_be_learned(monkeypatch, model, cha
         monkeypatch.setattr(data.anchors, "ANCHOR_TOKENS", length)
         monkeypatch.setattr(data.anchors, "refuses", lambda response: True)
         with model.adapters_off():
-            anchors = anchor_examples(replace(QUICK, anchor_share=0.1), model, chat, examples, 256)
+            anchors = anchors_of(replace(QUICK, anchor_share=0.1), model, chat, examples, 256)
         ends.append({chat.tokenizer.id_to_token([label for label in a.labels if label != IGNORE][-1]) for a in anchors})
     assert len(ends[0]) == 1 and not ends[0] & ends[1]  # the end of the turn; a word
 
 
 def test_an_anchor_of_which_a_cut_leaves_no_response_is_none(model, chat, examples):
     with model.adapters_off():
-        whole = anchor_examples(replace(QUICK, anchor_share=0.1), model, chat, examples, 256)
+        whole = anchors_of(replace(QUICK, anchor_share=0.1), model, chat, examples, 256)
         longest = sorted(len(anchor.prompts[-1]) for anchor in whole)[len(whole) // 2] + 1
-        kept = anchor_examples(replace(QUICK, anchor_share=0.1), model, chat, examples, longest)
+        kept = anchors_of(replace(QUICK, anchor_share=0.1), model, chat, examples, longest)
     assert 0 < len(kept) < len(whole) and all(anchor.n_labels for anchor in kept)
     assert [anchor.index for anchor in kept] == list(range(len(examples), len(examples) + len(kept)))
 

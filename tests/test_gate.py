@@ -286,7 +286,7 @@ def test_a_kept_reference_that_is_not_the_models_never_trains(tmp_path, data, da
     file.unlink()
     model = policy()
     with pytest.raises(DataError, match="step 0: expected KL 0 before it moves, found .* not the model's reference"):
-        train(config, model, reference_of(config, model, examples, risk), examples, risk, tmp_path / "m")
+        train(config, model, reference_of(config, model, examples, risk), examples, risk, tmp_path)
 
 
 # ---------------------------------------------------------------- e. judged text is trained text
@@ -527,9 +527,9 @@ def test_a_probe_file_with_a_flipped_bit_is_refused(fitted, tmp_path):
             continue
         assert torch.equal(probe.weight, load_probe(file, model, chat)[0].weight), place  # white space of the header
     with safe_open(file, "pt") as stored:
-        tensors, metadata = {name: stored.get_tensor(name) for name in stored.keys()}, json.loads(stored.metadata()["probe"])
+        tensors, metadata = {name: stored.get_tensor(name) for name in stored.keys()}, json.loads(stored.metadata()["checked"])
     odd = metadata | {"probe": metadata["probe"][:-1] + ', "pooling": "foo"}'}
-    save_file(tensors, tmp_path / "p", {"probe": json.dumps(odd)})
+    save_file(tensors, tmp_path / "p", {"checked": json.dumps(odd)})
     with pytest.raises(DataError, match="another checksum"):
         load_probe(tmp_path / "p", model, chat)
 

@@ -63,7 +63,8 @@ if processes.world() > 1:
 reference = reference_of(config, model, batch, risk)
 if processes.world() > 1:
     compile_blocks(model, backend="eager")
-train(config, model, reference, batch, risk, sys.argv[3])
+Path(sys.argv[3]).mkdir(exist_ok=True)
+train(config, model, reference, batch, risk, Path(sys.argv[3]))
 assert not torch._dynamo.utils.counters["graph_break"]
 assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 """
@@ -120,7 +121,7 @@ def test_two_processes_train_and_save_what_one_does(case, runs):
 
 
 def test_fsdp_trains_float32_adapters_over_compiled_bfloat16_weights(runs):
-    rows = [[json.loads(line) for line in (runs / f"bfloat16-{n}").read_text().splitlines()] for n in (1, 2)]
+    rows = [[json.loads(line) for line in (runs / f"bfloat16-{n}" / "metrics.jsonl").read_text().splitlines()] for n in (1, 2)]
     assert len(rows[0]) == 4 and rows[0][-1]["loss"] < rows[0][0]["loss"]
     for a, b in zip(*rows, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.02)

@@ -287,12 +287,18 @@ class TestCSFT:
         assert loss.item() == pytest.approx(expected, rel=tolerance())
 
 
+def steps_of(config, model, reference, examples, risk, folder):
+    """The lines of metrics of a loop that runs in a new folder."""
+    folder.mkdir()
+    train(config, model, reference, examples, risk, folder)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 class TestLoop:
     def run(self, examples, tmp_path, name="a", **options):
         config = replace(QUICK, **({"epochs": 1, "batch_size": 4} | options))
         model = policy(adapter=0.0)
-        train(config, model, live_reference(model), examples, torch.linspace(0, 1, 24), tmp_path / name)
-        return model, [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        return model, steps_of(config, model, live_reference(model), examples, torch.linspace(0, 1, 24), tmp_path / name)
 
     def test_the_reference_is_unchanged_to_the_bit(self, examples, tmp_path):
         model, rows = self.run(examples, tmp_path)
@@ -330,7 +336,7 @@ class TestLoop:
         """Without α and KL the gradient is rounding noise, which AdamW would turn into steps of full size."""
         model = policy(adapter=0.0)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        train(replace(QUICK, epochs=1, beta_min=0.0, beta_max=1.0), model, live_reference(model), examples, torch.ones(24), tmp_path / "a")
+        train(replace(QUICK, epochs=1, beta_min=0.0, beta_max=1.0), model, live_reference(model), examples, torch.ones(24), tmp_path)
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
     def test_csft_runs_the_reference_once_before_the_loop(self, examples, tmp_path, monkeypatch):
@@ -345,7 +351,7 @@ class TestLoop:
         model = policy()
         model.model.norm.weight.data[0] = float("nan")
         with pytest.raises(FloatingPointError, match="step 0"):
-            train(QUICK, model, live_reference(model), examples, torch.zeros(24), tmp_path / "a")
+            train(QUICK, model, live_reference(model), examples, torch.zeros(24), tmp_path)
 
     def test_gradient_checkpointing_trains_alike(self, examples, tmp_path):
         _, plain = self.run(examples[:8], tmp_path, "plain")
@@ -395,8 +401,7 @@ class TestLoop:
 
     def same(self, plain, model, examples, tmp_path):
         config, risk = replace(QUICK, epochs=1, batch_size=4), torch.linspace(0, 1, 24)
-        train(config, model, live_reference(model), examples, risk, tmp_path / "other")
-        other = [json.loads(line) for line in (tmp_path / "other").read_text().splitlines()]
+        other = steps_of(config, model, live_reference(model), examples, risk, tmp_path / "other")
         for a, b in zip(plain, other, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], abs=10 * tolerance()) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
 
@@ -404,8 +409,7 @@ class TestLoop:
         _, live = self.run(examples, tmp_path, "live", epochs=2)
         model, config = policy(adapter=0.0), replace(QUICK, epochs=2, batch_size=4, ref_cache=tmp_path / "ref")
         risk = torch.linspace(0, 1, 24)
-        train(config, model, reference_of(config, model, examples, risk), examples, risk, tmp_path / "cached")
-        cached = [json.loads(line) for line in (tmp_path / "cached").read_text().splitlines()]
+        cached = steps_of(config, model, reference_of(config, model, examples, risk), examples, risk, tmp_path / "cached")
         for a, b in zip(live, cached, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], abs=10 * tolerance()) and a["kl"] == pytest.approx(b["kl"], abs=10 * tolerance())
 

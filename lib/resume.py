@@ -1,0 +1,209 @@
+"""A run that may be killed at any moment and goes on with `train.py --resume RUN`: what its folder keeps.
+
+What is known before training stands in files that are written once and whole, and are read from then on:
+config.json first, then risk.jsonl, completions_base.jsonl, anchors.jsonl. What training changes is in
+steps/N.safetensors, after N steps, the newest two of them; results.json ends it all, and steps/ goes.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib import processes
+from lib.checkpoint import load_checked, provenance, save_checked
+from lib.cli import option_value
+from lib.files import (DataError, json_lines, naming, new_folder, read_json, read_text, remove, sync,
+                       write_config, write_jsonl, write_text)
+
+
+def options_of_run(config):
+    """The options of the run config.resume, a dataclass of config's type, whose `out` it becomes.
+
+    Raises DataError for a finished run, a folder that is none, other options beside --resume, and where a
+    run's judge is a URL that is not typed: a file alone makes nobody talk to a server.
+    """
+    run, file = config.resume, config.resume / "config.json"
+    if odd := sorted(set(config.given) - {"resume", "judge"}):
+        raise DataError(f"--resume: expected no option beside it, since the run has its own, found "
+                        f"--{odd[0].replace('_', '-')}")
+    if (run / "results.json").exists():
+        raise DataError(f"--resume: expected an unfinished run, found {run / 'results.json'}")
+    saved = read_json(file)
+    options = [option for option in fields(config) if option.name not in ("given", "resume", "out")]
+    if absent := [option.name for option in options if option.name not in saved]:
+        raise DataError(f"{file}: expected the options of a run of train.py, found no {absent[0]}")
+    values = {option.name: option_value(option, saved[option.name], file) for option in options}
+    url = values["judge"] if "://" in (values["judge"] or "") else None
+    if config.judge != url:
+        raise DataError(f"--resume: expected {f'--judge {url}, as the run had' if url else 'no --judge'}, "
+                        f"found {config.judge or 'none'}")
+    if values["dtype"] == "auto":  # which may have been decided by a measurement
+        values["dtype"] = saved.get("computed_in")
+    return replace(config, **values, out=run)
+
+
+def run_folder(config, default: str, policy):
+    """`config` with its `out`: a new folder with config.json in it, or the run's that is to be resumed.
+
+    config.json has the options and what the run is made of. Raises DataError where that has changed since.
+    """
+    facts = provenance(config.model, config.data)
+    if not config.resume:
+        config = replace(config, out=new_folder(config.out, default))
+        write_config(config.out / "config.json", config, **facts,
+                     computed_in=str(policy.lm_head.weight.dtype).removeprefix("torch."))
+        return config
+    saved = read_json(config.out / "config.json")
+    for name in ("model", "data"):
+        if saved.get(f"{name}_sha256") != facts[f"{name}_sha256"]:
+            raise DataError(f"--resume: expected {getattr(config, name)} as {config.out} was started with, found "
+                            f"that it has changed since")
+    return config
+
+
+@contextmanager
+def told_how(run: Path):
+    """Add the command that goes on to what interrupts a run, or keeps it from writing."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as error:
+        error.add_note(f"to go on: python train.py --resume {run}")
+        raise
+
+
+def kept_rows(file: Path, compute) -> list[dict]:
+    """The rows of a JSON Lines file; where it is not there yet, those of compute(), which are written to it."""
+    if processes.on_first(file.exists):
+        return [row for _, row in json_lines(read_text(file), file)]
+    rows = compute()
+    processes.on_first(lambda: write_jsonl(file, rows))
+    return rows
+
+
+class Progress:
+    """A training loop's metrics and states on the disk; a context manager, in which signals wait for a step.
+
+    run: the folder, with metrics.jsonl and steps/. minutes: between states; the last step has one, too, and
+    with 0 there is none. A state is of `examples` and their `risk`: with others it is refused.
+    """
+
+    def __init__(self, run: Path, policy, optimizer, minutes: float, examples: list, risk: torch.Tensor):
+        self.metrics_file, self.folder, self.seconds = run / "metrics.jsonl", run / "steps", 60 * minutes
+        self.parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        self.optimizer, self.metrics = optimizer, None
+        self.saved_at, self.stopping = time.monotonic(), False
+        of = sha256(risk.double().numpy().tobytes())
+        for e in examples:
+            of.update(np.array([e.index, e.anchor, len(e.input_ids), *e.input_ids, *e.labels]).tobytes())
+        self.of = of.hexdigest()
+
+    def __enter__(self):
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {which: signal.signal(which, self.stop) for which in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
+        if self.metrics:
+            self.metrics.close()
+
+    def stop(self, *which) -> None:
+        """On a signal: end after this step; on a second one, now."""
+        if self.stopping and processes.world() == 1:  # torchrun hands on what a terminal has sent already
+            raise KeyboardInterrupt
+        self.stopping = True
+        if processes.rank() == 0:
+            os.write(2, b"\nstopping after this step\n")  # print could be at work already
+
+
+    def newest(self) -> Path | None:
+        """The newest state that is whole; damaged ones are named, and left out."""
+        for file in sorted(self.folder.glob("*.safetensors"), reverse=True):
+            try:
+                load_checked(file)
+                return file
+            except DataError as error:
+                print(f"{error}: left out")
+        return None
+
+    def restore(self, values: tuple) -> tuple:
+        """Put policy and optimizer where the newest state left them → (steps done, its values, its `beside`).
+
+        (0, values, None) where there is none. Raises DataError where it is of other examples or another model.
+        """
+        file, steps, beside = processes.on_first(self.newest), 0, None
+        if file:
+            tensors, metadata = load_checked(file)
+            steps, values = int(file.stem), json.loads(metadata["values"])
+            if metadata["of"] != self.of:
+                raise DataError(f"{file}: expected a state of this model and data, found one of others: what "
+                                f"the run was started with has changed since")
+            for name, parameter in self.parameters.items():
+                own = {key.partition(" ")[0]: processes.like(tensor, parameter)
+                       for key, tensor in tensors.items() if key.partition(" ")[2] == name}
+                parameter.data.copy_(own.pop("parameter"))
+                if (extra := own.pop("beside", None)) is not None:
+                    beside = [*(beside or []), extra]
+                if own:
+                    self.optimizer.state[parameter] = own
+            print(f"going on after step {steps}, from {file}")
+        self.metrics = self.open_metrics(steps)
+        return steps, values, beside
+
+    def open_metrics(self, steps: int):
+        """The file of metrics to write behind its first `steps` lines; of later steps it will get new ones."""
+        def shorten():
+            lines = read_text(self.metrics_file).splitlines(keepends=True)[:steps] if steps else []
+            if len(lines) < steps:
+                raise DataError(f"{self.metrics_file}: expected {steps} lines, found {len(lines)}")
+            write_text(self.metrics_file, "".join(lines))
+
+        processes.on_first(shorten)
+        return open(self.metrics_file if processes.rank() == 0 else os.devnull, "a", buffering=1)
+
+    def end_step(self, steps: int, row: dict, last: bool, values: tuple, beside: list | None) -> None:
+        """Write the metrics of a step; then, where it is time or the end, a state after `steps` steps.
+
+        values: JSON; beside: None, or a tensor beside each parameter. Raises KeyboardInterrupt after a signal.
+        """
+        with naming(self.metrics_file):
+            self.metrics.write(json.dumps(row) + "\n")
+        due = processes.rank() == 0 and time.monotonic() - self.saved_at >= self.seconds
+        due, stopping = processes.total(torch.tensor([float(due), float(self.stopping)])).bool().tolist()
+        if self.seconds and (due or stopping or last):
+            self.save(steps, values, beside)
+        if stopping:
+            raise KeyboardInterrupt
+
+    def save(self, steps: int, values: tuple, beside: list | None) -> None:
+        """Write steps/N.safetensors; then delete all but it and the one before."""
+        tensors = {}
+        for i, (name, parameter) in enumerate(self.parameters.items()):
+            own = {"parameter": parameter} | self.optimizer.state.get(parameter, {})
+            own |= {"beside": beside[i]} if beside else {}
+            for key, tensor in own.items():
+                tensor = processes.whole(tensor.detach()).cpu().contiguous()
+                if processes.rank() == 0:
+                    tensors[f"{key} {name}"] = tensor
+
+        def write():
+            self.folder.mkdir(exist_ok=True)
+            sync(self.metrics_file)
+            metadata = {"of": self.of, "values": json.dumps(values)}
+            save_checked(self.folder / f"{steps:08}.safetensors", tensors, metadata)
+            for old in sorted(self.folder.glob("*.safetensors"))[:-2]:
+                remove(old)
+
+        processes.on_first(write)
+        self.saved_at = time.monotonic()
