@@ -77,8 +77,10 @@ def run(tmp_path, monkeypatch, chat, examples, **options):
 
     monkeypatch.setattr(train, "micro_batch_loss", spy)
     risk = torch.cat((torch.linspace(0, 1, len(examples)), torch.ones(len(anchors))))
-    train.train(config, model, live_reference(model), examples + anchors, risk, tmp_path)
-    return seen, anchors, [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    folder = tmp_path / f"{config.method} {config.gate}"
+    folder.mkdir()
+    train.train(config, model, live_reference(model), examples + anchors, risk, folder)
+    return seen, anchors, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_an_anchor_is_a_pure_pull_whatever_the_gate_and_for_sft_a_plain_example(tmp_path, monkeypatch, chat, examples):
