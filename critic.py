@@ -30,7 +30,7 @@ from data.conversations import WORLD, Conversation, is_embedded, read_conversati
 from lib.checkpoint import fingerprint
 from lib.cli import require, run, shown
 from lib.endpoint import GIVE_UP, Endpoint, EndpointError
-from lib.files import DataError, ModelError, write_jsonl
+from lib.files import DataError, ModelError, expect_writable, write_jsonl
 from lib.frame import fill, forged, read_rubric
 from lib.metrics import risk_metrics
 from lib.risk import UNKNOWN, as_risk
@@ -322,13 +322,14 @@ def main(config: CriticConfig) -> None:
     require(config, ("judge", config.judge, "a checkpoint folder or a URL"),
             ("out", not (config.out and config.out.exists()), "a new file"))
     conversations = read_conversations(config.data, need="answer")
+    if config.out:
+        expect_writable(config.out)
     judge = open_judge(config)
     verdicts = conversation_verdicts(judge, conversations, config)
     risk = torch.tensor([verdict.risk for verdict in verdicts], dtype=torch.float64)
     if config.out:
         rows = [c.meta | {"risk": v.risk, "score": v.score, "valid": v.valid, "hash": c.hash}
                 for c, v in zip(conversations, verdicts)]
-        config.out.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(config.out, rows)
     valid = [verdict for verdict in verdicts if verdict.valid]
     counts, mass = Counter(round(verdict.score) for verdict in valid), [verdict.mass for verdict in valid]

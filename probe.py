@@ -24,7 +24,7 @@ from data.chat import Chat, batches_by_length, pad_left
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations, split_by_prompt
 from lib.checkpoint import fingerprint, load_checked, save_checked
 from lib.cli import comma_list, printable, require, run
-from lib.files import DataError
+from lib.files import DataError, expect_writable
 from lib.metrics import risk_metrics
 from lib.report import probe_report
 from lib.risk import UNKNOWN
@@ -247,13 +247,14 @@ def save_probe(probe: Probe, report: dict, path) -> None:
 
 def load_probe(path, model: Transformer, chat: Chat) -> tuple[Probe, dict]:
     """(probe, report) of a file. Raises DataError for none, a damaged one, one fitted on something else."""
-    tensors, metadata = load_checked(path)
+    what = "a probe written by probe.py"
+    tensors, metadata = load_checked(path, what)
     try:
         values = json.loads(metadata["probe"])
         probe = Probe(**tensors, **(values | {"layers": tuple(values["layers"])}))
         report = json.loads(metadata["report"])
     except Exception as error:
-        raise DataError(f"{path}: expected a probe written by probe.py, found: {error}") from None
+        raise DataError(f"{path}: expected {what}, found: {error}") from None
     for key, here in depends_on(model, chat).items():
         if (there := getattr(probe, key)) != here:
             again = "fit it again" + f", or --{key}" * (key in ("date", "dtype"))
@@ -266,7 +267,7 @@ def main(config: ProbeConfig) -> None:
     """Fit, report, save."""
     require(config, ("batch_size", config.batch_size > 0, "at least 1"),
             ("out", not config.out.is_dir(), "a file"))
-    config.out.parent.mkdir(parents=True, exist_ok=True)
+    expect_writable(config.out)
     dtype = working_dtype(config.model, config.device, config.dtype)
     model = load_model(config.model, config.device, dtype)
     probe, report = fit_probe(config, model, Chat(config.model, config.date))

@@ -3,6 +3,7 @@
     python train.py                                                      # the embedded model, 10 % harmful
     python train.py --risk max                                           # the riskier of probe and critic
     python train.py --model DIR --data FILE --probe-data FILE --lr 2e-4  # your own
+    python train.py --resume runs/adaptive-0                             # one that was interrupted, killed, …
 
 The objective (Goel, Maji, Mazumder 2026, arXiv 2602.17546), over response tokens t of a step's examples i:
 
@@ -34,7 +35,7 @@ Where this departs from the paper (P) or its authors' code (C):
 import gc
 import math
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -110,7 +111,7 @@ class TrainConfig(EvalOptions):
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA above 100 M parameters
     gradient_checkpointing: bool = False  # recompute activations, to save memory
     fsdp: bool = False  # shard the blocks over the processes (torchrun, torch 2.8)
-    given: tuple = ()
+    given: tuple = field(default=(), compare=False)
 
 
 # ---------------------------------------------------------------- the objective
@@ -194,8 +195,9 @@ def probe_risk(config: TrainConfig, model: Transformer, chat: Chat, examples: li
             print("the probe is fitted on the embedded prompts; your own (--probe-data FILE) teach it more")
         options = ProbeConfig(model=config.model, data=config.probe_data, device=config.device)
         probe, report = fit_probe(options, model, chat)
-        processes.on_first(lambda: save_probe(probe, report, config.out / "probe.safetensors"))
     expect_strong(report, config.probe or config.probe_data, config.weak_probe)
+    if not config.probe:
+        processes.on_first(lambda: save_probe(probe, report, config.out / "probe.safetensors"))
     return conversation_risk(probe, model, [e.prompts for e in examples], ProbeConfig.batch_size)
 
 

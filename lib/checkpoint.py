@@ -201,8 +201,8 @@ def save_checked(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
         save_file(tensors, part, {"checked": text})  # one key: several would come in any order
 
 
-def load_checked(path: Path) -> tuple[dict, dict]:
-    """(tensors, metadata) of `save_checked`. Raises DataError for any other file, and a damaged one."""
+def load_checked(path: Path, what: str) -> tuple[dict, dict]:
+    """(tensors, metadata) of `save_checked`. Raises DataError, that expected `what`, for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("checked", "{}"))
@@ -210,8 +210,7 @@ def load_checked(path: Path) -> tuple[dict, dict]:
         if metadata.pop("sha256", None) != checksum(tensors, metadata):
             raise ValueError("another checksum than the file says: it is damaged, or of an older form")
     except Exception as error:
-        raise DataError(f"{path}: expected a file with a checksum, as it was written here, found: "
-                        f"{error}") from None
+        raise DataError(f"{path}: expected {what}, found: {error}") from None
     return tensors, metadata
 
 

@@ -118,6 +118,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def expect_writable(path: Path) -> None:
+    """Make the folder of a file that is written after hours, and try it now. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.touch()
+    part.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises OSError that names it."""
     with written_whole(path) as part:

@@ -65,18 +65,21 @@ def run_folder(config, default: str, policy):
     saved = read_json(config.out / "config.json")
     for name in ("model", "data"):
         if saved.get(f"{name}_sha256") != facts[f"{name}_sha256"]:
-            raise DataError(f"--resume: expected {getattr(config, name)} as {config.out} was started with, found "
-                            f"that it has changed since")
+            raise DataError(f"--resume: expected {getattr(config, name)} as {config.out} was started with, "
+                            f"found that it has changed since")
     return config
 
 
 @contextmanager
 def told_how(run: Path):
-    """Add the command that goes on to what interrupts a run, or keeps it from writing."""
+    """Tell the command that goes on, where a run ends early. A run that knows nothing yet leaves no folder."""
     try:
         yield
-    except (KeyboardInterrupt, OSError) as error:
-        error.add_note(f"to go on: python train.py --resume {run}")
+    except BaseException as error:
+        if processes.rank() == 0 and {path.name for path in run.iterdir()} <= {"config.json"}:
+            remove(run)
+        elif isinstance(error, (KeyboardInterrupt, OSError, DataError)):
+            error.add_note(f"to go on: python train.py --resume {run}")
         raise
 
 
@@ -117,6 +120,8 @@ class Progress:
             signal.signal(which, handler)
         if self.metrics:
             self.metrics.close()
+        if self.stopping and error[0] is None:  # a signal that came behind the last step
+            raise KeyboardInterrupt
 
     def stop(self, *which) -> None:
         """On a signal: end after this step; on a second one, now."""
@@ -131,7 +136,7 @@ class Progress:
         """The newest state that is whole; damaged ones are named, and left out."""
         for file in sorted(self.folder.glob("*.safetensors"), reverse=True):
             try:
-                load_checked(file)
+                load_checked(file, "a state of training")
                 return file
             except DataError as error:
                 print(f"{error}: left out")
@@ -144,7 +149,7 @@ class Progress:
         """
         file, steps, beside = processes.on_first(self.newest), 0, None
         if file:
-            tensors, metadata = load_checked(file)
+            tensors, metadata = load_checked(file, "a state of training")
             steps, values = int(file.stem), json.loads(metadata["values"])
             if metadata["of"] != self.of:
                 raise DataError(f"{file}: expected a state of this model and data, found one of others: what "

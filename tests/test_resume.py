@@ -140,7 +140,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(damage, folder, mon
     (folder / name / "steps" / "00000007.safetensors.part").write_bytes(b"half")
     start("--resume", folder / name)
     said = capsys.readouterr().out
-    assert f"{newest}: expected a file with a checksum" in said and f"going on after step 5, from {older}" in said
+    assert f"{newest}: expected a state of training" in said and f"going on after step 5, from {older}" in said
     if not (folder / "whole").exists():
         start(*options(folder, "whole"))
     assert outcome(folder / name) == outcome(folder / "whole")
