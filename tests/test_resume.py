@@ -18,7 +18,7 @@ import torch
 import train
 from conftest import DEVICE
 from data.conversations import WORLD
-from lib import processes, resume
+from lib import resume
 from lib.cli import parse
 from lib.files import DataError, new_folder
 from lib.verdicts import VerdictFile
@@ -108,21 +108,22 @@ def test_a_process_that_is_killed_at_any_moment_goes_on_to_the_bit(folder, monke
     while killed < 24 or in_a_save < 6:
         out, runs = folder / f"killed-{runs}", runs + 1
         while not (out / "results.json").exists():
-            typed = ["--resume", str(out)] if (out / "config.json").exists() else options(folder, out.name, *own)
             if out.exists() and not (out / "config.json").exists():
                 out.rename(folder / f"empty-{killed}")  # killed between the folder and its first file
-            child = context.Process(target=start, args=typed)
+            child = context.Process(target=start, args=["--resume", str(out)] if out.exists() else options(folder, out.name, *own))
             child.start()
-            deadline, aimed = time.monotonic() + draw.uniform(0.2, 3.0), killed % 2 == 0
-            while child.is_alive() and (time.monotonic() < deadline or aimed):
-                if aimed and time.monotonic() > deadline and list((out / "steps").glob("*.part")):
+            enough, aimed = killed >= 24 and in_a_save >= 6, killed % 3 == 0
+            deadline, seen, goal = time.monotonic() + draw.uniform(0, 3), set(), draw.randint(2, 14)
+            while child.is_alive() and (enough or aimed or time.monotonic() < deadline):
+                time.sleep(0.0002 if aimed else 0.01)
+                parts = {part.name for part in out.glob("steps/*.part")} if aimed and not enough else set()
+                seen |= parts
+                if parts and len(seen) > goal:
                     break
-                time.sleep(0.0001 if aimed else 0.01)
             if child.is_alive():
                 child.kill()
-                killed += 1
                 child.join()
-                in_a_save += bool(list(out.glob("steps/*.part")))
+                killed, in_a_save = killed + 1, in_a_save + bool(list(out.glob("steps/*.part")))
             child.join()
         assert not list(out.rglob("*.part")) and outcome(out) == outcome(folder / "undisturbed")
     print(f"{killed} kills survived, {in_a_save} of them in a save, {runs} runs")
@@ -292,10 +293,10 @@ def test_two_processes_are_stopped_and_go_on_alike(folder, tmp_path):
             time.sleep(0.02)
         return process.communicate(timeout=120)[0]
 
-    run(*options(folder, "two", *own, "--epochs", "20", minutes="10"), stop=True)
+    run(*options(folder, "two", *own, "--epochs", "8", minutes="10"), stop=True)
     steps = [int(file.stem) for file in (folder / "two" / "steps").iterdir()]
-    assert steps and 3 < steps[0] < 160
+    assert steps and 3 < steps[0] < 64
     said = run("--resume", str(folder / "two"))
     assert f"going on after step {steps[0]}, from" in said
-    run(*options(folder, "two whole", *own, "--epochs", "20"))
+    run(*options(folder, "two whole", *own, "--epochs", "8"))
     assert outcome(folder / "two") == outcome(folder / "two whole")
