@@ -10,15 +10,14 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
-import jinja2
-import jinja2.ext
 import torch
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from data.conversations import Conversation
 from lib.files import DataError, read_json
 from lib.frame import squeezed
+from lib.template import Template
 
 IGNORE = -100  # label of a token that is not trained on
 BREAK = "\ufdd0"  # a noncharacter: put into a control token that a message types; there its tokens are parted
@@ -35,25 +34,6 @@ def parse_date(text: str | None) -> datetime.datetime:
         return datetime.datetime.strptime(text or today(), "%Y-%m-%d")
     except ValueError:
         raise DataError(f"--date: expected YYYY-MM-DD, found {text!r}") from None
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %}, some templates' mark of assistant words: rendered as is."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message):
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)
 
 
 @dataclass(frozen=True)
@@ -114,22 +94,16 @@ class Chat:
         self.date = (date or today()) if "strftime_now" in source else None
         try:
             self.template = self.compile(source, special, self.date)
-        except jinja2.TemplateError as error:
+        except TemplateError as error:
             raise DataError(f"{path}: the chat template does not compile: {error}") from None
         content = source + json.dumps(special, sort_keys=True) + self.tokenizer.to_str()
         self.fingerprint = sha256(content.encode()).hexdigest()
         self._learn_structure()
 
     @staticmethod
-    def compile(source: str, special_tokens: dict, date: str | None = None) -> jinja2.Template:
+    def compile(source: str, special_tokens: dict, date: str | None = None) -> Template:
         """A chat template in the sandbox, with what transformers' `apply_chat_template` offers it."""
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=[_Generation, jinja2.ext.loopcontrols])
-        environment.filters["tojson"] = _tojson
-        environment.globals |= special_tokens
-        environment.globals |= {"raise_exception": _raise_exception,
-                                "strftime_now": parse_date(date).strftime}
-        return environment.from_string(source)
+        return Template(source, special_tokens | {"strftime_now": parse_date(date).strftime})
 
     def _learn_structure(self) -> None:
         """How the template parts turns, from conversations of plain words.
@@ -180,7 +154,7 @@ class Chat:
                       "tools": None, "documents": None}
         try:
             return self.template.render(**variables)
-        except jinja2.TemplateError as error:
+        except TemplateError as error:
             raise DataError(f"{where}: the chat template refuses it: {error}") from None
 
     def _parted(self, text: str) -> str:
