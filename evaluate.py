@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from critic import JudgeOptions, is_url, judge_pairs, open_judge
-from data.chat import IGNORE, Chat, Example, today
+from data.chat import IGNORE, LONGEST, Chat, Example, encode_prompts, rows_that_fit, today
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations
 from lib import processes
 from lib.checkpoint import read_config
@@ -95,6 +95,9 @@ def mean_nll(model: Transformer, chat: Chat, pairs: list[tuple[str, str]], batch
     examples = []
     for prompt, response in pairs:
         ids, answer = chat.encode_prompt([{"role": "user", "content": prompt}]), chat.encode(response)
+        if len(ids + answer) > min(LONGEST, model.config.max_position_embeddings):
+            raise DataError(f"--fluency: expected completions that {model.path} can read, found one of "
+                            f"{len(ids + answer)} tokens: {prompt[:60]!r}")
         examples.append(Example(len(examples), ids + answer, [IGNORE] * len(ids) + answer))
     logp = label_logp(model, examples, batch_size)
     return [-logp[example.index].mean().item() for example in examples]
@@ -220,18 +223,15 @@ def respond(model: Transformer, chat: Chat, conversations: list[Conversation], o
     The thought is what a reasoning model has written in a leading <think>…</think>; one without an end was
     cut. `bar` advances by the responses. Raises DataError for a prompt that leaves no room for a response.
     """
-    prompts = [chat.encode_prompt(c.prompts[-1], c.where) for c in conversations]
     room = model.config.max_position_embeddings - options.max_new_tokens
-    for conversation, ids in zip(conversations, prompts):
-        if len(ids) > room:
-            raise DataError(f"{conversation.where}: expected a prompt of at most {room} tokens (the model's "
-                            f"context less --max-new-tokens), found {len(ids)}")
+    prompts = encode_prompts(chat, conversations, room)
+    batch_size = rows_that_fit(options.eval_batch_size, max(map(len, prompts)))  # one for all processes
     jobs = [(ids, sample_seed(options.seed, ids, k)) for ids in prompts for k in range(times)]
     world = processes.world()
     full = math.ceil(len(jobs) / world) * world  # some jobs twice, so that all shares are equal
     mine, seeds = zip(*processes.share((jobs * world)[:full]))
     completions = generate(model, list(mine), options.max_new_tokens, temperature, seeds,
-                           options.eval_batch_size, progress=lambda n: bar.update(n * world))
+                           batch_size, progress=lambda n: bar.update(n * world))
     shares = processes.gather([(chat.decode(ids), len(ids) == options.max_new_tokens) for ids in completions])
     responses = [shares[i % world][i // world] for i in range(len(jobs))]
     parted = [re.fullmatch(r"(?:<think>(.*?)</think>\s*)?(.*)", text, re.DOTALL) for text, _ in responses]

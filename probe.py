@@ -14,7 +14,6 @@ import json
 import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -24,11 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data.chat import Chat, batches_by_length, pad_left
+from data.chat import Chat, batches_by_length, encode_prompts, pad_left
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations, split_by_prompt
-from lib.checkpoint import fingerprint
+from lib.checkpoint import Config, checksum, fingerprint
 from lib.cli import comma_list, printable, require, run
-from lib.files import DataError
+from lib.files import COUNT, DataError, between, expect, expect_file, parse_json
 from lib.metrics import risk_metrics
 from lib.report import probe_report
 from lib.risk import UNKNOWN
@@ -74,6 +73,13 @@ class Probe:
         if unknown := int((~logit.isfinite()).sum()):
             print(f"{unknown} of {len(logit)} risks are unknown (activations not finite): taken as 1")
         return torch.where(logit.isfinite(), torch.sigmoid(logit), UNKNOWN)
+
+    def fits(self, config: Config) -> bool:
+        """Whether its numbers are finite and as many as the model's states have, its layers the model's."""
+        H, L = (config.hidden_size,), range(config.num_hidden_layers + 1)
+        tensors = zip((self.weight, self.mean, self.std, self.bias), (H, H, H, ()))
+        return (all(t.shape == shape and t.dtype == torch.float64 and t.isfinite().all() for t, shape in tensors)
+                and (self.std > 0).all() and self.layers and all(type(i) is int and i in L for i in self.layers))
 
 
 # ---------------------------------------------------------------- features
@@ -170,7 +176,7 @@ def fit_probe(config: ProbeConfig, model: Transformer, chat: Chat) -> tuple[Prob
     groups = dict(zip(("train", "validation", "test"), splits)) | held_out
     every, sizes = sum(groups.values(), []), list(map(len, groups.values()))
     layers = tuple(range(model.config.num_hidden_layers + 1))
-    prompts = [chat.encode_prompt(c.prompts[-1], c.where) for c in every]
+    prompts = encode_prompts(chat, every, model.config.max_position_embeddings)
     x = prompt_features(model, prompts, layers, config.batch_size, "activations for the probe").split(sizes)
     y = torch.tensor([c.meta["harmful"] for c in every], dtype=torch.float64).split(sizes)
     x, y, origin = dict(zip(groups, x)), dict(zip(groups, y)), depends_on(model, chat)
@@ -252,27 +258,22 @@ def save_probe(probe: Probe, report: dict, path) -> None:
     os.replace(part, path)
 
 
-def checksum(tensors: dict, metadata: dict) -> str:
-    """SHA-256 (hex) of a probe file's tensors, bit by bit, and of its metadata."""
-    digest = sha256(json.dumps([metadata["probe"], metadata["report"]]).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def load_probe(path, model: Transformer, chat: Chat) -> tuple[Probe, dict]:
     """(probe, report) of a file. Raises DataError for none, a damaged one, one fitted on something else."""
+    expect_file(path, 1 << 28)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if checksum(tensors, metadata) != metadata.get("sha256"):
             raise ValueError("another checksum than the file says: it is damaged, or older than checksums")
-        values = json.loads(metadata["probe"])
+        values, report = parse_json(metadata["probe"]), parse_json(metadata["report"])
         probe = Probe(**tensors, **(values | {"layers": tuple(values["layers"])}))
-        report = json.loads(metadata["report"])
+        if not probe.fits(model.config):
+            raise ValueError("numbers that are not finite, of another shape, or of layers that are none here")
+        expect(report["test"], {"auroc": between(0, 1, float), "n_harmful": COUNT, "n_benign": COUNT}, "test")
     except Exception as error:
-        raise DataError(f"{path}: expected a probe written by probe.py, found: {error}") from None
+        raise DataError(f"{path}: expected a probe written by probe.py, found: {str(error)[:300]}") from None
     for key, here in depends_on(model, chat).items():
         if (there := getattr(probe, key)) != here:
             again = "fit it again" + f", or --{key}" * (key in ("date", "dtype"))

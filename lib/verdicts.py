@@ -3,13 +3,16 @@
 SQLite, so that processes can share it.
 """
 
+import os
 import sqlite3
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from lib.files import DataError
+from lib.files import DataError, expect_file
 from lib.risk import as_risk
+
+TABLE = "verdicts (key TEXT PRIMARY KEY, risk REAL, mass REAL, prompt TEXT, response TEXT)"
 
 
 class VerdictFile:
@@ -32,10 +35,16 @@ class VerdictFile:
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(self.path):
+            expect_file(self.path, 1 << 60)
         with self.errors():
             self.file = sqlite3.connect(self.path, timeout=600)
-            columns = "key TEXT PRIMARY KEY, risk REAL, mass REAL, prompt TEXT, response TEXT"
-            self.file.execute(f"CREATE TABLE IF NOT EXISTS verdicts ({columns})")
+            self.file.execute(f"CREATE TABLE IF NOT EXISTS {TABLE}")
+            made = self.file.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+        if made != [(f"CREATE TABLE {TABLE}",)]:  # a view or a trigger could do anything
+            self.file.close()
+            raise DataError(f"{self.path}: expected a file of verdicts and nothing else, found: "
+                            f"{str(made)[:200]}")
         return self
 
     def __exit__(self, *error):

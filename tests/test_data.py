@@ -154,16 +154,15 @@ class TestRendering:
                 Chat(tmp_path / "chat", wrong)
 
     def test_the_template_may_refuse_in_its_own_words_and_cannot_reach_out(self, tmp_path):
-        chat = chat_with(tmp_path, "{{ raise_exception('no system role') if messages[0].role == 'system' }}")
+        chat = chat_with(tmp_path, "{{ raise_exception('no system role') if messages[0].role == 'system' else messages[0].content }}")
         with pytest.raises(DataError, match="no system role"):
             chat.render(conversation("x", system="s").messages)
-        chat = chat_with(tmp_path / "b", "{{ messages.__class__.__mro__ }}")
-        with pytest.raises(DataError):
-            chat.render(conversation("x").messages)
+        with pytest.raises(DataError, match="chat: expected a chat template that renders"):
+            chat_with(tmp_path / "b", "{{ messages.__class__.__mro__ }}")
 
     def test_named_templates_and_missing_ones(self, tmp_path):
-        chat = chat_with(tmp_path, [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}])
-        assert chat.render(conversation("x").messages) == "D"
+        chat = chat_with(tmp_path, [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D {{ messages[0].content }}"}])
+        assert chat.render(conversation("x").messages) == "D x"
         with pytest.raises(DataError, match="expected a chat template"):
             chat_with(tmp_path / "b", None)
         with pytest.raises(DataError, match="does not compile"):
@@ -231,7 +230,7 @@ class TestMasks:
         )
 
     def test_a_refusing_template_names_the_record(self, tmp_path):
-        chat = chat_with(tmp_path, "{{ raise_exception('no system role') if messages[0].role == 'system' }}")
+        chat = chat_with(tmp_path, "{{ raise_exception('no system role') if messages[0].role == 'system' else messages[0].content }}")
         with pytest.raises(DataError, match="mine.jsonl:3: the chat template refuses it: no system role"):
             chat.encode_example(Conversation(conversation("a", "b", system="s").messages, "mine.jsonl:3"), 0, 999)
 
