@@ -24,10 +24,10 @@ from data.conversations import WORLD, Conversation, is_embedded, read_conversati
 from lib import processes
 from lib.checkpoint import read_config
 from lib.cli import comma_list, option_value, printable, require, run
-from lib.files import (DataError, json_lines, new_folder, read_json, read_text, write_config, write_json,
-                       write_jsonl)
+from lib.files import DataError, new_folder, read_json, write_config, write_json, write_jsonl
 from lib.report import figures, lines_below, summarize, table
 from lib.response import label_logp
+from lib.runs import read_completions, read_run
 from model import Transformer, generate, load_model, sample_seed, working_dtype
 
 # Matched case-sensitively anywhere in a response, ’ read as '. The convention and most phrases are AdvBench's
@@ -198,7 +198,9 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
     tasks = comma_list(options.task)
     require(options, ("temperature", 0 < options.temperature < math.inf, "above 0"),
             ("seed", 0 <= options.seed < 2**32, "0 to 2^32 − 1"),
-            ("samples", options.samples >= 0, "at least 0"), ("limit", options.limit >= 0, "at least 0"),
+            ("samples", 0 <= options.samples <= 10**4, "0 to 10,000"),
+            ("limit", options.limit >= 0, "at least 0"),
+            ("max_new_tokens", options.max_new_tokens <= LONGEST, f"at most {LONGEST}"),
             *((n, getattr(options, n) > 0, "at least 1") for n in ("max_new_tokens", "eval_batch_size")),
             *((name, len({Path(file).stem for file in files}) == len(files), "files with different names")
               for name, files in (("task", tasks), ("attacked", comma_list(options.attacked)))))
@@ -294,7 +296,7 @@ def compare(paths: list[Path], options: EvalConfig = EvalConfig()) -> tuple[str,
     runs, rows, fluent = [], {}, None
     for path in map(Path, paths):
         if (path / "results.json").exists() and (path / "config.json").exists():
-            runs.append((path, read_json(path / "config.json"), read_json(path / "results.json")))
+            runs.append(read_run(path))
         else:
             print(f"skipped {path}: expected config.json and results.json, as a finished run has")
     if not runs:
@@ -323,14 +325,16 @@ def pooled(name: str, which: str, runs: list[tuple], fluent: tuple | None) -> di
 
     fluent: what mark_garbled takes beside the completions, or None.
     """
-    rows = [row for path, _, _ in runs
-            for _, row in json_lines(read_text(path / f"completions_{which}.jsonl"), path)]
+    rows = [row for path, _, _ in runs for row in read_completions(path, which)]
     if odd := [path for path, _, results in runs if "cut" not in results[which]]:
         raise DataError(f"{odd[0]}: expected a run that counts cut responses, found an older one")
     if fluent:
         mark_garbled(rows, *fluent)
     options = EvalOptions(**{name: runs[0][1][name] for name in ("temperature", "max_new_tokens")})
     found, own = figures(summarize(rows, options)), [figures(results[which]) for _, _, results in runs]
+    for (path, _, _), rates in zip(runs, own):
+        if rates.keys() != own[0].keys() or not rates.keys() <= found.keys():
+            raise DataError(f"{path}: expected results.json to hold the figures of its completions")
     for title, figure in found.items():
         if title in own[0]:  # what is answered is measured here alone
             figure["rates"] = [rates[title]["rate"] for rates in own]

@@ -39,12 +39,11 @@ class VerdictFile:
             expect_file(self.path, 1 << 60)
         with self.errors():
             self.file = sqlite3.connect(self.path, timeout=600)
-            self.file.execute(f"CREATE TABLE IF NOT EXISTS {TABLE}")
             made = self.file.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
-        if made != [(f"CREATE TABLE {TABLE}",)]:  # a view or a trigger could do anything
-            self.file.close()
-            raise DataError(f"{self.path}: expected a file of verdicts and nothing else, found: "
-                            f"{str(made)[:200]}")
+            if made not in ([], [(f"CREATE TABLE {TABLE}",)]):  # a view or a trigger could do anything
+                self.file.close()
+                raise sqlite3.Error(str(made)[:200])
+            self.file.execute(f"CREATE TABLE IF NOT EXISTS {TABLE}")
         return self
 
     def __exit__(self, *error):
