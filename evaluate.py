@@ -282,8 +282,8 @@ def expect_alike(runs: list[tuple], options) -> None:
     (path, config, _), *others = runs
     for (other_path, other, _), option in product(others, sorted(options)):
         if config.get(option) != other.get(option):
-            raise DataError(f"--compare: expected one {option}, found {config.get(option)} in {path} and "
-                            f"{other.get(option)} in {other_path}")
+            raise DataError(f"--compare: expected one {option}, found {str(config.get(option))[:60]} in "
+                            f"{path} and {str(other.get(option))[:60]} in {other_path}")
 
 
 def compare(paths: list[Path], options: EvalConfig = EvalConfig()) -> tuple[str, list[dict]]:
@@ -325,18 +325,22 @@ def pooled(name: str, which: str, runs: list[tuple], fluent: tuple | None) -> di
 
     fluent: what mark_garbled takes beside the completions, or None.
     """
-    rows = [row for path, _, _ in runs for row in read_completions(path, which)]
+    parts = [read_completions(path, which) for path, _, _ in runs]
+    rows = sum(parts, [])
     if odd := [path for path, _, results in runs if "cut" not in results[which]]:
         raise DataError(f"{odd[0]}: expected a run that counts cut responses, found an older one")
+    options = EvalOptions(**{name: runs[0][1][name] for name in ("temperature", "max_new_tokens")})
+    own = [figures(results[which]) for _, _, results in runs]
+    for (path, _, _), part, rates in zip(runs, parts, own):
+        kept, counted = ({title: (round(figure["rate"], 9), figure.get("n")) for title, figure in them.items()}
+                         for them in (rates, figures(summarize(part, options))))
+        if kept != counted:
+            raise DataError(f"{path}: expected results.json to hold the figures of its completions")
     if fluent:
         mark_garbled(rows, *fluent)
-    options = EvalOptions(**{name: runs[0][1][name] for name in ("temperature", "max_new_tokens")})
-    found, own = figures(summarize(rows, options)), [figures(results[which]) for _, _, results in runs]
-    for (path, _, _), rates in zip(runs, own):
-        if rates.keys() != own[0].keys() or not rates.keys() <= found.keys():
-            raise DataError(f"{path}: expected results.json to hold the figures of its completions")
+    found = figures(summarize(rows, options))
     for title, figure in found.items():
-        if title in own[0]:  # what is answered is measured here alone
+        if all(title in rates for rates in own):  # what is answered is measured here alone
             figure["rates"] = [rates[title]["rate"] for rates in own]
     return {"name": name, "seeds": [config["seed"] for _, config, _ in runs], "figures": found}
 

@@ -99,7 +99,7 @@ def _csv_rows(text, path):
                                 f"({', '.join(names)})")
             yield reader.line_num, row
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: expected cells of ordinary size, "
+        raise DataError(f"{path}:{reader.line_num + 1}: expected cells of ordinary size, "
                         f"found: {error}") from None
 
 
@@ -113,7 +113,7 @@ def conversation_of(record, where: str, need: str) -> Conversation:
     """One record, checked and brought into the one form; `need` as in read_conversations."""
 
     def fail(expected, found):
-        raise DataError(f"{where}: expected {expected}, found {found}")
+        raise DataError(f"{where}: expected {expected}, found {str(found)[:200]}")
 
     if not isinstance(record, dict):
         fail("an object", repr(record)[:60])
@@ -124,7 +124,7 @@ def conversation_of(record, where: str, need: str) -> Conversation:
                      if pair[0] in record and (pair[1] in record or need != "answer")), None)
         if pair is None:
             fail("messages, or one of " + ", ".join("/".join(pair) for pair in FORMATS),
-                 f"keys {sorted(record)}"[:200])
+                 f"keys {sorted(record)}")
         alpaca, prompt = pair[0] == "instruction", record[pair[0]]
         for key in ("system", *["input"] * alpaca):
             if not isinstance(record.get(key), str | None):

@@ -38,7 +38,7 @@ def read_completions(path: Path, which: str) -> list[dict]:
         scores = {"correct": TRUTH} if row.get("kind") == "task" else {"refused": TRUTH}
         if "harmful" in row:
             scores |= {"harmful": TRUTH, "score": between(1, 5, float, optional=True)}
-        expect(row, ROW | scores, f"{file}:{line}", DataError)
+        expect({"score": "none"} | row, ROW | scores, f"{file}:{line}", DataError)
         counts[row["kind"], row["set"], "harmful" in row][row["decoding"]] += 1
         rows.append(row)
     names = Counter((kind, name) for kind, name, _ in counts)
