@@ -27,7 +27,7 @@ from data.chat import Chat, batches_by_length, encode_prompts, pad_left
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations, split_by_prompt
 from lib.checkpoint import Config, checksum, fingerprint
 from lib.cli import comma_list, printable, require, run
-from lib.files import COUNT, DataError, between, expect, expect_file, parse_json
+from lib.files import COUNT, DataError, either, expect, expect_file, parse_json
 from lib.metrics import risk_metrics
 from lib.report import probe_report
 from lib.risk import UNKNOWN
@@ -271,7 +271,7 @@ def load_probe(path, model: Transformer, chat: Chat) -> tuple[Probe, dict]:
         probe = Probe(**tensors, **(values | {"layers": tuple(values["layers"])}))
         if not probe.fits(model.config):
             raise ValueError("numbers that are not finite, of another shape, or of layers that are none here")
-        expect(report["test"], {"auroc": between(0, 1, float), "n_harmful": COUNT, "n_benign": COUNT}, "test")
+        expect(report["test"], {"auroc": either(int, float), "n_harmful": COUNT, "n_benign": COUNT}, "test")
     except Exception as error:
         raise DataError(f"{path}: expected a probe written by probe.py, found: {str(error)[:300]}") from None
     for key, here in depends_on(model, chat).items():
