@@ -332,7 +332,7 @@ def pooled(name: str, which: str, runs: list[tuple], fluent: tuple | None) -> di
     options = EvalOptions(**{name: runs[0][1][name] for name in ("temperature", "max_new_tokens")})
     own = [figures(results[which]) for _, _, results in runs]
     for (path, _, _), part, rates in zip(runs, parts, own):
-        kept, counted = ({title: (round(figure["rate"], 9), figure.get("n")) for title, figure in them.items()}
+        kept, counted = ({title: (round(rate["rate"], 9), rate.get("n")) for title, rate in them.items()}
                          for them in (rates, figures(summarize(part, options))))
         if kept != counted:
             raise DataError(f"{path}: expected results.json to hold the figures of its completions")

@@ -78,8 +78,9 @@ class Probe:
         """Whether its numbers are finite and as many as the model's states have, its layers the model's."""
         H, L = (config.hidden_size,), range(config.num_hidden_layers + 1)
         tensors = zip((self.weight, self.mean, self.std, self.bias), (H, H, H, ()))
-        return (all(t.shape == shape and t.dtype == torch.float64 and t.isfinite().all() for t, shape in tensors)
-                and (self.std > 0).all() and self.layers and all(type(i) is int and i in L for i in self.layers))
+        sound = [t.shape == shape and t.dtype == torch.float64 and t.isfinite().all() for t, shape in tensors]
+        known = [type(layer) is int and layer in L for layer in self.layers]
+        return all(sound) and bool((self.std > 0).all()) and known != [] and all(known)
 
 
 # ---------------------------------------------------------------- features

@@ -98,8 +98,7 @@ def read_config(path) -> Config:
         raise ModelError(f"{path}: expected a checkpoint, found a run of train.py; its model is "
                          f"{Path(path) / 'model'}, which an unfinished run lacks")
     expect(raw, RULES, file)
-    n_heads, n_layers, vocab_size = (raw[f"{key}"] for key in ("num_attention_heads", "num_hidden_layers",
-                                                               "vocab_size"))
+    n_heads, n_layers, vocab_size = raw["num_attention_heads"], raw["num_hidden_layers"], raw["vocab_size"]
     kv_heads = raw.get("num_key_value_heads") or n_heads
     head_dim = raw.get("head_dim") or raw["hidden_size"] // n_heads
 
@@ -167,7 +166,8 @@ def read_rope(raw: dict, head_dim: int, file) -> dict:
                          "original_max_position_embeddings": POSITIONS}}[rope["rope_type"]]
     expect(rope, needed, f"{where} {rope['rope_type']}")
     if odd := [key for key, value in rope.items() if isinstance(value, dict)]:
-        raise ModelError(f"{where}: expected one set of parameters for all layers, found {', '.join(odd)[:60]}")
+        raise ModelError(f"{where}: expected one set of parameters for all layers, found several: "
+                         f"{', '.join(odd)[:60]}")
     if dim < 2 or dim % 2:
         raise ModelError(f"{where}: expected an even number of rotary dimensions, found {dim}, head_dim · "
                          f"partial_rotary_factor")
@@ -248,7 +248,7 @@ def matching_files(path: Path, stored: dict[str, tuple], shapes: dict[str, tuple
 
 
 def read_adapter(path) -> tuple[dict, dict]:
-    """(config, {key: tensor}) of a PEFT folder. Raises ModelError for what is not plain LoRA of finite numbers."""
+    """(config, {key: tensor}) of a PEFT folder. Raises ModelError where it is no plain, finite LoRA."""
     file = Path(path) / "adapter_config.json"
     config, weights = read_json(file), file.with_name("adapter_model.safetensors")
     if odd := [f"{key} = {config[key]!r}"[:60] for key, allowed in PLAIN_LORA.items()
@@ -262,7 +262,8 @@ def read_adapter(path) -> tuple[dict, dict]:
         tensors = {key: stored.get_tensor(key) for key in stored.keys()}
     ranks = {tensor.shape[0] if tensor.dim() else 0 for key, tensor in tensors.items() if ".lora_A." in key}
     if ranks != {config["r"]}:
-        raise ModelError(f"{weights}: expected adapters of rank r = {config['r']}, found {sorted(ranks) or 'none'}")
+        raise ModelError(f"{weights}: expected adapters of rank r = {config['r']}, "
+                         f"found {sorted(ranks) or 'none'}")
     if odd := [key for key, tensor in tensors.items() if not tensor.float().isfinite().all()]:
         raise ModelError(f"{weights}: expected finite numbers, found others in {odd[0]}")
     return config, tensors
@@ -282,7 +283,8 @@ def write_checkpoint(path: Path, raw: dict, tensors: dict, tokenizer: Path | Non
     write_json(part / "config.json", raw)
     for name in TOKENIZER_FILES:
         if tokenizer and os.path.lexists(tokenizer / name):
-            shutil.copy(expect_file(tokenizer / name, LARGEST_TOKENIZER, ModelError, links=False), part / name)
+            expect_file(tokenizer / name, LARGEST_TOKENIZER, ModelError, links=False)
+            shutil.copy(tokenizer / name, part / name)
     os.replace(part, path)
 
 

@@ -116,7 +116,7 @@ def expect(found: dict, rules: dict, where, error=ModelError) -> None:
 
 
 def between(low, high, kind=int, optional: bool = False) -> tuple:
-    """A rule for `expect`: a number from `low` to `high`, of int or, with kind=float, of either; never NaN."""
+    """A rule for `expect`: a number from `low` to `high`, int or, with kind=float, either; never NaN."""
     kinds = (int, float) if kind is float else int
 
     def test(value):

@@ -1,4 +1,4 @@
-"""A finished run's folder, read back for a comparison: every value is of its kind before anything is counted."""
+"""A finished run's folder, read back for a comparison: every value is checked before anything is counted."""
 
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -9,8 +9,8 @@ from lib.report import figures
 KINDS = ("harmful", "attacked", "over_refusal", "task")
 TEXT, TRUTH = either(str), either(bool)
 CONFIG = {"seed": between(0, 2**32), "temperature": between(1e-6, 1e6, float), "max_new_tokens": COUNT}
-ROW = {"kind": (" | ".join(KINDS), lambda value: value in KINDS), "set": TEXT, "decoding": TEXT, "group": TEXT,
-       "prompt": TEXT, "thought": TEXT, "response": TEXT, "cut": TRUTH}
+ROW = {"kind": (" | ".join(KINDS), lambda value: value in KINDS), "set": TEXT, "decoding": TEXT,
+       "group": TEXT, "prompt": TEXT, "thought": TEXT, "response": TEXT, "cut": TRUTH}
 
 
 def read_run(path: Path) -> tuple[Path, dict, dict]:

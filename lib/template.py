@@ -22,7 +22,7 @@ BUDGET = 3_000_000  # steps of a rendering: a turn of a loop, an element or four
 PER_INPUT = 32  # steps more for each that its input is worth
 CALL = 10  # steps that a call is worth
 
-# What published templates use and more, without what makes long texts of short ones; format, center, round, …
+# What published templates use and more, without what makes long texts of short ones: format, center, …
 FILTERS = set("abs capitalize count d default dictsort e escape first float indent int items join last length "
               "list lower map max min reject rejectattr replace reverse safe select selectattr sort string "
               "title tojson trim unique upper".split())
@@ -106,7 +106,7 @@ class Environment(ImmutableSandboxedEnvironment):
             raise TemplateError("it asks for more time or memory than any chat template needs")
 
     def size(self, value) -> int:
-        """What a value is worth: 1, for each element, and for four characters; shared ones count each time."""
+        """What a value is worth: 1, for an element, or four characters; shared ones count each time."""
         if isinstance(value, str):
             return 1 + len(value) // 4
         if isinstance(value, int) and value.bit_length() > 64:

@@ -7,7 +7,7 @@ from datetime import date
 import pytest
 import torch
 
-from data.chat import Chat, encode_examples, IGNORE, pad
+from data.chat import batches_by_length, Chat, encode_examples, encode_prompts, IGNORE, LONGEST, pad, rows_that_fit
 from data.conversations import Conversation, read_conversations, split_by_prompt, WORLD
 from lib.files import DataError
 
@@ -245,6 +245,29 @@ class TestMasks:
         assert len(encode_examples(chat, rows[:1], 40)) == 1 and capsys.readouterr().out == ""
         with pytest.raises(DataError, match="no response fits"):
             encode_examples(chat, rows[2:], 40)
+
+
+class TestLongTexts:
+    def test_a_prompt_that_a_model_cannot_read_is_refused_before_it_asks_for_memory(self, chat):
+        rows = [Conversation(conversation("word " * n).messages, f"f.jsonl:{n}") for n in (3, 900)]
+        assert [len(ids) for ids in encode_prompts(chat, rows[:1], 512)] == [len(chat.encode_prompt(rows[0].messages))]
+        with pytest.raises(DataError, match="f.jsonl:900: expected a prompt of at most 512 tokens"):
+            encode_prompts(chat, rows, 512)
+        with pytest.raises(DataError, match=f"f.jsonl:100000: expected a prompt of at most {LONGEST} tokens"):
+            encode_prompts(chat, [Conversation(conversation("1" * 10**5).messages, "f.jsonl:100000")], 10**9)
+
+    def test_long_sequences_come_in_smaller_batches(self):
+        assert batches_by_length([5, 3, 4], 2) == [[1, 2], [0]] and rows_that_fit(64, 4096) == 64
+        assert batches_by_length([LONGEST // 2] * 5, 64) == [[0, 1, 2, 3], [4]] and rows_that_fit(64, LONGEST) == 1
+
+    def test_of_a_conversation_of_many_turns_only_those_that_fit_are_rendered(self, chat, monkeypatch):
+        long = Conversation(conversation(*["Hello there"] * 900).messages, "f:1")
+        calls, render = [], chat.render
+        monkeypatch.setattr(chat, "render", lambda messages, **rest: calls.append(len(messages)) or render(messages, **rest))
+        [example] = encode_examples(chat, [long], 64)
+        assert len(example.input_ids) == 64 and sum(n < 900 for n in calls) < 60
+        whole = [label for label in chat.encode_example(long, 0, 10**6).labels[:64]]
+        assert example.labels == whole and example.seen.messages[0]["content"] == "Hello there"
 
 
 def test_pad():
