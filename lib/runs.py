@@ -38,6 +38,7 @@ def read_completions(path: Path, which: str) -> list[dict]:
         scores = {"correct": TRUTH} if row.get("kind") == "task" else {"refused": TRUTH}
         if "harmful" in row:
             scores |= {"harmful": TRUTH, "score": between(1, 5, float, optional=True)}
+        scores |= {"garbled": TRUTH} if "garbled" in row else {}
         expect({"score": "none"} | row, ROW | scores, f"{file}:{line}", DataError)
         counts[row["kind"], row["set"], "harmful" in row][row["decoding"]] += 1
         rows.append(row)

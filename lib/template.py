@@ -18,7 +18,7 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 LARGEST = 1 << 17  # characters of a template; the longest of trl's has 20,000
-BUDGET = 3_000_000  # steps of a rendering: a turn of a loop, an element or four characters that are made
+BUDGET = 1_000_000  # steps of a rendering: a turn of a loop, an element or four characters that are made
 PER_INPUT = 32  # steps more for each that its input is worth
 CALL = 10  # steps that a call is worth
 
@@ -239,7 +239,10 @@ class Template:
             raise TemplateError(f"{type(error).__name__}: {str(error)[:200]}") from None
 
     def render(self, **variables) -> str:
-        """The text of a template, of at most four characters for each step that it may spend."""
+        """The text that the template makes of its variables."""
         self.environment.left = 1 << 62
-        steps = BUDGET + PER_INPUT * self.environment.size(variables)
-        return self.within(steps, lambda: self.template.render(**variables))
+        size = self.environment.size(variables)
+        text = self.within(BUDGET + PER_INPUT * size, lambda: self.template.render(**variables))
+        if len(text) > LARGEST + PER_INPUT * size:
+            raise TemplateError(f"it writes {len(text)} characters, more than any chat template does")
+        return text

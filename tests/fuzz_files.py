@@ -91,13 +91,15 @@ def mutate(file: Path, rng) -> None:
 
 # ---------------------------------------------------------------- what is read: sound files, and the code that reads them
 
-PIECES = ("{% for m in messages %}", "{% endfor %}", "{{ m.content }}", "{{ m['role'] }}", "{% if m.role == 'user' %}", "{% endif %}",
-          "<|end|>", "{% set ns = namespace(x='ab') %}", "{% set ns.x = ns.x ~ ns.x %}", "{% set ns.x = [ns.x, ns.x] %}", "{{ ns.x }}",
-          "{{ ns.x * 10**9 }}", "{% for i in range(99999) %}", "{{ 10 ** 10**8 }}", "{{ 1/0 }}", "{{ nope|tojson }}", "{{ '%99999999d' % 1 }}",
-          "{{ messages|tojson(indent=9**9) }}", "{{ 'x'|center(999999999) }}", "{{ 'x'.ljust(999999999) }}", "{{ x }}", "{{ nope.nope }}",
-          "{% macro f(n) %}", "{% endmacro %}", "{{ f(1) }}{{ f(1) }}", "{{ loop.index }}", "{{ messages }}", "{{ range(10**9)|list }}",
-          "{{ raise_exception(messages) }}", "{{ strftime_now('%99999999d') }}", "{% generation %}", "{% endgeneration %}", "{{ ns.x|join(ns.x) }}",
-          "{{ ns.x.replace('', ns.x) }}", "{% break %}", "{{ ''.__class__ }}", "{{ dict(x=messages) }}", "{{ messages[::-1][0] }}", "{{ bos_token }}")
+PIECES = ("{{ m.content }}", "{{ m['role'] }}", "<|end|>", "{% set ns.x = ns.x ~ ns.x %}", "{% set ns.x = [ns.x, ns.x] %}", "{{ ns.x }}", "{{ x }}",
+          "{% set ns.x = ns.x + ns.x %}", "{{ ns.x * 10**9 }}", "{{ 10 ** 10**8 }}", "{{ 1/0 }}", "{{ nope|tojson }}", "{{ '%99999999d' % 1 }}",
+          "{{ messages|tojson(indent=9**9) }}", "{{ 'x'|center(999999999) }}", "{{ 'x'.ljust(999999999) }}", "{{ nope.nope }}", "{{ loop.index }}",
+          "{{ f(1) }}{{ f(1) }}", "{{ messages }}", "{{ range(10**9)|list }}", "{{ raise_exception(messages) }}", "{{ strftime_now('%99999999d') }}",
+          "{{ ns.x|join(ns.x) }}", "{{ ns.x.replace('', ns.x) }}", "{{ ''.__class__ }}", "{{ dict(x=messages) }}", "{{ messages[::-1][0] }}", "{{", "%}",
+          "{{ bos_token }}", "{{ messages|map(attribute='content')|join(' ') }}", "{{ m.content.split(' ')|last|trim }}", "{{ ns.x|length }}")
+AROUND = (("{% for m in messages %}", "{% endfor %}"), ("{% for i in range(9999) %}", "{% endfor %}"), ("{% macro f(n) %}", "{% endmacro %}"),
+          ("{% if m.role == 'user' %}", "{% endif %}"), ("{% generation %}", "{% endgeneration %}"), ("{% set y %}", "{% endset %}"),
+          ("{% filter upper %}", "{% endfilter %}"), ("{% set ns = namespace(x='ab') %}", ""), ("", "{% break %}"))
 
 
 def lines(rows) -> str:
@@ -182,8 +184,11 @@ def prepare():
     def template(folder, rng):
         tokenizer(folder, random.Random(1))
         sound = (WORLD / "model" / "chat_template.jinja").read_text()
-        at = rng.randrange(len(sound))
-        new = "".join(rng.choices(PIECES, k=rng.randrange(1, 12)))
+        new = ""
+        for _ in range(rng.randrange(1, 6)):
+            before, behind = rng.choice(AROUND)
+            new = before + new + "".join(rng.choices(PIECES, k=rng.randrange(3))) + behind
+        at = sound.index("{{ m.content") if "{{ m.content" in sound else len(sound)
         (folder / "chat_template.jinja").write_text(rng.choice([new, sound + new, new + sound, sound[:at] + new + sound[at:]]))
         return []
 

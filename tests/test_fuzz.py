@@ -15,6 +15,8 @@ import sys
 import traceback
 from pathlib import Path
 
+import pytest
+
 from fuzz_files import mutate, prepare
 from fuzz_named import NAMED
 
@@ -67,6 +69,7 @@ def work(folder: Path, start: tuple, alone: bool) -> None:
             print(wrong or "as it should be")
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits memory as Linux does")
 def test_every_case_works_or_is_refused_by_one_error_that_names_the_file(tmp_path):
     cases = [[kind, seed] for kind, n in {**CASES, "named": len(NAMED)}.items() for seed in range(n)]
     assert len(cases) >= 4000
