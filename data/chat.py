@@ -5,26 +5,23 @@ The one place where conversations become text and tokens: training, probe, judge
 
 import datetime
 import json
-import math
 import os
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
-from tokenizers import Tokenizer
 
 from data.conversations import Conversation
 from lib.checkpoint import read_config
 from lib.files import DataError, read_json, read_text
 from lib.frame import squeezed
 from lib.template import Template
+from lib.tokenizer import open_tokenizer, tokenizer_errors
 
 IGNORE = -100  # label of a token that is not trained on
-MOST_GROWTH = 64  # of a text by a tokenizer's replacements
 LONGEST = 1 << 15  # tokens of a prompt for the probe, a judge, or an evaluation
 BREAK = "\ufdd0"  # a noncharacter: put into a control token that a message types; there its tokens are parted
 
@@ -40,23 +37,6 @@ def parse_date(text: str | None) -> datetime.datetime:
         return datetime.datetime.strptime(text or today(), "%Y-%m-%d")
     except ValueError:
         raise DataError(f"--date: expected YYYY-MM-DD, found {text!r}") from None
-
-
-def ids_of(tokenizer: dict) -> list[int]:
-    """The token ids in tokenizer.json, whatever else its values are."""
-    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else []
-    ids += [len(vocabulary) - 1] if isinstance(vocabulary, list) else []
-    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    return [i for i in ids if isinstance(i, int)]
-
-
-def growth(part) -> float:
-    """By how much the replacements in a part of tokenizer.json can lengthen a text, one after the other."""
-    parts = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-    own = str(part.get("content", "")) if isinstance(part, dict) and part.get("type") == "Replace" else ""
-    return max(1.0, len(own)) * math.prod(map(growth, parts))
 
 
 @dataclass(frozen=True)
@@ -96,18 +76,10 @@ class Chat:
         if not os.path.lexists(self.file):
             found = ", ".join(sorted(p.name for p in self.path.glob("*token*"))) or "no tokenizer"
             raise DataError(f"{path}: expected tokenizer.json, found {found}")
-        raw, alone = read_json(self.file), not os.path.lexists(self.path / "config.json")
-        vocab_size = 10**7 if alone else read_config(path).vocab_size
-        self._expect_ids(ids_of(raw), vocab_size)  # first: the library takes memory by the largest id
-        if growth(raw.get("normalizer")) * growth(raw.get("decoder")) > MOST_GROWTH:
-            raise DataError(f"{self.file}: expected a normalizer and a decoder that make no long text of a "
-                            f"short one, found others")
-        with self.tokenizer_errors():
-            self.tokenizer = Tokenizer.from_file(str(self.file))
-            self.tokenizer.no_padding()
-            self.tokenizer.no_truncation()
+        alone = not os.path.lexists(self.path / "config.json")
+        self.tokenizer, raw = open_tokenizer(self.file, 10**7 if alone else read_config(path).vocab_size)
+        with tokenizer_errors(self.file):
             serialized = self.tokenizer.to_str()
-            self._expect_ids(self.tokenizer.get_added_tokens_decoder(), vocab_size)
         config = read_json(config_file, default={})
         source = (read_text(template_file, links=False) if os.path.lexists(template_file)
                   else config.get("chat_template"))
@@ -131,22 +103,6 @@ class Chat:
         content = source + json.dumps(special, sort_keys=True) + serialized
         self.fingerprint = sha256(content.encode()).hexdigest()
         self._learn_structure(raw["model"])
-
-    def _expect_ids(self, ids, vocab_size: int) -> None:
-        if (last := max(ids, default=0)) >= vocab_size:
-            raise DataError(f"{self.file}: expected token ids under the model's vocab_size = {vocab_size}, "
-                            f"found {last}")
-
-    @contextmanager
-    def tokenizer_errors(self):
-        """Whatever the tokenizers library raises, told of the file: where it panics it is no Exception."""
-        try:
-            yield
-        except (KeyboardInterrupt, DataError):
-            raise
-        except BaseException as error:
-            raise DataError(f"{self.file}: expected a tokenizer of the tokenizers library, "
-                            f"found: {str(error)[:300]}") from None
 
     @staticmethod
     def compile(source: str, special_tokens: dict, date: str | None = None) -> Template:
@@ -244,7 +200,7 @@ class Chat:
         return self._encoding(text).ids
 
     def _encoding(self, text: str):
-        with self.tokenizer_errors():
+        with tokenizer_errors(self.file):
             return self.tokenizer.encode(text, add_special_tokens=False)
 
     def encode_prompt(self, messages, where: str = "conversation", **variables) -> list[int]:
@@ -253,7 +209,7 @@ class Chat:
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens."""
-        with self.tokenizer_errors():
+        with tokenizer_errors(self.file):
             return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def encode_example(self, conversation: Conversation, index: int, max_length: int) -> Example:
@@ -303,7 +259,7 @@ class Chat:
     def as_tokens_say(self, text: str) -> str:
         """A message as its tokens say it: a tokenizer may normalize (Qwen: NFC; Llama 2: ▁ is a space)."""
         pieces = self._parted(text).split(BREAK)
-        with self.tokenizer_errors():
+        with tokenizer_errors(self.file):
             return "".join(self.tokenizer.decode(self.encode(piece)) for piece in pieces).strip()
 
 

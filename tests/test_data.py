@@ -290,6 +290,7 @@ def test_published_templates_render_as_transformers_does():
     for path in templates:
         if path.name.split(".")[0].startswith(("llama3", "qwen2_5", "qwen3", "phi3")):
             chat = Chat.__new__(Chat)
+            chat.marks, chat._typed = set(), None
             chat.template = Chat.compile(path.read_text(), {"bos_token": "<s>", "eos_token": "</s>"})
             for c in chats:
                 for prompt in (False, True):
