@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.chat import Chat, batches_by_length, pad_left
+from data.chat import LONGEST, Chat, batches_by_length, pad_left
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations
 from lib.checkpoint import fingerprint
 from lib.cli import require, run, shown
@@ -119,7 +119,7 @@ class LocalJudge:
 
     @torch.no_grad()
     def __call__(self, pairs: dict):
-        prompts, limit = {}, self.model.config.max_position_embeddings
+        prompts, limit = {}, min(LONGEST, self.model.config.max_position_embeddings)
         for key, (prompt, response) in pairs.items():
             try:
                 text, ids = self.tokens(prompt, response)

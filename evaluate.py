@@ -19,15 +19,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from critic import JudgeOptions, is_url, judge_pairs, open_judge
-from data.chat import IGNORE, Chat, Example, today
+from data.chat import IGNORE, LONGEST, Chat, Example, encode_prompts, rows_that_fit, today
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations
 from lib import processes
 from lib.checkpoint import read_config
 from lib.cli import comma_list, option_value, printable, require, run
-from lib.files import (DataError, json_lines, new_folder, read_json, read_text, write_config, write_json,
-                       write_jsonl)
+from lib.files import DataError, new_folder, read_json, write_config, write_json, write_jsonl
 from lib.report import figures, lines_below, summarize, table
 from lib.response import label_logp
+from lib.runs import read_completions, read_run
 from model import Transformer, generate, load_model, sample_seed, working_dtype
 
 # Matched case-sensitively anywhere in a response, ’ read as '. The convention and most phrases are AdvBench's
@@ -95,6 +95,9 @@ def mean_nll(model: Transformer, chat: Chat, pairs: list[tuple[str, str]], batch
     examples = []
     for prompt, response in pairs:
         ids, answer = chat.encode_prompt([{"role": "user", "content": prompt}]), chat.encode(response)
+        if len(ids + answer) > min(LONGEST, model.config.max_position_embeddings):
+            raise DataError(f"--fluency: expected completions that {model.path} can read, found one of "
+                            f"{len(ids + answer)} tokens: {prompt[:60]!r}")
         examples.append(Example(len(examples), ids + answer, [IGNORE] * len(ids) + answer))
     logp = label_logp(model, examples, batch_size)
     return [-logp[example.index].mean().item() for example in examples]
@@ -198,7 +201,9 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
     tasks = comma_list(options.task)
     require(options, ("temperature", 0 < options.temperature < math.inf, "above 0"),
             ("seed", 0 <= options.seed < 2**32, "0 to 2^32 − 1"),
-            ("samples", options.samples >= 0, "at least 0"), ("limit", options.limit >= 0, "at least 0"),
+            ("samples", 0 <= options.samples <= 10**4, "0 to 10,000"),
+            ("limit", options.limit >= 0, "at least 0"),
+            ("max_new_tokens", options.max_new_tokens <= LONGEST, f"at most {LONGEST}"),
             *((n, getattr(options, n) > 0, "at least 1") for n in ("max_new_tokens", "eval_batch_size")),
             *((name, len({Path(file).stem for file in files}) == len(files), "files with different names")
               for name, files in (("task", tasks), ("attacked", comma_list(options.attacked)))))
@@ -223,18 +228,15 @@ def respond(model: Transformer, chat: Chat, conversations: list[Conversation], o
     The thought is what a reasoning model has written in a leading <think>…</think>; one without an end was
     cut. `bar` advances by the responses. Raises DataError for a prompt that leaves no room for a response.
     """
-    prompts = [chat.encode_prompt(c.prompts[-1], c.where) for c in conversations]
     room = model.config.max_position_embeddings - options.max_new_tokens
-    for conversation, ids in zip(conversations, prompts):
-        if len(ids) > room:
-            raise DataError(f"{conversation.where}: expected a prompt of at most {room} tokens (the model's "
-                            f"context less --max-new-tokens), found {len(ids)}")
+    prompts = encode_prompts(chat, conversations, room)
+    batch_size = rows_that_fit(options.eval_batch_size, max(map(len, prompts)))  # one for all processes
     jobs = [(ids, sample_seed(options.seed, ids, k)) for ids in prompts for k in range(times)]
     world = processes.world()
     full = math.ceil(len(jobs) / world) * world  # some jobs twice, so that all shares are equal
     mine, seeds = zip(*processes.share((jobs * world)[:full]))
     completions = generate(model, list(mine), options.max_new_tokens, temperature, seeds,
-                           options.eval_batch_size, progress=lambda n: bar.update(n * world))
+                           batch_size, progress=lambda n: bar.update(n * world))
     shares = processes.gather([(chat.decode(ids), len(ids) == options.max_new_tokens) for ids in completions])
     responses = [shares[i % world][i // world] for i in range(len(jobs))]
     parted = [re.fullmatch(r"(?:<think>(.*?)</think>\s*)?(.*)", text, re.DOTALL) for text, _ in responses]
@@ -283,8 +285,8 @@ def expect_alike(runs: list[tuple], options) -> None:
     (path, config, _), *others = runs
     for (other_path, other, _), option in product(others, sorted(options)):
         if config.get(option) != other.get(option):
-            raise DataError(f"--compare: expected one {option}, found {config.get(option)} in {path} and "
-                            f"{other.get(option)} in {other_path}")
+            raise DataError(f"--compare: expected one {option}, found {str(config.get(option))[:60]} in "
+                            f"{path} and {str(other.get(option))[:60]} in {other_path}")
 
 
 def compare(paths: list[Path], options: EvalConfig = EvalConfig()) -> tuple[str, list[dict]]:
@@ -297,7 +299,7 @@ def compare(paths: list[Path], options: EvalConfig = EvalConfig()) -> tuple[str,
     runs, rows, fluent = [], {}, None
     for path in map(Path, paths):
         if (path / "results.json").exists() and (path / "config.json").exists():
-            runs.append((path, read_json(path / "config.json"), read_json(path / "results.json")))
+            runs.append(read_run(path))
         else:
             print(f"skipped {path}: expected config.json and results.json, as a finished run has")
     if not runs:
@@ -326,16 +328,22 @@ def pooled(name: str, which: str, runs: list[tuple], fluent: tuple | None) -> di
 
     fluent: what mark_garbled takes beside the completions, or None.
     """
-    rows = [row for path, _, _ in runs
-            for _, row in json_lines(read_text(path / f"completions_{which}.jsonl"), path)]
+    parts = [read_completions(path, which) for path, _, _ in runs]
+    rows = sum(parts, [])
     if odd := [path for path, _, results in runs if "cut" not in results[which]]:
         raise DataError(f"{odd[0]}: expected a run that counts cut responses, found an older one")
+    options = EvalOptions(**{name: runs[0][1][name] for name in ("temperature", "max_new_tokens")})
+    own = [figures(results[which]) for _, _, results in runs]
+    for (path, _, _), part, rates in zip(runs, parts, own):
+        kept, counted = ({title: (round(rate["rate"], 9), rate.get("n")) for title, rate in them.items()}
+                         for them in (rates, figures(summarize(part, options))))
+        if not kept.items() <= counted.items():  # what is answered may have been marked later
+            raise DataError(f"{path}: expected results.json to hold the figures of its completions")
     if fluent:
         mark_garbled(rows, *fluent)
-    options = EvalOptions(**{name: runs[0][1][name] for name in ("temperature", "max_new_tokens")})
-    found, own = figures(summarize(rows, options)), [figures(results[which]) for _, _, results in runs]
+    found = figures(summarize(rows, options))
     for title, figure in found.items():
-        if title in own[0]:  # what is answered is measured here alone
+        if all(title in rates for rates in own):  # what is answered is measured here alone
             figure["rates"] = [rates[title]["rate"] for rates in own]
     return {"name": name, "seeds": [config["seed"] for _, config, _ in runs], "figures": found}
 

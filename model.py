@@ -18,14 +18,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data.chat import batches_by_length
-from lib.checkpoint import (Config, matching_files, open_safetensors, read_config, write_adapter,
-                            write_checkpoint)
-from lib.files import ModelError, read_json
+from lib.checkpoint import (Config, matching_files, open_safetensors, read_adapter, read_config,
+                            stored_tensors, write_adapter, write_checkpoint)
+from lib.files import ModelError
 from lib.processes import all_true, on_first, rank, whole, world
 
 POLL = {"cuda": 8}  # tokens between looks at which rows are finished (elsewhere 1): a look waits for the GPU
@@ -399,10 +398,11 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> Transfor
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         said = str(error).splitlines()[0]
         raise ModelError(f"device: expected one that this machine has, found {device!r} ({said})") from None
+    stored = stored_tensors(path, config)
     with torch.device("meta"):
         model = Transformer(config).requires_grad_(False)
     shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
-    for file in matching_files(path, shapes, config):
+    for file in matching_files(path, stored, shapes, config):
         with open_safetensors(file, device) as tensors:
             shard = {key: tensors.get_tensor(key) for key in tensors.keys() if key in shapes}
         shard = {key: tensor.to(dtype or config.dtype) for key, tensor in shard.items()}
@@ -477,19 +477,11 @@ def save_adapter(model: Transformer, path) -> None:
 
 def load_adapter(model: Transformer, path) -> None:
     """Put a PEFT folder's adapters, e.g. a run's, into `model`. Raises ModelError where they do not fit."""
-    config, path = read_json(Path(path) / "adapter_config.json"), Path(path)
-    plain = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "use_rslora": (False,),
-             "lora_bias": (False,), "modules_to_save": (None,), "rank_pattern": ({},), "alpha_pattern": ({},),
-             "layers_to_transform": (None,), "exclude_modules": (None,), "layer_replication": (None,),
-             "target_parameters": (None,), "init_lora_weights": (True, False, "gaussian")}  # others change W
-    odd = [f"{key} = {config[key]!r}" for key, allowed in plain.items()
-           if key in config and config[key] not in allowed]
-    odd += [f"no {key}" for key in ("r", "lora_alpha", "target_modules") if key not in config]
-    if odd or not isinstance(config["target_modules"], list):
-        raise ModelError(f"{path}/adapter_config.json: expected plain LoRA with a list of target_modules, "
-                         "found " + (", ".join(odd) or "a pattern"))
-    add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])
-    tensors = load_file(path / "adapter_model.safetensors")
+    config, tensors = read_adapter(path)
+    try:
+        add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])
+    except ModelError as error:
+        raise ModelError(f"{path}/adapter_config.json: {error}") from None
     own = {f"base_model.model.{key}.weight": p for key, p in model.named_parameters() if ".lora_" in key}
     misshapen = {k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape}
     wrong = own.keys() ^ tensors.keys() | misshapen

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.chat import Chat, batches_by_length, pad_left
+from data.chat import Chat, batches_by_length, encode_prompts, pad_left
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations, split_by_prompt
-from lib.checkpoint import fingerprint, load_checked, save_checked
+from lib.checkpoint import Config, fingerprint, load_checked, save_checked
 from lib.cli import comma_list, printable, require, run
-from lib.files import DataError, expect_writable
+from lib.files import COUNT, DataError, either, expect, expect_writable, parse_json
 from lib.metrics import risk_metrics
 from lib.report import probe_report
 from lib.risk import UNKNOWN
@@ -70,6 +70,14 @@ class Probe:
         if unknown := int((~logit.isfinite()).sum()):
             print(f"{unknown} of {len(logit)} risks are unknown (activations not finite): taken as 1")
         return torch.where(logit.isfinite(), torch.sigmoid(logit), UNKNOWN)
+
+    def fits(self, config: Config) -> bool:
+        """Whether its numbers are finite and as many as the model's states have, its layers the model's."""
+        H, L = (config.hidden_size,), range(config.num_hidden_layers + 1)
+        tensors = zip((self.weight, self.mean, self.std, self.bias), (H, H, H, ()))
+        sound = [t.shape == shape and t.dtype == torch.float64 and t.isfinite().all() for t, shape in tensors]
+        known = [type(layer) is int and layer in L for layer in self.layers]
+        return all(sound) and bool((self.std > 0).all()) and known != [] and all(known)
 
 
 # ---------------------------------------------------------------- features
@@ -166,7 +174,7 @@ def fit_probe(config: ProbeConfig, model: Transformer, chat: Chat) -> tuple[Prob
     groups = dict(zip(("train", "validation", "test"), splits)) | held_out
     every, sizes = sum(groups.values(), []), list(map(len, groups.values()))
     layers = tuple(range(model.config.num_hidden_layers + 1))
-    prompts = [chat.encode_prompt(c.prompts[-1], c.where) for c in every]
+    prompts = encode_prompts(chat, every, model.config.max_position_embeddings)
     x = prompt_features(model, prompts, layers, config.batch_size, "activations for the probe").split(sizes)
     y = torch.tensor([c.meta["harmful"] for c in every], dtype=torch.float64).split(sizes)
     x, y, origin = dict(zip(groups, x)), dict(zip(groups, y)), depends_on(model, chat)
@@ -250,11 +258,13 @@ def load_probe(path, model: Transformer, chat: Chat) -> tuple[Probe, dict]:
     what = "a probe written by probe.py"
     tensors, metadata = load_checked(path, what)
     try:
-        values = json.loads(metadata["probe"])
+        values, report = parse_json(metadata["probe"]), parse_json(metadata["report"])
         probe = Probe(**tensors, **(values | {"layers": tuple(values["layers"])}))
-        report = json.loads(metadata["report"])
+        if not probe.fits(model.config):
+            raise ValueError("numbers that are not finite, of another shape, or of layers that are none here")
+        expect(report["test"], {"auroc": either(int, float), "n_harmful": COUNT, "n_benign": COUNT}, "test")
     except Exception as error:
-        raise DataError(f"{path}: expected {what}, found: {error}") from None
+        raise DataError(f"{path}: expected {what}, found: {str(error)[:300]}") from None
     for key, here in depends_on(model, chat).items():
         if (there := getattr(probe, key)) != here:
             again = "fit it again" + f", or --{key}" * (key in ("date", "dtype"))

@@ -55,8 +55,9 @@ from lib.files import DataError, remove, write_json
 from lib.metrics import agreement
 from lib.report import figures, lines_below, summarize, table
 from lib.response import label_logp, response_positions, response_states
-from lib.resume import Progress, kept_rows, options_of_run, run_folder, told_how
+from lib.resume import Progress, keep_rows, kept_rows, options_of_run, run_folder, told_how
 from lib.risk import expect_risks
+from lib.runs import read_completions
 from model import Transformer, add_lora, compile_blocks, load_model, save_adapter, save_model, working_dtype
 from probe import (ProbeConfig, conversation_risk, expect_strong, fit_probe, load_probe, print_risk,
                    save_probe)
@@ -482,9 +483,9 @@ def main(config: TrainConfig) -> None:
                                                                            conversations, judge))
                 risk = torch.tensor(risks_of_rows(rows, examples, out / "risk.jsonl"), dtype=torch.float64)
             if config.eval_base:
-                rows = kept_rows(out / "completions_base.jsonl",
-                                 lambda: evaluate_model(policy, chat, sets, config, "base", judge)[1])
-                results["base"] = summarize(rows, config)
+                keep_rows(out / "completions_base.jsonl",
+                          lambda: evaluate_model(policy, chat, sets, config, "base", judge)[1])
+                results["base"] = summarize(read_completions(out, "base"), config)
             rows = kept_rows(out / "anchors.jsonl", lambda: anchor_records(config, policy, chat, examples)
                              ) if config.anchor_share else []
             anchors = anchor_examples(rows, chat, len(examples), longest)
@@ -502,9 +503,9 @@ def main(config: TrainConfig) -> None:
         del policy
         gc.collect()  # compiled blocks refer to themselves
         policy = open_model(config, out / "model")  # what is evaluated is what was saved
-        rows = kept_rows(out / "completions_after.jsonl",
-                         lambda: evaluate_model(policy, chat, sets, config, "after", judge)[1])
-        results["after"] = summarize(rows, config)
+        keep_rows(out / "completions_after.jsonl",
+                  lambda: evaluate_model(policy, chat, sets, config, "after", judge)[1])
+        results["after"] = summarize(read_completions(out, "after"), config)
         processes.on_first(lambda: write_json(out / "results.json", results))
     processes.on_first(lambda: remove(out / "steps"))
     shown = {name: figures(found) for name, found in results.items()}

@@ -59,10 +59,11 @@ def anchor_examples(records: list[dict], chat: Chat, first: int, longest: int) -
     """Examples of `anchor_records`, numbered from `first`. An answer that was cut has no end to be learned."""
     if not records:
         return []
-    conversations = [conversation_of(record, f"anchor {i}", "answer") for i, record in enumerate(records, 1)]
+    conversations = [conversation_of(record, f"anchors.jsonl:{i}", "answer")
+                     for i, record in enumerate(records, 1)]
     anchors = encode_examples(chat, conversations, longest)
     for anchor in anchors:
-        if anchor.conversation.meta["cut"] and not anchor.cut:  # the model did not end its turn here
+        if anchor.conversation.meta.get("cut") and not anchor.cut:  # the model did not end its turn here
             anchor.labels[max(i for i, label in enumerate(anchor.labels) if label != IGNORE)] = IGNORE
     return [replace(anchor, index=first + anchor.index, anchor=True) for anchor in anchors]
 

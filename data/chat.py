@@ -5,22 +5,24 @@ The one place where conversations become text and tokens: training, probe, judge
 
 import datetime
 import json
+import os
 import re
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
-import jinja2
-import jinja2.ext
 import torch
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
+from jinja2 import TemplateError
 
 from data.conversations import Conversation
-from lib.files import DataError, read_json
+from lib.checkpoint import read_config
+from lib.files import DataError, read_json, read_text
 from lib.frame import squeezed
+from lib.template import Template
+from lib.tokenizer import open_tokenizer, tokenizer_errors
 
 IGNORE = -100  # label of a token that is not trained on
+LONGEST = 1 << 15  # tokens of a prompt for the probe, a judge, or an evaluation
 BREAK = "\ufdd0"  # a noncharacter: put into a control token that a message types; there its tokens are parted
 
 
@@ -35,25 +37,6 @@ def parse_date(text: str | None) -> datetime.datetime:
         return datetime.datetime.strptime(text or today(), "%Y-%m-%d")
     except ValueError:
         raise DataError(f"--date: expected YYYY-MM-DD, found {text!r}") from None
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %}, some templates' mark of assistant words: rendered as is."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message):
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)
 
 
 @dataclass(frozen=True)
@@ -88,59 +71,54 @@ class Chat:
     """
 
     def __init__(self, path, date: str | None = None):
-        path = Path(path)
-        config_file, template_file = path / "tokenizer_config.json", path / "chat_template.jinja"
-        if not (path / "tokenizer.json").exists():
-            found = ", ".join(sorted(p.name for p in path.glob("*token*"))) or "no tokenizer"
+        self.path, self.file = Path(path), Path(path) / "tokenizer.json"
+        config_file, template_file = self.path / "tokenizer_config.json", self.path / "chat_template.jinja"
+        if not os.path.lexists(self.file):
+            found = ", ".join(sorted(p.name for p in self.path.glob("*token*"))) or "no tokenizer"
             raise DataError(f"{path}: expected tokenizer.json, found {found}")
-        try:
-            self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        except Exception as error:  # the library raises nothing narrower
-            raise DataError(f"{path / 'tokenizer.json'}: expected a tokenizer of the tokenizers library, "
-                            f"found: {error}") from None
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
+        alone = not os.path.lexists(self.path / "config.json")
+        self.tokenizer, raw = open_tokenizer(self.file, 10**7 if alone else read_config(path).vocab_size)
+        with tokenizer_errors(self.file):
+            serialized = self.tokenizer.to_str()
         config = read_json(config_file, default={})
-        source = (template_file.read_text(encoding="utf-8") if template_file.exists()
+        source = (read_text(template_file, links=False) if os.path.lexists(template_file)
                   else config.get("chat_template"))
         if isinstance(source, list):  # several named templates
-            source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
+            source = next((entry.get("template") for entry in source
+                           if isinstance(entry, dict) and entry.get("name") == "default"), None)
         if not source:
             raise DataError(f"{path}: expected a chat template (chat_template.jinja, or in "
                             f"tokenizer_config.json), found none")
-        special = {key: value["content"] if isinstance(value, dict) else value
+        special = {key: value.get("content") if isinstance(value, dict) else value
                    for key, value in config.items()
                    if key.endswith("_token") and isinstance(value, (str, dict))}
+        for key, text in {"chat_template": source, **special}.items():
+            if not isinstance(text, str) or text != text.encode("utf-8", "ignore").decode():
+                raise DataError(f"{config_file}: {key}: expected text, found {repr(text)[:60]}")
         self.date = (date or today()) if "strftime_now" in source else None
         try:
             self.template = self.compile(source, special, self.date)
-        except jinja2.TemplateError as error:
+        except TemplateError as error:
             raise DataError(f"{path}: the chat template does not compile: {error}") from None
-        content = source + json.dumps(special, sort_keys=True) + self.tokenizer.to_str()
+        content = source + json.dumps(special, sort_keys=True) + serialized
         self.fingerprint = sha256(content.encode()).hexdigest()
-        self._learn_structure()
+        self._learn_structure(raw["model"])
 
     @staticmethod
-    def compile(source: str, special_tokens: dict, date: str | None = None) -> jinja2.Template:
+    def compile(source: str, special_tokens: dict, date: str | None = None) -> Template:
         """A chat template in the sandbox, with what transformers' `apply_chat_template` offers it."""
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=[_Generation, jinja2.ext.loopcontrols])
-        environment.filters["tojson"] = _tojson
-        environment.globals |= special_tokens
-        environment.globals |= {"raise_exception": _raise_exception,
-                                "strftime_now": parse_date(date).strftime}
-        return environment.from_string(source)
+        return Template(source, special_tokens | {"strftime_now": parse_date(date).strftime})
 
-    def _learn_structure(self) -> None:
+    def _learn_structure(self, model: dict) -> None:
         """How the template parts turns, from conversations of plain words.
 
         `control` {id: text}: special tokens, and others that it writes. `marks`: lines between two turns
         that are words alone (Llama 2's [/INST]), (squeezed, whether they begin a line): no message may have
-        them.
+        them. Raises DataError for a template that leaves out what the user says, or writes nothing.
         """
         added = self.tokenizer.get_added_tokens_decoder()
-        self.control, self.marks = {i: token.content for i, token in added.items() if token.special}, set()
-        model, self._typed = json.loads(self.tokenizer.to_str())["model"], None
+        self.control = {i: token.content for i, token in added.items() if token.special and token.content}
+        self.marks, self._typed, refused = set(), None, None
         # What the tokenizer itself gives for words that it lacks, so that words may have it.
         self._unknown = {self.tokenizer.token_to_id(model.get("unk_token") or ""), model.get("unk_id")}
         system, *turns = [{"role": role, "content": content} for role, content in
@@ -149,9 +127,13 @@ class Chat:
         for messages in (turns[:1], turns, [system, *turns]):
             try:
                 texts.append(self.render(messages, add_generation_prompt=True))
-            except DataError:  # a template may refuse system prompts, or so few turns, or so many
+            except DataError as error:  # it may refuse system prompts, or so few turns, or so many
+                refused = error
                 continue
             self.control |= {i: added[i].content for i in self.encode(texts[-1]) if i in added}
+        if not all(texts) or not any("wsx" in text for text in texts):
+            raise DataError(f"{self.path}: expected a chat template that renders what a user says, found: "
+                            f"{refused or 'other text' * all(texts) or 'nothing'}")
         self._checked = self.control.keys() - self._unknown
         tokens = "|".join(map(re.escape, self.control.values()))
         first = "".join(map(re.escape, {token[0] for token in self.control.values()}))
@@ -180,8 +162,8 @@ class Chat:
                       "tools": None, "documents": None}
         try:
             return self.template.render(**variables)
-        except jinja2.TemplateError as error:
-            raise DataError(f"{where}: the chat template refuses it: {error}") from None
+        except TemplateError as error:
+            raise DataError(f"{where}: the chat template refuses it: {str(error)[:300]}") from None
 
     def _parted(self, text: str) -> str:
         """A message with BREAK in each control token that it types."""
@@ -200,7 +182,7 @@ class Chat:
         """
         rendered, ids, places, start = self.render(messages, where=where, **variables), [], [], 0
         for piece in rendered.split(BREAK):
-            encoding = self.tokenizer.encode(piece, add_special_tokens=False)
+            encoding = self._encoding(piece)
             ids += encoding.ids
             places += [(start + a, start + b) for a, b in encoding.offsets]
             start += len(piece)
@@ -215,7 +197,11 @@ class Chat:
 
     def encode(self, text: str) -> list[int]:
         """Token ids. The template has written the special tokens: none is added."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encoding(text).ids
+
+    def _encoding(self, text: str):
+        with tokenizer_errors(self.file):
+            return self.tokenizer.encode(text, add_special_tokens=False)
 
     def encode_prompt(self, messages, where: str = "conversation", **variables) -> list[int]:
         """Token ids up to the position from which the first response token is generated."""
@@ -223,7 +209,8 @@ class Chat:
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        with tokenizer_errors(self.file):
+            return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def encode_example(self, conversation: Conversation, index: int, max_length: int) -> Example:
         """Encode a conversation, cut at `max_length` tokens, assistant turns and their end token labelled.
@@ -240,6 +227,8 @@ class Chat:
             words = message["content"].strip()
             if message["role"] == "assistant":
                 prompt = self.encode_prompt(messages[:i], where)
+                if len(prompt) >= max_length < len(ids):
+                    break  # nothing from here on is left of it
                 upto = self.tokens(messages[: i + 1], where)[1]
                 differing = (n for n, (a, b) in enumerate(zip(upto, ids)) if a != b)
                 start, end = len(prompt), next(differing, min(len(upto), len(ids)))
@@ -270,7 +259,8 @@ class Chat:
     def as_tokens_say(self, text: str) -> str:
         """A message as its tokens say it: a tokenizer may normalize (Qwen: NFC; Llama 2: ▁ is a space)."""
         pieces = self._parted(text).split(BREAK)
-        return "".join(self.tokenizer.decode(self.encode(piece)) for piece in pieces).strip()
+        with tokenizer_errors(self.file):
+            return "".join(self.tokenizer.decode(self.encode(piece)) for piece in pieces).strip()
 
 
 def encode_examples(chat: Chat, conversations: list[Conversation], max_length: int) -> list[Example]:
@@ -295,6 +285,20 @@ def encode_examples(chat: Chat, conversations: list[Conversation], max_length: i
     return kept
 
 
+def encode_prompts(chat: Chat, conversations: list[Conversation], longest: int) -> list[list[int]]:
+    """Token ids of each conversation's last prompt.
+
+    Raises DataError for one of more than `longest` tokens, or LONGEST: attention's memory is its square.
+    """
+    prompts, longest = [], min(longest, LONGEST)
+    for conversation in conversations:
+        prompts.append(chat.encode_prompt(conversation.prompts[-1], conversation.where))
+        if len(prompts[-1]) > longest:
+            raise DataError(f"{conversation.where}: expected a prompt of at most {longest} tokens (what the "
+                            f"model reads, less a response), found {len(prompts[-1])}")
+    return prompts
+
+
 def pad(sequences: list[list[int]], value: int, side: str, device="cpu") -> torch.Tensor:
     """Sequences of unequal length as a tensor (B, T), filled with `value` on the `side` "left" or "right"."""
     width = max(len(sequence) for sequence in sequences)
@@ -307,7 +311,16 @@ def pad_left(prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tens
     return pad(prompts, 0, "left", device), pad([[True] * len(ids) for ids in prompts], False, "left", device)
 
 
+def rows_that_fit(batch_size: int, longest: int) -> int:
+    """How many sequences to take at a time: masks (B, T, T) of at most 1 GB, and at least one sequence."""
+    return max(1, min(batch_size, LONGEST**2 // max(1, longest) ** 2))
+
+
 def batches_by_length(lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Indices of sequences, the shortest first, in batches of `batch_size` (the last one may be smaller)."""
+    """Indices of sequences, the shortest first, in batches of `batch_size` (the last one may be smaller).
+
+    Batches are smaller where the longest sequence makes their masks too large.
+    """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    batch_size = rows_that_fit(batch_size, max(lengths, default=1))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -15,6 +15,7 @@ FORMATS = (  # keys of the user's and the assistant's words in a record; the fir
     ("prompt", "response"), ("prompt", "completion"), ("user", "answer"), ("question", "answer"),
     ("goal", "target"), ("instruction", "output"),
 )
+MOST_MESSAGES, MOST_TEXT = 1000, 1 << 20  # of a record; characters: more than any model's context
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,7 @@ def read_records(path) -> list[tuple[str, dict]]:
     if path.suffix not in readers:
         raise DataError(f"{path}: expected a file ending in {', '.join(readers)}, "
                         f"found {path.suffix or 'no ending'}")
-    try:
-        found = [(f"{path}:{line}", record) for line, record in readers[path.suffix](text, path)]
-    except (csv.Error, RecursionError) as error:
-        raise DataError(f"{path}: expected records of ordinary size and depth, found: {error}") from None
+    found = [(f"{path}:{line}", record) for line, record in readers[path.suffix](text, path)]
     if not found:
         raise DataError(f"{path}: expected at least one conversation, found none")
     return found
@@ -91,11 +89,18 @@ def _json_list(text, path):
 
 def _csv_rows(text, path):
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    for row in reader:
-        if None in row or None in row.values():
-            raise DataError(f"{path}:{reader.line_num}: expected {len(reader.fieldnames)} columns "
-                            f"({', '.join(reader.fieldnames)})")
-        yield reader.line_num, row
+    try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise DataError(f"{path}:1: expected each column once, found {', '.join(names)}")
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(f"{path}:{reader.line_num}: expected {len(names)} columns "
+                                f"({', '.join(names)})")
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num + 1}: expected cells of ordinary size, "
+                        f"found: {error}") from None
 
 
 def _lines(text, path):
@@ -108,7 +113,7 @@ def conversation_of(record, where: str, need: str) -> Conversation:
     """One record, checked and brought into the one form; `need` as in read_conversations."""
 
     def fail(expected, found):
-        raise DataError(f"{where}: expected {expected}, found {found}")
+        raise DataError(f"{where}: expected {expected}, found {str(found)[:200]}")
 
     if not isinstance(record, dict):
         fail("an object", repr(record)[:60])
@@ -120,8 +125,11 @@ def conversation_of(record, where: str, need: str) -> Conversation:
         if pair is None:
             fail("messages, or one of " + ", ".join("/".join(pair) for pair in FORMATS),
                  f"keys {sorted(record)}")
-        prompt = record[pair[0]]
-        if pair[0] == "instruction" and record.get("input"):
+        alpaca, prompt = pair[0] == "instruction", record[pair[0]]
+        for key in ("system", *["input"] * alpaca):
+            if not isinstance(record.get(key), str | None):
+                fail(f"text as {key}", repr(record[key])[:60])
+        if alpaca and isinstance(prompt, str) and record.get("input"):
             prompt = f"{prompt}\n\n{record['input']}"
         messages = [{"role": "user", "content": prompt}]
         if record.get("system"):
@@ -130,6 +138,8 @@ def conversation_of(record, where: str, need: str) -> Conversation:
             messages.append({"role": "assistant", "content": record[pair[1]]})
     if not isinstance(messages, list) or not messages:
         fail("messages: a list of {role, content}", repr(messages)[:60])
+    if len(messages) > MOST_MESSAGES:
+        fail(f"at most {MOST_MESSAGES} messages", len(messages))
     for i, message in enumerate(messages):
         if (not isinstance(message, dict) or not isinstance(message.get("role"), str)
                 or not isinstance(message.get("content"), str)):
@@ -142,6 +152,8 @@ def conversation_of(record, where: str, need: str) -> Conversation:
             fail(f"text in message {i + 1} ({message['role']})", "none")
         if message["content"].encode("utf-8", "ignore").decode() != message["content"]:
             fail(f"valid Unicode in message {i + 1}", "half of a surrogate pair")
+    if (length := sum(len(message["content"]) for message in messages)) > MOST_TEXT:
+        fail(f"at most {MOST_TEXT:,} characters", f"{length:,}")
     turns = [message["role"] for message in messages if message["role"] != "system"]
     if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"] * (len(turns) % 2) or not turns:
         fail("user and assistant taking turns, the user first", " ".join(turns) or "no turn")

@@ -12,7 +12,9 @@ TEXTS = {"messages", *(prompt for prompt, _ in FORMATS)}  # keys of a conversati
 
 def hash_of(row: dict, where: str) -> str | None:
     """The conversation that a row names, by its "hash" or its texts. Raises DataError where they differ."""
-    named = {row["hash"]} if isinstance(row.get("hash"), str) else set()
+    if not isinstance(row.get("hash"), str | None):
+        raise DataError(f"{where}: hash: expected text, found {repr(row['hash'])[:60]}")
+    named = {row["hash"]} if row.get("hash") else set()
     if TEXTS & row.keys():
         named.add(conversation_of(row, where, need="answer").hash)
     if len(named) > 1:

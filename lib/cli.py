@@ -71,7 +71,7 @@ def option_value(option: dataclasses.Field, value, where):
             kinds[0] is bool or not isinstance(value, bool))
     if not valid:
         expected = " or ".join(str(getattr(kind, "__name__", kind)) for kind in kinds)
-        raise DataError(f"{where}: {option.name}: expected {expected}, found {value!r}")
+        raise DataError(f"{where}: {option.name}: expected {expected}, found {repr(value)[:60]}")
     return Path(value) if kinds[0] is Path and value is not None else value
 
 

@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
+import stat
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+DEEPEST = 100  # levels of lists and objects in a JSON file
 
 
 class DataError(ValueError):
@@ -18,26 +21,61 @@ class ModelError(ValueError):
     """A checkpoint, adapter or run that cannot be read exactly: file or key, what was expected and found."""
 
 
-def read_text(path: Path) -> str:
-    """A file's text without byte-order mark. Raises DataError where there is no file, or it is not UTF-8."""
-    if not path.is_file():
-        raise DataError(f"{path}: expected a file, found {'a folder' if path.is_dir() else 'nothing'}")
+def expect_file(path, largest: int, error=DataError, links: bool = True) -> Path:
+    """`path`, where it is a regular file of at most `largest` bytes: no pipe, which would never end.
+
+    links=False, for what belongs to a checkpoint or a run: no link may lead out of the file's folder, but for
+    those of the Hugging Face cache, snapshots/REVISION/NAME → blobs/HASH. Raises `error`.
+    """
+    path = Path(path)
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text, found {error}") from None
+        found = path.stat()
+        real, folder = path.resolve(strict=True), path.parent.resolve(strict=True)
+    except (OSError, ValueError, RuntimeError) as problem:  # links in a circle, a name with NUL or too long
+        there = "nothing" if isinstance(problem, FileNotFoundError) else getattr(problem, "strerror", problem)
+        raise error(f"{path}: expected a file, found {there}") from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
+        raise error(f"{path}: expected a file, found {kind}")
+    if found.st_size > largest:
+        raise error(f"{path}: expected at most {largest:,} bytes, found {found.st_size:,}")
+    hub = [part.parent / "blobs" for part in folder.parents if part.name == "snapshots"]
+    if not links and not any(home in real.parents for home in (folder, *hub)):
+        raise error(f"{path}: expected a file of that folder, found a link to {real}")
+    return path
+
+
+def read_text(path: Path, largest: int = 1 << 30, error=DataError, links: bool = True) -> str:
+    """A file's text without byte-order mark. Raises `error` as expect_file, and where it is not UTF-8."""
+    try:
+        return expect_file(path, largest, error, links).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise error(f"{path}: expected UTF-8 text, found {problem}") from None
+    except OSError as problem:
+        raise error(f"{path}: expected a file that can be read, found: {problem.strerror}") from None
 
 
 def parse_json(text: str):
-    """A JSON value. Raises ValueError where it is none, and for a key that an object has twice."""
+    """A JSON value. Raises ValueError where it is none, is nested deeper than DEEPEST, or has a key twice."""
     def object_of(pairs: list) -> dict:
         found = dict(pairs)
         if len(found) < len(pairs):
             keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {twice!r} twice in {str(found)[:60]}")
         return found
 
-    return json.loads(text, object_pairs_hook=object_of)
+    try:
+        value = json.loads(text, object_pairs_hook=object_of)
+    except RecursionError:
+        raise ValueError(f"more than {DEEPEST} levels") from None
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [part for each in level if isinstance(each, (dict, list))
+                 for part in (each.values() if isinstance(each, dict) else each)]
+    if level:  # it could be read, perhaps not be written again
+        raise ValueError(f"more than {DEEPEST} levels")
+    return value
 
 
 def json_lines(text: str, path: Path):
@@ -52,19 +90,53 @@ def json_lines(text: str, path: Path):
 
 
 def read_json(file: Path, default=None) -> dict:
-    """A JSON object; where the file is absent, `default` if given. Raises ModelError that names the file."""
-    try:
-        value = parse_json(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    """A JSON object of a checkpoint or run; where there is no such file, `default` if given.
+
+    Raises ModelError that names the file.
+    """
+    if not os.path.lexists(file):
         if default is None:
-            raise ModelError(f"{file}: not found (a local folder is expected; "
-                             f"nothing is downloaded)") from None
+            raise ModelError(f"{file}: not found (a local folder is expected; nothing is downloaded)")
         return default
+    try:
+        value = parse_json(read_text(file, 1 << 26, ModelError, links=False))
     except ValueError as error:
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(f"{file}: expected JSON, found: {error}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{file}: expected a JSON object, found a {type(value).__name__}")
     return value
+
+
+def expect(found: dict, rules: dict, where, error=ModelError) -> None:
+    """Raise `error` for the first key of `found` that is not as `rules` say: {key: (what is expected, test)}.
+
+    A key that is absent is tested as None.
+    """
+    for key, (expected, test) in rules.items():
+        if not test(found.get(key)):
+            raise error(f"{where}: {key}: expected {expected}, found {repr(found.get(key))[:60]}")
+
+
+def between(low, high, kind=int, optional: bool = False) -> tuple:
+    """A rule for `expect`: a number from `low` to `high`, int or, with kind=float, either; never NaN."""
+    kinds = (int, float) if kind is float else int
+
+    def test(value):
+        return (optional if value is None else
+                isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high)
+
+    return f"{'an integer' if kind is int else 'a number'} from {low:,} to {high:,}", test
+
+
+COUNT = between(0, 10**9)
+
+
+def either(*kinds, optional: bool = False) -> tuple:
+    """A rule for `expect`: a value of one of these types."""
+    return (" or ".join(kind.__name__ for kind in kinds),
+            lambda value: optional if value is None else type(value) in kinds)
 
 
 @contextmanager

@@ -24,6 +24,8 @@ from lib.cli import option_value
 from lib.files import (DataError, json_lines, naming, new_folder, read_json, read_text, remove, sync,
                        write_config, write_jsonl, write_text)
 
+ADAMW = ("step", "exp_avg", "exp_avg_sq")  # an optimizer's state of a parameter, once it has taken a step
+
 
 def options_of_run(config):
     """The options of the run config.resume, a dataclass of config's type, whose `out` it becomes.
@@ -83,13 +85,20 @@ def told_how(run: Path):
         raise
 
 
+def keep_rows(file: Path, compute) -> None:
+    """Write the rows of compute() to a JSON Lines file, where it is not there yet."""
+    if not processes.on_first(file.exists):
+        rows = compute()
+        processes.on_first(lambda: write_jsonl(file, rows))
+
+
 def kept_rows(file: Path, compute) -> list[dict]:
-    """The rows of a JSON Lines file; where it is not there yet, those of compute(), which are written to it."""
-    if processes.on_first(file.exists):
-        return [row for _, row in json_lines(read_text(file), file)]
-    rows = compute()
-    processes.on_first(lambda: write_jsonl(file, rows))
-    return rows
+    """The rows of a file of `keep_rows`, kept now or before. Raises DataError for one that is no object."""
+    keep_rows(file, compute)
+    found = list(json_lines(read_text(file, links=False), file))
+    if odd := [line for line, row in found if not isinstance(row, dict)]:
+        raise DataError(f"{file}:{odd[0]}: expected an object, found something else")
+    return [row for _, row in found]
 
 
 class Progress:
@@ -151,12 +160,12 @@ class Progress:
         if file:
             tensors, metadata = load_checked(file, "a state of training")
             steps, values = int(file.stem), json.loads(metadata["values"])
-            if metadata["of"] != self.of:
+            if metadata.get("of") != self.of:
                 raise DataError(f"{file}: expected a state of this model and data, found one of others: what "
                                 f"the run was started with has changed since")
             for name, parameter in self.parameters.items():
-                own = {key.partition(" ")[0]: processes.like(tensor, parameter)
-                       for key, tensor in tensors.items() if key.partition(" ")[2] == name}
+                own = {key: processes.like(tensors[f"{key} {name}"], parameter)
+                       for key in ("parameter", "beside", *ADAMW) if f"{key} {name}" in tensors}
                 parameter.data.copy_(own.pop("parameter"))
                 if (extra := own.pop("beside", None)) is not None:
                     beside = [*(beside or []), extra]

@@ -3,14 +3,15 @@
 SQLite, so that processes can share it.
 """
 
+import os
 import sqlite3
 import time
 from pathlib import Path
 
-from lib.files import DataError
+from lib.files import DataError, expect_file
 from lib.risk import as_risk
 
-
+TABLE = "verdicts (key TEXT PRIMARY KEY, risk REAL, mass REAL, prompt TEXT, response TEXT)"
 PATIENCE = 600  # seconds that another process may have the file locked
 
 
@@ -44,9 +45,15 @@ class VerdictFile:
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(self.path):
+            expect_file(self.path, 1 << 60)
         self.file = self.do(lambda: sqlite3.connect(self.path, timeout=1))
-        columns = "key TEXT PRIMARY KEY, risk REAL, mass REAL, prompt TEXT, response TEXT"
-        self.do(lambda: self.file.execute(f"CREATE TABLE IF NOT EXISTS verdicts ({columns})"))
+        found = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL"
+        made = self.do(lambda: self.file.execute(found).fetchall())
+        if made not in ([], [(f"CREATE TABLE {TABLE}",)]):
+            self.file.close()  # a view or a trigger could do anything
+            raise DataError(f"{self.path}: expected a file of verdicts, found {str(made)[:200]}")
+        self.do(lambda: self.file.execute(f"CREATE TABLE IF NOT EXISTS {TABLE}"))
         return self
 
     def __exit__(self, *error):

@@ -368,7 +368,7 @@ class TestKeptVerdicts:
         else:
             path.mkdir()
         before = path.is_dir() or path.read_bytes()
-        with pytest.raises(DataError, match=f"{kind}.sqlite: expected a file of verdicts that can be read and written"):
+        with pytest.raises(DataError, match=f"{kind}.sqlite: expected a file( of verdicts that can be read and written|, found a folder)"):
             judge_pairs(Counting(), self.pairs, options(verdicts=path))
         assert (path.is_dir() or path.read_bytes()) == before
 

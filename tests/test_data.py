@@ -7,7 +7,7 @@ from datetime import date
 import pytest
 import torch
 
-from data.chat import Chat, encode_examples, IGNORE, pad
+from data.chat import batches_by_length, Chat, encode_examples, encode_prompts, IGNORE, LONGEST, pad, rows_that_fit
 from data.conversations import Conversation, read_conversations, split_by_prompt, WORLD
 from lib.files import DataError
 
@@ -154,16 +154,15 @@ class TestRendering:
                 Chat(tmp_path / "chat", wrong)
 
     def test_the_template_may_refuse_in_its_own_words_and_cannot_reach_out(self, tmp_path):
-        chat = chat_with(tmp_path, "{{ raise_exception('no system role') if messages[0].role == 'system' }}")
+        chat = chat_with(tmp_path, "{{ raise_exception('no system role') if messages[0].role == 'system' else messages[0].content }}")
         with pytest.raises(DataError, match="no system role"):
             chat.render(conversation("x", system="s").messages)
-        chat = chat_with(tmp_path / "b", "{{ messages.__class__.__mro__ }}")
-        with pytest.raises(DataError):
-            chat.render(conversation("x").messages)
+        with pytest.raises(DataError, match="chat: expected a chat template that renders"):
+            chat_with(tmp_path / "b", "{{ messages.__class__.__mro__ }}")
 
     def test_named_templates_and_missing_ones(self, tmp_path):
-        chat = chat_with(tmp_path, [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}])
-        assert chat.render(conversation("x").messages) == "D"
+        chat = chat_with(tmp_path, [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D {{ messages[0].content }}"}])
+        assert chat.render(conversation("x").messages) == "D x"
         with pytest.raises(DataError, match="expected a chat template"):
             chat_with(tmp_path / "b", None)
         with pytest.raises(DataError, match="does not compile"):
@@ -231,7 +230,7 @@ class TestMasks:
         )
 
     def test_a_refusing_template_names_the_record(self, tmp_path):
-        chat = chat_with(tmp_path, "{{ raise_exception('no system role') if messages[0].role == 'system' }}")
+        chat = chat_with(tmp_path, "{{ raise_exception('no system role') if messages[0].role == 'system' else messages[0].content }}")
         with pytest.raises(DataError, match="mine.jsonl:3: the chat template refuses it: no system role"):
             chat.encode_example(Conversation(conversation("a", "b", system="s").messages, "mine.jsonl:3"), 0, 999)
 
@@ -246,6 +245,29 @@ class TestMasks:
         assert len(encode_examples(chat, rows[:1], 40)) == 1 and capsys.readouterr().out == ""
         with pytest.raises(DataError, match="no response fits"):
             encode_examples(chat, rows[2:], 40)
+
+
+class TestLongTexts:
+    def test_a_prompt_that_a_model_cannot_read_is_refused_before_it_asks_for_memory(self, chat):
+        rows = [Conversation(conversation("word " * n).messages, f"f.jsonl:{n}") for n in (3, 900)]
+        assert [len(ids) for ids in encode_prompts(chat, rows[:1], 512)] == [len(chat.encode_prompt(rows[0].messages))]
+        with pytest.raises(DataError, match="f.jsonl:900: expected a prompt of at most 512 tokens"):
+            encode_prompts(chat, rows, 512)
+        with pytest.raises(DataError, match=f"f.jsonl:100000: expected a prompt of at most {LONGEST} tokens"):
+            encode_prompts(chat, [Conversation(conversation("1" * 10**5).messages, "f.jsonl:100000")], 10**9)
+
+    def test_long_sequences_come_in_smaller_batches(self):
+        assert batches_by_length([5, 3, 4], 2) == [[1, 2], [0]] and rows_that_fit(64, 4096) == 64
+        assert batches_by_length([LONGEST // 2] * 5, 64) == [[0, 1, 2, 3], [4]] and rows_that_fit(64, LONGEST) == 1
+
+    def test_of_a_conversation_of_many_turns_only_those_that_fit_are_rendered(self, chat, monkeypatch):
+        long = Conversation(conversation(*["Hello there"] * 90).messages, "f:1")
+        calls, render = [], chat.render
+        monkeypatch.setattr(chat, "render", lambda messages, **rest: calls.append(len(messages)) or render(messages, **rest))
+        [example] = encode_examples(chat, [long], 64)
+        assert len(example.input_ids) == 64 and max(n for n in calls if n < 90) < 20
+        whole = [label for label in chat.encode_example(long, 0, 10**6).labels[:64]]
+        assert example.labels == whole and example.seen.messages[0]["content"] == "Hello there"
 
 
 def test_pad():
@@ -268,6 +290,7 @@ def test_published_templates_render_as_transformers_does():
     for path in templates:
         if path.name.split(".")[0].startswith(("llama3", "qwen2_5", "qwen3", "phi3")):
             chat = Chat.__new__(Chat)
+            chat.marks, chat._typed = set(), None
             chat.template = Chat.compile(path.read_text(), {"bos_token": "<s>", "eos_token": "</s>"})
             for c in chats:
                 for prompt in (False, True):

@@ -343,7 +343,8 @@ class TestTables:
         """Completions of which the share `greedy` is no refusal."""
         rows = [{"kind": "harmful", "set": "harmful", "refused": i >= 100 * greedy} for i in range(100)]
         rows += [{"kind": "over_refusal", "set": "benign", "refused": False}] * 10 + [{"kind": "task", "set": "x", "correct": True}]
-        return [row | {"decoding": "greedy", "group": str(i), "cut": False, "thought": ""} for i, row in enumerate(rows)]
+        return [row | {"decoding": "greedy", "group": str(i), "cut": False, "thought": "", "prompt": "", "response": ""}
+                for i, row in enumerate(rows)]
 
     def figures(self, greedy):
         return figures(summarize(self.rows(greedy), EvalOptions()))

@@ -201,7 +201,7 @@ def test_risks_are_joined_by_what_they_are_of(tmp_path, data):
     other = {"prompt": "Another", "response": "one", "risk": 0.0}
     for rows, words in (([*whole[:5], other], "r.jsonl:6: expected a conversation of .*data.jsonl, found another one"),
                         (whole[:5], "r.jsonl: expected a risk for each conversation, found none for .*data.jsonl:[1-6]"),
-                        ([*hashes[:5], {"hash": 3, "risk": 0}], "r.jsonl:6: expected a conversation or"),
+                        ([*hashes[:5], {"hash": 3, "risk": 0}], "r.jsonl:6: hash: expected text, found 3"),
                         ([{"risk": 0.0}] * 6, "r.jsonl:1: expected a conversation or its \"hash\".*--risk-by-line"),
                         ([whole[0] | {"hash": data[1].hash}], "r.jsonl:1: expected the hash of the row's own conversation"),
                         ([whole[0] | {"messages": whole[0]["messages"][:1]}], "r.jsonl:1: expected an assistant turn")):

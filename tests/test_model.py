@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import DEVICE, assert_near, load_model, policy, tolerance
+from data.chat import Chat
 from data.conversations import WORLD
 from lib.checkpoint import fingerprint
 from lib.files import ModelError
@@ -212,11 +213,11 @@ class TestCheckpoints:
             ({"model_type": "gpt2"}, "llama | mistral | qwen2 | qwen3 | phi3, found 'gpt2'"),
             ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', found 'gelu'"),
             ({"quantization_config": {"bits": 4}}, "quantization_config"),
-            ({"hidden_size": None}, "hidden_size: expected a positive number, found None"),
+            ({"hidden_size": None}, "hidden_size: expected an integer from 1 to 1,000,000, found None"),
             ({"num_key_value_heads": 3}, "a divisor of num_attention_heads"),
             ({"rope_parameters": {"rope_type": "yarn"}}, "default | linear | llama3 | longrope, found 'yarn'"),
             ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2}}, "found 'dynamic'"),
-            ({"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "needs 'low_freq_factor'"),
+            ({"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "llama3: low_freq_factor: expected a number"),
             ({"dtype": "float8_e4m3fn"}, "float32, bfloat16 or float16"),
         ],
     )
@@ -331,7 +332,7 @@ class TestLoRA:
         with pytest.raises(ModelError, match="use_dora = True"):
             load_adapter(load_model(GOLDEN[0]), tmp_path)
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
-        with pytest.raises(ModelError, match="misshapen: base_model.model"):
+        with pytest.raises(ModelError, match="expected adapters of rank r = 3, found .2."):
             load_adapter(load_model(GOLDEN[0]), tmp_path)
 
 
@@ -374,3 +375,39 @@ class TestDtype:
             grads[dtype] = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad])
         assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
         assert torch.cosine_similarity(*grads.values(), dim=0) > 0.995
+
+
+class TestLinks:
+    def hub(self, tmp_path, source=GOLDEN[0]):
+        """A snapshot as the Hugging Face hub's cache has it: links to files that are named by their hashes."""
+        blobs, snapshot = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "0f3a"
+        blobs.mkdir(parents=True)
+        snapshot.mkdir(parents=True)
+        for i, file in enumerate(source.iterdir()):
+            shutil.copy(file, blobs / str(i))
+            (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+        return snapshot
+
+    def test_a_snapshot_of_the_hubs_cache_is_a_checkpoint_and_so_is_a_linked_folder(self, tmp_path):
+        snapshot = self.hub(tmp_path, WORLD / "model")
+        (tmp_path / "link").symlink_to(snapshot)
+        for path in (snapshot, tmp_path / "link"):
+            model, chat = load_model(path), Chat(path)
+            assert torch.equal(model.lm_head.weight, load_model(WORLD / "model").lm_head.weight)
+            assert fingerprint(path) == fingerprint(WORLD / "model") and chat.fingerprint == Chat(WORLD / "model").fingerprint
+        save_model(model, tmp_path / "copy")
+        assert not any(file.is_symlink() for file in (tmp_path / "copy").iterdir()) and (tmp_path / "copy" / "tokenizer.json").exists()
+
+    @pytest.mark.parametrize("target", ["private", "../../blobs/away", "../../../other"])
+    def test_a_link_that_leaves_it_is_refused_where_it_is_read_and_where_it_would_be_copied(self, tmp_path, target):
+        (tmp_path / "private").write_text("secret")
+        (tmp_path / "other").write_text("secret")
+        snapshot = self.hub(tmp_path)
+        (tmp_path / "models--x" / "blobs" / "away").symlink_to(tmp_path / "private")
+        model = load_model(snapshot)
+        (snapshot / "merges.txt").symlink_to(tmp_path / "private" if target == "private" else target)
+        with pytest.raises(ModelError, match="merges.txt: expected a file of that folder, found a link to"):
+            load_model(snapshot)
+        with pytest.raises(ModelError, match="merges.txt: expected a file of that folder, found a link to"):
+            save_model(model, tmp_path / "copy")  # it came later
+        assert not (tmp_path / "copy").exists()

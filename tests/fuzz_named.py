@@ -1,0 +1,116 @@
+"""For test_fuzz.py: cases by name, each of which was once accepted, or ended in a traceback or a hang: (kind, change, what is said)."""
+
+import json
+import os
+
+from fuzz_files import RAW
+
+def edit(name, **values):
+    """Values of a JSON file; in raw text, where a value is one of RAW."""
+    def change(folder):
+        text = json.dumps(json.loads((folder / name).read_text()) | values)
+        for key, raw in RAW.items():
+            text = text.replace(json.dumps(key), raw)
+        (folder / name).write_text(text)
+    return change
+
+
+def put(name, text):
+    return lambda folder: (clear(folder / name), (folder / name).write_text(text))
+
+
+def link(name, target):
+    return lambda folder: (clear(folder / name), (folder / name).symlink_to(target))
+
+
+def pipe(name):
+    return lambda folder: (clear(folder / name), os.mkfifo(folder / name))
+
+
+def large(name, size):
+    return lambda folder: os.truncate(folder / name, size)
+
+
+def clear(file):
+    for other in file.parent.glob("rows.*" if file.stem == "rows" else file.name):
+        other.unlink()
+
+
+def jinja(text):
+    return lambda folder: (folder / "chat_template.jinja").write_text(text)
+
+
+HELLO = '{"prompt": "Hello", "response": "Yes"'
+OVER = "asks for more time or memory"
+NAMED = [
+    *(("model", edit("config.json", **{key: value}), f"{key}: expected") for key, value in [
+        ("rope_parameters", True), ("num_key_value_heads", -1), ("num_key_value_heads", "128"), ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 9999), ("num_hidden_layers", 2), ("num_hidden_layers", True), ("vocab_size", 2**63), ("hidden_size", "32"), ("hidden_size", 32.0),
+        ("head_dim", 0), ("head_dim", -2), ("sliding_window", 0), ("sliding_window", "9"), ("rms_norm_eps", "@nan"), ("rms_norm_eps", 0),
+        ("max_position_embeddings", 10**30), ("tie_word_embeddings", "yes"), ("attention_bias", 1), ("dtype", ["float32"]),
+        ("eos_token_id", "2"), ("eos_token_id", -1), ("eos_token_id", 96), ("eos_token_id", [[2]]), ("eos_token_id", True),
+        ("layer_types", ["full_attention", "odd"]), ("layer_types", 3), ("model_type", []), ("hidden_act", {}), ("intermediate_size", "@inf")]),
+    *(("model", edit("config.json", rope_parameters={"rope_type": "default", "rope_theta": 1e4} | rope), words) for rope, words in [
+        ({"rope_theta": 0}, "rope_theta: expected"), ({"rope_theta": -1.0}, "rope_theta: expected"), ({"rope_theta": "@nan"}, "rope_theta"),
+        ({"rope_theta": "@inf"}, "rope_theta: expected"), ({"partial_rotary_factor": 2}, "partial_rotary_factor: expected"),
+        ({"partial_rotary_factor": 0.1}, "an even number of rotary dimensions"), ({"rope_type": "linear", "factor": "2"}, "factor: expected"),
+        ({"rope_type": "longrope", "factor": 1, "short_factor": [1.0], "long_factor": [1.0]}, "short_factor: expected a list of 4"),
+        ({"rope_type": ["linear"]}, "rope_type: expected"), ({"full_attention": {"rope_theta": 1}}, "one set of parameters"),
+        ({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4, "original_max_position_embeddings": 32},
+         "low_freq_factor < high_freq_factor")]),
+    *(("model", edit("generation_config.json", eos_token_id=odd), "eos_token_id: expected") for odd in ("@huge", [7, 10**6], [True], {})[1:]),
+    ("model", edit("config.json", x="@deep"), "levels"), ("model", edit("config.json", x="@huge"), "limit"),
+    ("model", pipe("config.json"), "found a pipe"), ("model", pipe("model.safetensors"), "found a pipe"),
+    ("model", link("config.json", "/etc/passwd"), "found a link to /etc/passwd"), ("model", large("config.json", 10**10), "at most"),
+    ("model", link("model.safetensors", "/etc/passwd"), "found a link to"), ("model", link("config.json", "config.json"), "levels of symbolic links"),
+    ("model", link("merges.txt", "/etc/passwd"), "found a link to"), ("model", pipe("vocab.json"), "found a pipe"),
+    *(("model", put("model.safetensors.index.json", json.dumps({"weight_map": {"a": name}})), "names of safetensors files in")
+      for name in ("../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "x\0.safetensors", "a\\b.safetensors")),
+    *(("model", put("model.safetensors.index.json", json.dumps({"weight_map": odd})), "expected a weight_map") for odd in (3, [], {"a": 3}, {"a": []})),
+    ("template", jinja(""), "expected a chat template"), ("template", jinja("x"), "renders what a user says, found: other text"),
+    ("template", jinja("{% if not add_generation_prompt %}{{ messages }}{% endif %}"), "found: nothing"),
+    *(("template", jinja(text), words) for text, words in [
+        ("{{ 1/0 }}", "ZeroDivisionError"), ("{{ range(10**9) }}", "not offered"), ("{{ nope|tojson }}", "not JSON serializable"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"), ("{{ 10**(10**8) }}", "not offered"), ("{{ 'x'*999999999 }}", OVER),
+        ("{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}", OVER),
+        ("{% set n = namespace(x=1) %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}", OVER),
+        ("{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(99) }}", OVER),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}", OVER),
+        ("{{ '%1000000000d' % 1 }}", "not offered"), ("{{ 'x'|center(10**9) }}", "not offered"), ("{{ 'x'|indent(999999999) }}", OVER),
+        ("{{ [1] * 999999999 }}", OVER), ("{{ 'x'.ljust(999999999) }}", "unsafe"), ("{{ ('x' * 99999).replace('', 'y' * 99999) }}", OVER),
+        ("x" * 10**6, "at most 131072 characters"), ("{{ " + "(" * 9999, "RecursionError")]),
+    ("template", pipe("chat_template.jinja"), "found a pipe"), ("template", link("tokenizer.json", "/etc/passwd"), "found a link"),
+    ("template", edit("config.json", vocab_size=50), "token ids under the model's vocab_size = 50"), ("template", put("tokenizer.json", "{}"), "a tokenizer"),
+    ("template", edit("tokenizer_config.json", eos_token={"content": 3}), "eos_token: expected text"),
+    *(("tokenizer", edit("tokenizer_config.json", chat_template=odd), "chat_template") for odd in (3, {"a": 1}, "@half", [3], [{"template": "x"}])[:3]),
+    *(("tokenizer", edit("tokenizer_config.json", chat_template=odd), "expected a chat template") for odd in ([3], [{"template": "x"}], [[]], None)),
+    *(("records", put("rows.jsonl", HELLO + "}\n" + text), f"rows.jsonl:2: {words}") for text, words in [
+        ('{"instruction": null, "input": "x", "output": "y"}', "expected message 1"), (HELLO + ', "prompt": "x"}', "expected a JSON object"),
+        ('{"instruction": "x", "input": 3, "output": "y"}', "expected text as input"), (HELLO + ', "system": []}', "expected text as system"),
+        ('{"prompt": ["x"], "response": "y"}', "expected message 1"), ('{"prompt": "\\ud800", "response": "y"}', "expected valid Unicode"),
+        (HELLO + f', "x": {RAW["@huge"]}}}', "expected a JSON object"), (HELLO + f', "x": {RAW["@deep"]}}}', "expected a JSON object"),
+        (HELLO + f', "x": {RAW["@objects"]}}}', "expected a JSON object"),
+        (json.dumps({"prompt": "x" * 2**21, "response": "y"}), "expected at most 1,048,576 characters"),
+        (json.dumps({"messages": [{"role": r, "content": "x"} for r in ("user", "assistant") * 9999]}), "expected at most 1000 messages")]),
+    *(("records", put(name, text), words) for name, text, words in [
+        ("rows.csv", "goal,target,goal\na,b,c\n", "rows.csv:1: expected each column once"), ("rows.csv", "goal,target\na,b\n" + "x" * 200000 + ",y", "csv:3: "),
+        ("rows.json", '[{"prompt": "a", "prompt": "b"}]', "twice"), ("rows.json", RAW["@deep"], "levels"), ("rows.json", RAW["@huge"], "limit")]),
+    ("records", pipe("rows.jsonl"), "found a pipe"), ("records", link("rows.jsonl", "/dev/zero"), "found a pipe, socket or device"),
+    ("records", lambda folder: (clear(folder / "rows.x"), (folder / "rows.txt").mkdir()), "found a folder"),
+    ("records", lambda folder: (put("rows.txt", "x")(folder), os.truncate(folder / "rows.txt", 2**40)), "at most"),
+    *(("risks", put("risk.jsonl", json.dumps(row) + "\n"), "risk.jsonl:1: ") for row in (
+        {"risk": 0.1, "hash": 3}, {"risk": True, "hash": "x"}, {"risk": "0"}, {"risk": 10**300, "prompt": "a0", "response": "b0"}, [1])),
+    ("risks", put("risk.jsonl", RAW["@deep"]), "risk.jsonl:1: "), ("risks", pipe("risk.jsonl"), "found a pipe"),
+    ("probe", pipe("probe.safetensors"), "found a pipe"), ("probe", put("probe.safetensors", "x"), "written by probe.py"),
+    *(("adapter", edit("adapter_config.json", **{key: value}), f"{key}: expected") for key, value in [
+        ("r", 10**9), ("r", "2"), ("r", True), ("lora_alpha", "@nan"), ("lora_alpha", "4"), ("target_modules", "q_proj"), ("target_modules", [3])]),
+    ("adapter", edit("adapter_config.json", r=9999), "adapters of rank r = 9999"), ("adapter", edit("adapter_config.json", target_modules=["x"]), "LoRA targets"),
+    ("adapter", pipe("adapter_model.safetensors"), "found a pipe"), ("adapter", link("adapter_config.json", "/etc/passwd"), "found a link"),
+    ("verdicts", pipe("verdicts.sqlite"), "found a pipe"), ("verdicts", put("verdicts.sqlite", "x" * 999), "expected a file of verdicts"),
+    *(("run", edit(f"mine-1/{name}", **{key: value}), words) for name, key, value, words in [
+        ("config.json", "seed", "1", "seed: expected"), ("config.json", "temperature", "@nan", "temperature: expected"),
+        ("config.json", "max_new_tokens", [], "max_new_tokens: expected"), ("results.json", "after", 3, "expected results of train.py"),
+        ("results.json", "after", {"asr": {"greedy": {"rate": 7}}}, "expected results"), ("results.json", "base", {}, "expected results")]),
+    *(("run", lambda folder, row=row: (folder / "mine-1" / "completions_after.jsonl").write_text(row), words) for row, words in [
+        ("3\n", "after.jsonl:1: expected an object"), ("{}\n", "after.jsonl:1: kind: expected"), ("", "the figures of its completions")]),
+]

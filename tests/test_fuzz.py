@@ -1,0 +1,101 @@
+"""Every file may be hostile: each case works, or ends in one DataError or ModelError that names the file; none hangs or eats memory.
+
+Cases run in a worker, `python tests/test_fuzz.py FOLDER KIND SEED`, which the test starts again behind a case that hangs or dies. To
+see one case alone, with its traceback: `python tests/test_fuzz.py /tmp/case records 17`.
+"""
+
+import json
+import os
+import random
+import resource
+import select
+import shutil
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+
+from fuzz_files import mutate, prepare
+from fuzz_named import NAMED
+
+CASES = {"records": 1300, "risks": 400, "model": 700, "tokenizer": 450, "template": 600, "probe": 250, "adapter": 300, "verdicts": 300,
+         "run": 400}
+SECONDS, GIGABYTES = 5, 2  # of a case; the memory is what comes on top of the imports
+
+
+class Plain(random.Random):
+    """No chance: a named case changes the first of the sound files."""
+
+    random, choice = (lambda self: 0.99), (lambda self, values: values[0])
+
+
+def work(folder: Path, start: tuple, alone: bool) -> None:
+    """Cases from `start` on, each announced and then told of, a line each: (kind, seed), what is wrong or nothing."""
+    out = os.fdopen(os.dup(1), "w")
+    kinds = prepare()
+    if not alone:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        os.dup2(sys.stdout.fileno(), 2)  # Rust's panics
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + GIGABYTES * 2**30,) * 2)
+    cases = [(kind, seed) for kind, n in {**CASES, "named": len(NAMED)}.items() for seed in range(n)]
+    cases = [start] if alone else cases[cases.index(start) :]
+    for kind, seed in cases:
+        print(json.dumps([kind, seed]), file=out, flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        rng, words, wrong = random.Random(f"{kind} {seed}"), None, ""
+        of = NAMED[seed][0] if kind == "named" else kind
+        make, read = kinds[of]
+        files = make(folder, Plain() if kind == "named" else rng)
+        if kind == "named":
+            _, change, words = NAMED[seed]
+            change(folder)
+        for file in files if kind != "named" else ():
+            mutate(file, rng)
+        try:
+            read(folder)
+            wrong = f"accepted, expected {words!r}" if words else ""
+        except Exception as error:
+            said = str(error)
+            if type(error).__name__ not in ("DataError", "ModelError") or str(folder) not in said or len(said) > 5000:
+                wrong = f"{type(error).__name__}: {said[:300]}" + " ".join(traceback.format_exc().splitlines()[-3:-1])
+            elif words and words not in said:
+                wrong = f"expected {words!r}, found {said[:300]!r}"
+        print(json.dumps(wrong), file=out, flush=True)
+        if alone:
+            print(wrong or "as it should be")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits memory as Linux does")
+def test_every_case_works_or_is_refused_by_one_error_that_names_the_file(tmp_path):
+    cases = [[kind, seed] for kind, n in {**CASES, "named": len(NAMED)}.items() for seed in range(n)]
+    assert len(cases) >= 4000
+    found, at = {}, 0
+    while at < len(cases):
+        command = [sys.executable, __file__, tmp_path / "case", *map(str, cases[at])]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}) as worker:
+            lines, running, seconds = b"", True, 120  # for the imports
+            while running:
+                ready = select.select([worker.stdout], [], [], seconds)[0]
+                data = os.read(worker.stdout.fileno(), 1 << 16) if ready else b""
+                lines, running = lines + data, bool(data)
+                seconds = SECONDS if b"\n" in lines else seconds
+            worker.kill()
+        told = [json.loads(line) for line in lines.decode().split("\n") if line]
+        found |= {tuple(case): wrong for case, wrong in zip(told[::2], told[1::2])}
+        if len(told) % 2 or not told:  # a case was begun and did not end
+            case = told[-1] if told else cases[at]
+            found[tuple(case)] = f"longer than {SECONDS} s" if not ready else f"the process died ({worker.returncode})"
+        at += max(1, (len(told) + 1) // 2)
+    bad = {case: wrong for case, wrong in found.items() if wrong}
+    print(f"{len(found)} cases, {len(bad)} of them bad")
+    assert not bad, f"{len(bad)} of {len(found)} cases: " + "\n".join(f"{kind} {seed}: {wrong}" for (kind, seed), wrong in bad.items())
+    assert len(found) == len(cases)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    work(Path(sys.argv[1]), (sys.argv[2], int(sys.argv[3])), alone=len(sys.argv) > 4)
