@@ -114,11 +114,11 @@ class Environment(ImmutableSandboxedEnvironment):
         if isinstance(value, Namespace):
             value = value._Namespace__attrs
         if isinstance(value, dict):
-            value = value.items()
+            value = [*value, *value.values()]
         total = 1
         if isinstance(value, CONTAINERS):
             for part in value:
-                total += self.size(part)
+                total += 1 + len(part) // 4 if type(part) is str else self.size(part)
                 if total > self.left:
                     self.spend(total)
         return total
@@ -162,10 +162,10 @@ class Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context, operator, left, right):
         if operator == "**" or operator == "%" and isinstance(left, str):
             raise TemplateError(f"the operator {operator} is not offered here")
-        for sequence, times in ((left, right), (right, left)):
-            if operator == "*" and hasattr(sequence, "__len__") and isinstance(times, int):
+        for sequence, times in ((left, right), (right, left)) if operator == "*" else ():
+            if hasattr(sequence, "__len__") and isinstance(times, int):
                 self.spend(max(times, 0) * len(sequence))
-        return self.value(super().call_binop(context, operator, left, right))
+        return self.value(self.binop_table[operator](left, right))
 
     def is_safe_attribute(self, obj, attr, value):
         offered = next((names for kind, names in METHODS.items() if isinstance(obj, kind)), None)
