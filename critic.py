@@ -324,8 +324,7 @@ def main(config: CriticConfig) -> None:
     conversations = read_conversations(config.data, need="answer")
     if config.out:
         expect_writable(config.out)
-    judge = open_judge(config)
-    verdicts = conversation_verdicts(judge, conversations, config)
+    verdicts = conversation_verdicts(open_judge(config), conversations, config)
     risk = torch.tensor([verdict.risk for verdict in verdicts], dtype=torch.float64)
     if config.out:
         rows = [c.meta | {"risk": v.risk, "score": v.score, "valid": v.valid, "hash": c.hash}

@@ -466,7 +466,7 @@ def leak_line(config: TrainConfig) -> str:
 def main(config: TrainConfig) -> None:
     """records → examples → risk → loss → checkpoint → evaluation; the run's folder keeps what is known."""
     processes.join()
-    config = processes.on_first(lambda: check(options_of_run(config) if config.resume else config))
+    config = processes.on_first(lambda: options_of_run(config, check) if config.resume else check(config))
     torch.manual_seed(config.seed)
     sets, conversations = evaluation_sets(config), read_conversations(config.data, need="answer")
     judge = open_judge(config) if processes.rank() == 0 else None

@@ -27,8 +27,8 @@ from lib.files import (DataError, json_lines, naming, new_folder, read_json, rea
 ADAMW = ("step", "exp_avg", "exp_avg_sq")  # an optimizer's state of a parameter, once it has taken a step
 
 
-def options_of_run(config):
-    """The options of the run config.resume, a dataclass of config's type, whose `out` it becomes.
+def options_of_run(config, check):
+    """The options of the run config.resume, a dataclass of config's type, checked; the run becomes its `out`.
 
     Raises DataError for a finished run, a folder that is none, other options beside --resume, and where a
     run's judge is a URL that is not typed: a file alone makes nobody talk to a server.
@@ -50,7 +50,10 @@ def options_of_run(config):
                         f"found {config.judge or 'none'}")
     if values["dtype"] == "auto":  # which may have been decided by a measurement
         values["dtype"] = saved.get("computed_in")
-    return replace(config, **values, out=run)
+    try:
+        return check(replace(config, **values, out=run))
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from None
 
 
 def run_folder(config, default: str, policy):
@@ -156,24 +159,28 @@ class Progress:
 
         (0, values, None) where there is none. Raises DataError where it is of other examples or another model.
         """
-        file, steps, beside = processes.on_first(self.newest), 0, None
+        file, steps, beside = processes.on_first(self.newest), 0, []
         if file:
             tensors, metadata = load_checked(file, "a state of training")
-            steps, values = int(file.stem), json.loads(metadata["values"])
             if metadata.get("of") != self.of:
                 raise DataError(f"{file}: expected a state of this model and data, found one of others: what "
                                 f"the run was started with has changed since")
-            for name, parameter in self.parameters.items():
-                own = {key: processes.like(tensors[f"{key} {name}"], parameter)
-                       for key in ("parameter", "beside", *ADAMW) if f"{key} {name}" in tensors}
-                parameter.data.copy_(own.pop("parameter"))
-                if (extra := own.pop("beside", None)) is not None:
-                    beside = [*(beside or []), extra]
-                if own:
-                    self.optimizer.state[parameter] = own
+            try:
+                steps, found = int(file.stem), json.loads(metadata["values"])
+                if not isinstance(found, list) or len(found) != len(values):
+                    raise ValueError(f"the values {str(found)[:60]}")
+                values = tuple(found)
+                for name, parameter in self.parameters.items():
+                    own = {key: processes.like(tensors[f"{key} {name}"], parameter)
+                           for key in ("parameter", "beside", *ADAMW) if f"{key} {name}" in tensors}
+                    parameter.data.copy_(own.pop("parameter"))
+                    beside += [own.pop("beside")] if "beside" in own else []
+                    self.optimizer.state[parameter].update(own)
+            except (LookupError, ValueError, RuntimeError) as error:  # with a right checksum all the same
+                raise DataError(f"{file}: expected a state of training, found: {error}") from None
             print(f"going on after step {steps}, from {file}")
         self.metrics = self.open_metrics(steps)
-        return steps, values, beside
+        return steps, values, beside or None
 
     def open_metrics(self, steps: int):
         """The file of metrics to write behind its first `steps` lines; of later steps it will get new ones."""

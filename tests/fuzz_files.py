@@ -111,15 +111,18 @@ def prepare():
     import torch
     from safetensors.torch import load_file, save_file
 
-    from data.chat import Chat, encode_examples
+    from data.chat import Chat, Example, encode_examples
     from data.conversations import WORLD, Conversation, read_conversations
-    from data.risks import read_risk
+    from data.risks import read_risk, risks_of_rows
     from evaluate import EvalOptions, compare
-    from lib.files import write_jsonl
+    from lib.checkpoint import save_checked
+    from lib.files import write_config, write_jsonl
     from lib.report import summarize
+    from lib.resume import Progress, kept_rows, options_of_run
     from lib.verdicts import VerdictFile
     from model import add_lora, load_adapter, load_model, save_adapter
-    from probe import Probe, checksum, depends_on, load_probe
+    from probe import Probe, depends_on, load_probe
+    from train import TrainConfig, check
 
     golden = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/golden.safetensors"))
     world, chat = load_model(WORLD / "model"), Chat(WORLD / "model")
@@ -212,7 +215,7 @@ def prepare():
             sound[key] = mutated(value, rng).encode("utf-8", "replace").decode()
         elif rng.random() < 0.6:
             tensors[name] = rng.choice([tensors[name] * float("nan"), -tensors[name], tensors[name].float(), tensors[name][None], torch.ones(3)])
-        save_file(tensors, folder / "probe.safetensors", metadata=sound | {"sha256": checksum(tensors, sound)})
+        save_checked(folder / "probe.safetensors", tensors, sound)
         return [folder / "probe.safetensors"] * (rng.random() < 0.4)
 
     def read_probe(folder):
@@ -276,6 +279,34 @@ def prepare():
     def read_run(folder):
         compare([folder / "mine-0", folder / "mine-1"])
 
+    def progress(folder):
+        layer = torch.nn.Linear(2, 2)
+        return Progress(folder / "stopped", layer, torch.optim.AdamW(layer.parameters()), 1, [], torch.ones(1))
+
+    def resume(folder, rng):
+        out = folder / "stopped"
+        (out / "steps").mkdir(parents=True)
+        write_config(out / "config.json", TrainConfig(judge="none"), computed_in="float32")
+        (out / "metrics.jsonl").write_text(lines([{"step": 0, "loss": 1.0}]))
+        (out / "risk.jsonl").write_text(lines([{"risk": 0.5, "hash": Conversation(({"role": "user", "content": "a"},)).hash}]))
+        made = progress(folder)
+        tensors = {f"parameter {name}": parameter.detach() for name, parameter in made.parameters.items()}
+        metadata, odd = {"of": made.of, "values": "[null, false]"}, rng.random()
+        if odd < 0.2:  # with a checksum that is right
+            tensors["parameter weight"] = rng.choice([torch.ones(()), torch.ones(3), torch.ones(2, 2).long(), torch.ones(2, 2) / 0])
+        elif odd < 0.4:
+            metadata[rng.choice(["of", "values"])] = rng.choice(["", "x", "null", "[1", "9" * 9999])
+        save_checked(out / "steps" / "00000001.safetensors", tensors, metadata)
+        return [out / name for name in rng.choice([["config.json"], ["risk.jsonl"], ["metrics.jsonl"], ["steps/00000001.safetensors"]])] * (odd >= 0.4)
+
+    def read_resume(folder):
+        options_of_run(TrainConfig(resume=folder / "stopped"), check)
+        row = Example(0, [1], [1], seen=Conversation(({"role": "user", "content": "a"},)))
+        assert all(0 <= s <= 1 for s in risks_of_rows(kept_rows(folder / "stopped" / "risk.jsonl", list), [row], folder / "risk.jsonl"))
+        found = progress(folder)
+        with found:
+            assert found.restore((None, False))[0] in (0, 1)
+
     return {"records": (records, read_records), "risks": (risks, read_risks), "model": (model, read_model), "tokenizer": (tokenizer, read_chat),
             "template": (template, read_chat), "probe": (probe, read_probe), "adapter": (adapter, read_adapter),
-            "verdicts": (verdicts, read_verdicts), "run": (run, read_run)}
+            "verdicts": (verdicts, read_verdicts), "run": (run, read_run), "resume": (resume, read_resume)}
