@@ -23,7 +23,7 @@ from data.chat import IGNORE, LONGEST, Chat, Example, encode_prompts, rows_that_
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations
 from lib import processes
 from lib.checkpoint import read_config
-from lib.cli import comma_list, option_value, printable, require, run
+from lib.cli import as_typed, comma_list, option_value, printable, require, run
 from lib.files import DataError, new_folder, read_json, write_config, write_json, write_jsonl
 from lib.report import figures, lines_below, summarize, table
 from lib.response import label_logp
@@ -171,9 +171,7 @@ def as_in_run(options: EvalOptions, run: dict, file: Path, given=()) -> EvalOpti
     if (judge := taken.get("judge") or "") and is_url(judge):
         print(printable(f"{file}: judged by {judge}, which is asked only if you type it: --judge {judge}"))
         taken |= {"judge": "none", "judge_model": None}
-    shown = [f"--{name.replace('_', '-')} {value}" for name, value in taken.items()
-             if value != getattr(EvalOptions, name)]
-    print(printable(f"as in {file}: {' '.join(shown)}"))
+    print(f"as in {printable(str(file))}: {as_typed(taken, EvalOptions)}")
     return replace(options, **taken)
 
 

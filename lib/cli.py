@@ -75,6 +75,12 @@ def option_value(option: dataclasses.Field, value, where):
     return Path(value) if kinds[0] is Path and value is not None else value
 
 
+def as_typed(options: dict, config_class) -> str:
+    """Options as one would type them, without those that are the default; on one line."""
+    return printable(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items()
+                              if value != getattr(config_class, name)))
+
+
 def brief(value):
     """A default as --help shows it: paths inside the project relative to it."""
     root = Path(__file__).parent.parent

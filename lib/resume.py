@@ -20,7 +20,7 @@ import torch
 
 from lib import processes
 from lib.checkpoint import load_checked, provenance, save_checked
-from lib.cli import option_value
+from lib.cli import as_typed, option_value
 from lib.files import (DataError, json_lines, naming, new_folder, read_json, read_text, remove, sync,
                        write_config, write_jsonl, write_text)
 
@@ -48,6 +48,7 @@ def options_of_run(config, check):
     if config.judge != url:
         raise DataError(f"--resume: expected {f'--judge {url}, as the run had' if url else 'no --judge'}, "
                         f"found {config.judge or 'none'}")
+    print(f"as in {file}: {as_typed(values, type(config))}")
     if values["dtype"] == "auto":  # which may have been decided by a measurement
         values["dtype"] = saved.get("computed_in")
     try:
@@ -124,7 +125,8 @@ class Progress:
     def __enter__(self):
         self.before = {}
         if threading.current_thread() is threading.main_thread():
-            self.before = {which: signal.signal(which, self.stop) for which in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {which: signal.signal(which, self.stop) for which in (signal.SIGINT, signal.SIGTERM)
+                           if signal.getsignal(which) != signal.SIG_IGN}  # as in a shell's background
         return self
 
     def __exit__(self, *error):

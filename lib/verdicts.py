@@ -52,7 +52,8 @@ class VerdictFile:
         made = self.do(lambda: self.file.execute(found).fetchall())
         if made not in ([], [(f"CREATE TABLE {TABLE}",)]):
             self.file.close()  # a view or a trigger could do anything
-            raise DataError(f"{self.path}: expected a file of verdicts, found {str(made)[:200]}")
+            raise DataError(f"{self.path}: expected a file of verdicts that can be read and written, "
+                            f"found {str(made)[:200]}")
         self.do(lambda: self.file.execute(f"CREATE TABLE IF NOT EXISTS {TABLE}"))
         return self
 

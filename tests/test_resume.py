@@ -30,6 +30,14 @@ DAMAGE = {"cut": lambda data: data[: len(data) // 2], "flipped": lambda data: da
           "empty": lambda data: b""}
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """SIGINT as a terminal's programs have it; a shell's background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Data and risks of all sizes for runs of a second or two."""
