@@ -24,7 +24,7 @@ from data.conversations import WORLD, Conversation, is_embedded, read_conversati
 from lib import processes
 from lib.checkpoint import read_config
 from lib.cli import as_typed, comma_list, option_value, printable, require, run
-from lib.files import DataError, new_folder, read_json, write_config, write_json, write_jsonl
+from lib.files import DataError, kept_if_used, new_folder, read_json, write_config, write_json, write_jsonl
 from lib.report import figures, lines_below, summarize, table
 from lib.response import label_logp
 from lib.runs import read_completions, read_run
@@ -371,13 +371,13 @@ def main(config: EvalConfig) -> None:
     for path, folder, options, sets, judge in jobs:
         name = "evaluations/" + str(path).strip("./").replace("/", "-")
         out = processes.on_first(lambda: new_folder(config.out, name))
-        processes.on_first(lambda: write_config(out / "config.json", options))
-        model = load_model(folder, config.device, working_dtype(folder, config.device, config.dtype))
-        chat = Chat(folder, options.date)
-        results, completions = evaluate_model(model, chat, sets, options, path.resolve().name, judge)
-        if processes.rank() == 0:
-            write_jsonl(out / "completions.jsonl", completions)
-            write_json(out / "results.json", results)
+        with kept_if_used(out):
+            processes.on_first(lambda: write_config(out / "config.json", options))
+            model = load_model(folder, config.device, working_dtype(folder, config.device, config.dtype))
+            chat = Chat(folder, options.date)
+            results, completions = evaluate_model(model, chat, sets, options, path.resolve().name, judge)
+            processes.on_first(lambda: write_jsonl(out / "completions.jsonl", completions))
+            processes.on_first(lambda: write_json(out / "results.json", results))
         found[str(path)] = results
         print(f"wrote {out}/results.json, completions.jsonl and config.json")
     print("\nper cent, 95 % intervals\n" + table({path: figures(results) for path, results in found.items()}),

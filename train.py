@@ -55,7 +55,7 @@ from lib.files import DataError, remove, write_json
 from lib.metrics import agreement
 from lib.report import figures, lines_below, summarize, table
 from lib.response import label_logp, response_positions, response_states
-from lib.resume import Progress, keep_rows, kept_rows, options_of_run, run_folder, told_how
+from lib.resume import Progress, in_run, keep_rows, kept_rows, options_of_run, run_folder
 from lib.risk import expect_risks
 from lib.runs import read_completions
 from model import Transformer, add_lora, compile_blocks, load_model, save_adapter, save_model, working_dtype
@@ -473,10 +473,11 @@ def main(config: TrainConfig) -> None:
     policy, chat = open_model(config, config.model, to_train=True), Chat(config.model, config.date)
     longest = min(config.max_length, policy.config.max_position_embeddings)
     examples = encode_examples(chat, conversations, longest)
-    config = processes.on_first(lambda: run_folder(config, f"runs/{config.method}-{config.seed}", policy))
+    name = f"runs/{config.method}-{config.seed}"
+    config = processes.on_first(lambda: run_folder(config, name, policy, chat, sets))
 
     out, risk, results = config.out, torch.zeros(len(examples)), {}
-    with told_how(out):
+    with in_run(config):
         with policy.adapters_off():
             if config.method in ("adaptive", "filter"):
                 rows = kept_rows(out / "risk.jsonl", lambda: training_risk(config, policy, chat, examples,
@@ -486,9 +487,9 @@ def main(config: TrainConfig) -> None:
                 keep_rows(out / "completions_base.jsonl",
                           lambda: evaluate_model(policy, chat, sets, config, "base", judge)[1])
                 results["base"] = summarize(read_completions(out, "base"), config)
-            rows = kept_rows(out / "anchors.jsonl", lambda: anchor_records(config, policy, chat, examples)
-                             ) if config.anchor_share else []
-            anchors = anchor_examples(rows, chat, len(examples), longest)
+            anchors = anchor_examples(
+                kept_rows(out / "anchors.jsonl", lambda: anchor_records(config, policy, chat, examples)),
+                chat, len(examples), longest) if config.anchor_share else []
         kept, gate = gated(config, examples, risk)
         kept, gate = kept + anchors, torch.cat((gate, gate.new_ones(len(anchors))))  # as risky as can be
 
@@ -497,9 +498,11 @@ def main(config: TrainConfig) -> None:
             compile_blocks(policy, config.compile)
             train(config, policy, reference, kept, gate, out)
             if config.lora_r:
+                processes.on_first(lambda: remove(out / "adapter"))  # of a run that was killed behind it
                 save_adapter(policy, out / "adapter")
             save_model(policy, out / "model")
             del reference
+        processes.on_first(lambda: remove(out / "steps"))
         del policy
         gc.collect()  # compiled blocks refer to themselves
         policy = open_model(config, out / "model")  # what is evaluated is what was saved
@@ -507,7 +510,6 @@ def main(config: TrainConfig) -> None:
                   lambda: evaluate_model(policy, chat, sets, config, "after", judge)[1])
         results["after"] = summarize(read_completions(out, "after"), config)
         processes.on_first(lambda: write_json(out / "results.json", results))
-    processes.on_first(lambda: remove(out / "steps"))
     shown = {name: figures(found) for name, found in results.items()}
     print(f"\n{out}, per cent with 95 % intervals\n{table(shown)}{lines_below(results['after'])}"
           + leak_line(config))

@@ -56,9 +56,12 @@ def anchor_records(config, policy: Transformer, chat: Chat, examples: list[Examp
 
 
 def anchor_examples(records: list[dict], chat: Chat, first: int, longest: int) -> list[Example]:
-    """Examples of `anchor_records`, numbered from `first`. An answer that was cut has no end to be learned."""
+    """Examples of `anchor_records`, numbered from `first`. An answer that was cut has no end to be learned.
+
+    Raises DataError where there are none.
+    """
     if not records:
-        return []
+        raise DataError("anchors.jsonl: expected the anchors of the run, found none")
     conversations = [conversation_of(record, f"anchors.jsonl:{i}", "answer")
                      for i, record in enumerate(records, 1)]
     anchors = encode_examples(chat, conversations, longest)

@@ -77,7 +77,8 @@ class Chat:
             found = ", ".join(sorted(p.name for p in self.path.glob("*token*"))) or "no tokenizer"
             raise DataError(f"{path}: expected tokenizer.json, found {found}")
         alone = not os.path.lexists(self.path / "config.json")
-        self.tokenizer, raw = open_tokenizer(self.file, 10**7 if alone else read_config(path).vocab_size)
+        self.vocab_size = 10**7 if alone else read_config(path).vocab_size
+        self.tokenizer, raw = open_tokenizer(self.file, self.vocab_size)
         with tokenizer_errors(self.file):
             serialized = self.tokenizer.to_str()
         config = read_json(config_file, default={})
@@ -201,7 +202,11 @@ class Chat:
 
     def _encoding(self, text: str):
         with tokenizer_errors(self.file):
-            return self.tokenizer.encode(text, add_special_tokens=False)
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        if (last := max(encoding.ids, default=0)) >= self.vocab_size:
+            raise DataError(f"{self.file}: expected token ids under the model's vocab_size = "
+                            f"{self.vocab_size}, found {last}")
+        return encoding
 
     def encode_prompt(self, messages, where: str = "conversation", **variables) -> list[int]:
         """Token ids up to the position from which the first response token is generated."""
@@ -319,8 +324,11 @@ def rows_that_fit(batch_size: int, longest: int) -> int:
 def batches_by_length(lengths: list[int], batch_size: int) -> list[list[int]]:
     """Indices of sequences, the shortest first, in batches of `batch_size` (the last one may be smaller).
 
-    Batches are smaller where the longest sequence makes their masks too large.
+    Those are smaller whose longest sequence makes their masks too large.
     """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    batch_size = rows_that_fit(batch_size, max(lengths, default=1))
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    order, batches = sorted(range(len(lengths)), key=lambda i: lengths[i]), []
+    for i in order:  # each is the longest so far
+        if not batches or len(batches[-1]) >= rows_that_fit(batch_size, lengths[i]):
+            batches.append([])
+        batches[-1].append(i)
+    return batches

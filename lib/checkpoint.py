@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lib.files import (DataError, ModelError, between, either, expect, expect_file, parse_json, read_json, remove,
+from lib.files import (DataError, ModelError, between, either, expect, expect_file, parse_json, read_json,
                        write_json, written_whole)
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -291,8 +291,12 @@ def write_checkpoint(path: Path, raw: dict, tensors: dict, tokenizer: Path | Non
 
 
 def write_adapter(path: Path, config: dict, tensors: dict) -> None:
-    """A folder in PEFT's format: adapter_config.json and adapter_model.safetensors; whole or not at all."""
-    remove(path)  # of an attempt that ended before its model was saved
+    """A folder in PEFT's format: adapter_config.json and adapter_model.safetensors; whole or not at all.
+
+    Raises as write_checkpoint.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path}: exists already; an adapter is never written over another")
     with written_whole(path) as part:
         part.mkdir(parents=True)
         save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -60,8 +61,8 @@ def parse_json(text: str):
     def object_of(pairs: list) -> dict:
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            seen = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
             raise ValueError(f"the key {twice!r} twice in {str(found)[:60]}")
         return found
 
@@ -172,6 +173,17 @@ def written_whole(path: Path):
         raise
 
 
+@contextmanager
+def kept_if_used(folder: Path):
+    """Delete a new folder again, where what goes wrong has left nothing but config.json in it."""
+    try:
+        yield
+    except BaseException:
+        if {path.name for path in folder.glob("*")} <= {"config.json"}:
+            remove(folder)
+        raise
+
+
 def sync(path: Path) -> None:
     """Wait until a file or a folder's list of names is on the disk."""
     if os.name == "posix":  # Windows opens no folder, and syncs nothing that is open for reading
@@ -193,9 +205,7 @@ def remove(path: Path) -> None:
 def expect_writable(path: Path) -> None:
     """Make the folder of a file that is written after hours, and try it now. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.touch()
-    part.unlink()
+    tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,10 +7,11 @@ steps/N.safetensors, after N steps, the newest two of them; results.json ends it
 
 import json
 import os
+import shlex
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from lib import processes
 from lib.checkpoint import load_checked, provenance, save_checked
 from lib.cli import as_typed, option_value
-from lib.files import (DataError, json_lines, naming, new_folder, read_json, read_text, remove, sync,
+from lib.files import (DataError, expect, json_lines, kept_if_used, naming, new_folder, read_json, read_text, remove, sync,
                        write_config, write_jsonl, write_text)
 
 ADAMW = ("step", "exp_avg", "exp_avg_sq")  # an optimizer's state of a parameter, once it has taken a step
@@ -49,44 +50,73 @@ def options_of_run(config, check):
         raise DataError(f"--resume: expected {f'--judge {url}, as the run had' if url else 'no --judge'}, "
                         f"found {config.judge or 'none'}")
     print(f"as in {file}: {as_typed(values, type(config))}")
+    expect(saved, {"computed_in": ("float32 or bfloat16", lambda value: value in ("float32", "bfloat16"))}, file,
+           DataError)
     if values["dtype"] == "auto":  # which may have been decided by a measurement
-        values["dtype"] = saved.get("computed_in")
+        values["dtype"] = saved["computed_in"]
     try:
         return check(replace(config, **values, out=run))
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
 
 
-def run_folder(config, default: str, policy):
+def run_folder(config, default: str, policy, chat, sets: dict):
     """`config` with its `out`: a new folder with config.json in it, or the run's that is to be resumed.
 
-    config.json has the options and what the run is made of. Raises DataError where that has changed since.
+    config.json has the options and what the run is made of: model, template, data, evaluation sets. Raises
+    DataError where one of these has changed since; another commit or torch is printed.
     """
-    facts = provenance(config.model, config.data)
+    asked = [[kind, name, [[c.hash, str(c.meta.get("group")), str(c.meta.get("metric"))] for c in rows]]
+             for kind, group in sets.items() for name, rows in group.items()]
+    facts = provenance(config.model, config.data) | {
+        "template_sha256": chat.fingerprint, "sets_sha256": sha256(json.dumps(asked).encode()).hexdigest(),
+        "computed_in": str(policy.lm_head.weight.dtype).removeprefix("torch.")}
     if not config.resume:
         config = replace(config, out=new_folder(config.out, default))
-        write_config(config.out / "config.json", config, **facts,
-                     computed_in=str(policy.lm_head.weight.dtype).removeprefix("torch."))
+        write_config(config.out / "config.json", config, **facts)
         return config
     saved = read_json(config.out / "config.json")
-    for name in ("model", "data"):
-        if saved.get(f"{name}_sha256") != facts[f"{name}_sha256"]:
-            raise DataError(f"--resume: expected {getattr(config, name)} as {config.out} was started with, "
-                            f"found that it has changed since")
+    for name, found in facts.items():
+        if saved.get(name) != found and name in ("commit", "versions"):
+            print(f"{config.out} was started with {name} {saved.get(name)}, and goes on with {found}")
+        elif saved.get(name) != found:
+            raise DataError(f"--resume: expected {name} as {config.out} was started with, "
+                            f"{str(saved.get(name))[:12]}, found {found[:12]}: it has changed since")
     return config
 
 
 @contextmanager
-def told_how(run: Path):
-    """Tell the command that goes on, where a run ends early. A run that knows nothing yet leaves no folder."""
+def in_run(config):
+    """Within it the run's folder is this process's alone; where it ends early, the command that goes on is told.
+
+    Raises DataError where another process is at it. A new run that knows nothing yet leaves no folder.
+    """
+    command = f"python train.py --resume {shlex.quote(str(config.out))}"
+    command += f" --judge {shlex.quote(config.judge)}" if "://" in config.judge else ""
+    lock = open(config.out / "config.json")
     try:
-        yield
-    except BaseException as error:
-        if processes.rank() == 0 and {path.name for path in run.iterdir()} <= {"config.json"}:
-            remove(run)
-        elif isinstance(error, (KeyboardInterrupt, OSError, DataError)):
-            error.add_note(f"to go on: python train.py --resume {run}")
+        processes.on_first(lambda: expect_alone(lock))
+        with nullcontext() if config.resume else kept_if_used(config.out):
+            yield
+    except (KeyboardInterrupt, OSError, RuntimeError) as error:
+        if (config.out / "config.json").exists():
+            again = " (with torchrun, as before)" * (processes.world() > 1)
+            error.add_note(f"to go on: {command}{again}")
         raise
+    finally:
+        lock.close()
+
+
+def expect_alone(stream) -> None:
+    """Lock a file until it is closed or this process dies. Raises DataError where another process has."""
+    try:
+        import fcntl  # which Windows lacks
+
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except BlockingIOError:
+        raise DataError(f"{Path(stream.name).parent}: expected a run that no process is at, found one at it") from None
 
 
 def keep_rows(file: Path, compute) -> None:
@@ -109,7 +139,7 @@ class Progress:
     """A training loop's metrics and states on the disk; a context manager, in which signals wait for a step.
 
     run: the folder, with metrics.jsonl and steps/. minutes: between states; the last step has one, too, and
-    with 0 there is none. A state is of `examples` and their `risk`: with others it is refused.
+    with 0 there is none. A state is of `examples`, their `risk` and config.json: with others it is refused.
     """
 
     def __init__(self, run: Path, policy, optimizer, minutes: float, examples: list, risk: torch.Tensor):
@@ -117,7 +147,8 @@ class Progress:
         self.parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self.optimizer, self.metrics = optimizer, None
         self.saved_at, self.stopping = time.monotonic(), False
-        of = sha256(risk.double().numpy().tobytes())
+        of, options = sha256(risk.double().numpy().tobytes()), run / "config.json"
+        of.update(options.read_bytes() if options.exists() else b"")
         for e in examples:
             of.update(np.array([e.index, e.anchor, len(e.input_ids), *e.input_ids, *e.labels]).tobytes())
         self.of = of.hexdigest()
@@ -145,7 +176,6 @@ class Progress:
         if processes.rank() == 0:
             os.write(2, b"\nstopping after this step\n")  # print could be at work already
 
-
     def newest(self) -> Path | None:
         """The newest state that is whole; damaged ones are named, and left out."""
         for file in sorted(self.folder.glob("*.safetensors"), reverse=True):
@@ -165,8 +195,8 @@ class Progress:
         if file:
             tensors, metadata = load_checked(file, "a state of training")
             if metadata.get("of") != self.of:
-                raise DataError(f"{file}: expected a state of this model and data, found one of others: what "
-                                f"the run was started with has changed since")
+                raise DataError(f"{file}: expected a state of this model, data and options, found one of "
+                                f"others: what the run was started with has changed since")
             try:
                 steps, found = int(file.stem), json.loads(metadata["values"])
                 if not isinstance(found, list) or len(found) != len(values):

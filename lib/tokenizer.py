@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from lib.files import DataError, read_json
 
+SPARE = 64  # ids beyond the model's: of padding tokens that some add
 MOST_GROWTH = 64  # of a text by a tokenizer's replacements
 
 
@@ -26,20 +27,21 @@ def tokenizer_errors(file: Path):
 def open_tokenizer(file: Path, vocab_size: int) -> tuple[Tokenizer, dict]:
     """(tokenizer without padding or truncation, what the file says). Raises DataError that names the file.
 
-    Its ids must be the model's, and its replacements must not make long texts of short ones.
+    Its ids must be the model's, but for SPARE ones that no text becomes, and its replacements must not make long texts of short ones.
     """
     raw = read_json(file)
     ids = ids_of(raw)  # before it is opened: the library takes memory by the largest one
     if growth(raw.get("normalizer")) * growth(raw.get("decoder")) > MOST_GROWTH:
         raise DataError(f"{file}: expected a normalizer and a decoder that make no long text of a short one, "
                         f"found others")
-    if max(ids, default=0) < vocab_size:
+    most = vocab_size + SPARE
+    if max(ids, default=0) < most:
         with tokenizer_errors(file):
             tokenizer = Tokenizer.from_file(str(file))
             tokenizer.no_padding()
             tokenizer.no_truncation()
             ids += tokenizer.get_added_tokens_decoder()  # some may have been numbered anew
-    if (last := max(ids, default=0)) >= vocab_size:
+    if (last := max(ids, default=0)) >= most:
         raise DataError(f"{file}: expected token ids under the model's vocab_size = {vocab_size}, found {last}")
     return tokenizer, raw
 
