@@ -361,7 +361,8 @@ def check(config: TrainConfig) -> TrainConfig:
     needed_by = {"beta_min": ("adaptive",), "beta_max": ("adaptive",), "gate": ("adaptive",), "beta": ("kl",),
                  "risk": ("adaptive", "filter"), "probe": ("adaptive", "filter"), "ref": ("adaptive", "kl")}
     world, per_step = processes.world(), config.batch_size * config.accumulation
-    least = dict(epochs=1, batch_size=1, accumulation=1, warmup_steps=0, weight_decay=0, lora_r=0, save_every=0)
+    least = dict.fromkeys(("warmup_steps", "weight_decay", "lora_r", "save_every"), 0)
+    least |= dict.fromkeys(("epochs", "batch_size", "accumulation"), 1)
     require(
         config,
         *((name, n <= getattr(config, name) < math.inf, f"at least {n}") for name, n in least.items()),

@@ -97,12 +97,17 @@ def run(main, config_class, positional: str | None = None) -> None:
     try:
         main(parse(config_class, positional=positional))
     except (DataError, ModelError, OSError, FloatingPointError) as error:
-        sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
+        sys.exit(with_notes(f"error: {error}", error))
     except KeyboardInterrupt as error:
-        sys.exit("\n".join(["interrupted: verdicts and kept reference stay", *getattr(error, "__notes__", ())]))
+        sys.exit(with_notes("interrupted: verdicts and kept reference stay", error))
     finally:
         sys.stderr = sys.__stderr__  # silent processes speak up when they fail
     processes.leave()
+
+
+def with_notes(text: str, error: BaseException) -> str:
+    """What is said of an error, and on lines of their own the notes that were added to it."""
+    return "\n".join([text, *getattr(error, "__notes__", ())])
 
 
 def require(config, *checks: tuple) -> None:

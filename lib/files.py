@@ -211,7 +211,8 @@ def expect_writable(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises OSError that names it."""
     with written_whole(path) as part:
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair loses no file
+        # Half a surrogate pair loses no file.
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value) -> None:

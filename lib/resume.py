@@ -22,8 +22,8 @@ import torch
 from lib import processes
 from lib.checkpoint import load_checked, provenance, save_checked
 from lib.cli import as_typed, option_value
-from lib.files import (DataError, expect, json_lines, kept_if_used, naming, new_folder, read_json, read_text, remove, sync,
-                       write_config, write_jsonl, write_text)
+from lib.files import (DataError, expect, json_lines, kept_if_used, naming, new_folder, read_json, read_text,
+                       remove, sync, write_config, write_jsonl, write_text)
 
 ADAMW = ("step", "exp_avg", "exp_avg_sq")  # an optimizer's state of a parameter, once it has taken a step
 
@@ -50,8 +50,8 @@ def options_of_run(config, check):
         raise DataError(f"--resume: expected {f'--judge {url}, as the run had' if url else 'no --judge'}, "
                         f"found {config.judge or 'none'}")
     print(f"as in {file}: {as_typed(values, type(config))}")
-    expect(saved, {"computed_in": ("float32 or bfloat16", lambda value: value in ("float32", "bfloat16"))}, file,
-           DataError)
+    dtype = ("float32 or bfloat16", lambda value: value in ("float32", "bfloat16"))
+    expect(saved, {"computed_in": dtype}, file, DataError)
     if values["dtype"] == "auto":  # which may have been decided by a measurement
         values["dtype"] = saved["computed_in"]
     try:
@@ -87,7 +87,7 @@ def run_folder(config, default: str, policy, chat, sets: dict):
 
 @contextmanager
 def in_run(config):
-    """Within it the run's folder is this process's alone; where it ends early, the command that goes on is told.
+    """Within it the run's folder is this process's alone; where it ends early, the way to go on is told.
 
     Raises DataError where another process is at it. A new run that knows nothing yet leaves no folder.
     """
@@ -116,7 +116,8 @@ def expect_alone(stream) -> None:
     except ImportError:
         pass
     except BlockingIOError:
-        raise DataError(f"{Path(stream.name).parent}: expected a run that no process is at, found one at it") from None
+        raise DataError(f"{Path(stream.name).parent}: expected a run that no process is at, "
+                        f"found one at it") from None
 
 
 def keep_rows(file: Path, compute) -> None:
@@ -189,7 +190,7 @@ class Progress:
     def restore(self, values: tuple) -> tuple:
         """Put policy and optimizer where the newest state left them → (steps done, its values, its `beside`).
 
-        (0, values, None) where there is none. Raises DataError where it is of other examples or another model.
+        (0, values, None) where there is none. Raises DataError where it is of other examples or options.
         """
         file, steps, beside = processes.on_first(self.newest), 0, []
         if file:
@@ -215,7 +216,7 @@ class Progress:
         return steps, values, beside or None
 
     def open_metrics(self, steps: int):
-        """The file of metrics to write behind its first `steps` lines; of later steps it will get new ones."""
+        """The file of metrics to write behind its first `steps` lines: those of later steps come anew."""
         def shorten():
             lines = read_text(self.metrics_file).splitlines(keepends=True)[:steps] if steps else []
             if len(lines) < steps:
@@ -228,7 +229,7 @@ class Progress:
     def end_step(self, steps: int, row: dict, last: bool, values: tuple, beside: list | None) -> None:
         """Write the metrics of a step; then, where it is time or the end, a state after `steps` steps.
 
-        values: JSON; beside: None, or a tensor beside each parameter. Raises KeyboardInterrupt after a signal.
+        values: JSON; beside: None, or a tensor for each parameter. Raises KeyboardInterrupt after a signal.
         """
         with naming(self.metrics_file):
             self.metrics.write(json.dumps(row) + "\n")

@@ -23,9 +23,9 @@ PER_INPUT = 32  # steps more for each that its input is worth
 CALL = 10  # steps that a call is worth
 
 # What published templates use and more, without what makes long texts of short ones: format, center, …
-FILTERS = set("abs capitalize count d default dictsort e escape first float indent int items join last length "
-              "list lower map max min reject rejectattr replace reverse safe select selectattr sort string "
-              "title tojson trim unique upper".split())
+FILTERS = set("abs capitalize count d default dictsort e escape first float indent int items join last "
+              "length list lower map max min reject rejectattr replace reverse safe select selectattr "
+              "sort string title tojson trim unique upper".split())
 CHEAP = {"length", "count", "first", "last", "default", "d"}  # look at no element, or one
 TEXT = ("capitalize casefold count endswith find index isalnum isalpha isdecimal isdigit islower isnumeric "
         "isspace isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex "

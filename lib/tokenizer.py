@@ -27,7 +27,8 @@ def tokenizer_errors(file: Path):
 def open_tokenizer(file: Path, vocab_size: int) -> tuple[Tokenizer, dict]:
     """(tokenizer without padding or truncation, what the file says). Raises DataError that names the file.
 
-    Its ids must be the model's, but for SPARE ones that no text becomes, and its replacements must not make long texts of short ones.
+    Its ids must be the model's, but for SPARE ones that no text becomes, and its replacements must not make
+    long texts of short ones.
     """
     raw = read_json(file)
     ids = ids_of(raw)  # before it is opened: the library takes memory by the largest one
@@ -42,7 +43,8 @@ def open_tokenizer(file: Path, vocab_size: int) -> tuple[Tokenizer, dict]:
             tokenizer.no_truncation()
             ids += tokenizer.get_added_tokens_decoder()  # some may have been numbered anew
     if (last := max(ids, default=0)) >= most:
-        raise DataError(f"{file}: expected token ids under the model's vocab_size = {vocab_size}, found {last}")
+        raise DataError(f"{file}: expected token ids under the model's vocab_size = {vocab_size}, "
+                        f"found {last}")
     return tokenizer, raw
 
 

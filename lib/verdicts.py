@@ -35,7 +35,8 @@ class VerdictFile:
             try:
                 return work()
             except sqlite3.Error as error:
-                locked = getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+                code = getattr(error, "sqlite_errorcode", None)
+                locked = code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
                 if not locked or time.monotonic() - began > PATIENCE:
                     raise DataError(f"{self.path}: expected a file of verdicts that can be read and written, "
                                     f"found: {error}") from None
