@@ -324,16 +324,18 @@ class TestLoRA:
             add_lora(load_model(FAMILIES["qwen2"] if FAMILIES["qwen2"].name == "qwen2" else GOLDEN[0].parent / "qwen2"), 2, 2, ["lm_head"])
 
     def test_unsupported_peft_options_and_foreign_keys_are_named(self, tmp_path):
-        model = load_model(GOLDEN[0])
+        model, folder = load_model(GOLDEN[0]), tmp_path / "adapter"
         add_lora(model, 2, 2)
-        save_adapter(model, tmp_path)
-        config = json.loads((tmp_path / "adapter_config.json").read_text())
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+        save_adapter(model, folder)
+        with pytest.raises(FileExistsError, match="never written over another"):
+            save_adapter(model, folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
         with pytest.raises(ModelError, match="use_dora = True"):
-            load_adapter(load_model(GOLDEN[0]), tmp_path)
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
+            load_adapter(load_model(GOLDEN[0]), folder)
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
         with pytest.raises(ModelError, match="expected adapters of rank r = 3, found .2."):
-            load_adapter(load_model(GOLDEN[0]), tmp_path)
+            load_adapter(load_model(GOLDEN[0]), folder)
 
 
 def test_rope_default_is_the_closed_form():
