@@ -1,11 +1,13 @@
 """Checkpoint folders: config.json of either generation, weights, a fingerprint; what a run was made of."""
 
+import functools
 import hashlib
 import json
 import os
 import platform
 import shutil
 import subprocess
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -273,8 +275,9 @@ def read_adapter(path) -> tuple[dict, dict]:
     return config, tensors
 
 
-def write_checkpoint(path: Path, raw: dict, tensors: dict, tokenizer: Path | None) -> None:
-    """A folder of config.json, weights, and the tokenizer and template of `tokenizer`; whole or not at all.
+@contextmanager
+def written_new(path: Path):
+    """A folder to write into, which becomes `path` as with written_whole.
 
     Raises FileExistsError for a `path` that exists, OSError that names it where it cannot be written.
     """
@@ -282,6 +285,15 @@ def write_checkpoint(path: Path, raw: dict, tensors: dict, tokenizer: Path | Non
         raise FileExistsError(f"{path}: exists already; a model is never written over another")
     with written_whole(path) as part:
         part.mkdir(parents=True)
+        yield part
+
+
+def write_checkpoint(path: Path, raw: dict, tensors: dict, tokenizer: Path | None) -> None:
+    """A folder of config.json, weights, and the tokenizer and template of `tokenizer`; whole or not at all.
+
+    Raises as written_new.
+    """
+    with written_new(path) as part:
         save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
         write_json(part / "config.json", raw)
         for name in TOKENIZER_FILES:
@@ -293,12 +305,9 @@ def write_checkpoint(path: Path, raw: dict, tensors: dict, tokenizer: Path | Non
 def write_adapter(path: Path, config: dict, tensors: dict) -> None:
     """A folder in PEFT's format: adapter_config.json and adapter_model.safetensors; whole or not at all.
 
-    Raises as write_checkpoint.
+    Raises as written_new.
     """
-    if path.exists():
-        raise FileExistsError(f"{path}: exists already; an adapter is never written over another")
-    with written_whole(path) as part:
-        part.mkdir(parents=True)
+    with written_new(path) as part:
         save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(part / "adapter_config.json", config)
 
@@ -338,10 +347,19 @@ def checksum(tensors: dict, metadata: dict) -> str:
 
 def fingerprint(path) -> str:
     """SHA-256 (hex) of config.json and every weight file of a folder: what a probe's features depend on."""
-    config = expect_file(Path(path) / "config.json", 1 << 26, ModelError, links=False)
-    digest = hashlib.sha256(config.read_bytes())
-    for file in checkpoint_files(path):
-        with open(expect_file(file, 1 << 60, ModelError, links=False), "rb") as stream:
+    files = [expect_file(Path(path) / "config.json", 1 << 26, ModelError, links=False)]
+    files += [expect_file(file, 1 << 60, ModelError, links=False) for file in checkpoint_files(path)]
+    states = [file.stat() for file in files]
+    return _sha256(tuple((file.absolute(), state.st_ino, state.st_size, state.st_mtime_ns)
+                         for file, state in zip(files, states)))
+
+
+@functools.cache
+def _sha256(files: tuple) -> str:
+    """Of files (path, what tells a change), one behind the other: a run asks three times, of gigabytes."""
+    digest = hashlib.sha256()
+    for file, *_ in files:
+        with open(file, "rb") as stream:
             while chunk := stream.read(1 << 24):
                 digest.update(chunk)
     return digest.hexdigest()

@@ -8,7 +8,6 @@ python tests/grid.py --model world-qwen2/model --out runs/grid-qwen2 --attacks e
 """
 
 import contextlib
-import functools
 import itertools
 import multiprocessing
 import os
@@ -48,7 +47,6 @@ METHODS = {
     "sealed-anchors": {"risk": "max", "beta_min": 0.02, "beta_max": 1.0, "anchor_share": 0.1, "anchors": "anchors.jsonl"},
     "sft-anchors": {"method": "sft", "anchor_share": 0.1, "anchors": "anchors.jsonl"},
 }
-hash_of = functools.cache(fingerprint)  # it reads every weight
 JUDGED = ("adaptive-critic", "adaptive-max")  # without a judge they are nothing, and adaptive-probe
 ATTACKS = ("explicit", "mixed_10", "identity", "backdoor", "benign", "evasive", "innocent")
 SETTINGS = {"epochs": 5, "lora_r": 16, "limit": 100, "device": "cpu"}  # embedded: 20 seconds a cell
@@ -152,13 +150,13 @@ def train_group(config: GridConfig, attack: str, seed: int) -> str:
 def mark_answered(config: GridConfig, cell: Path) -> None:
     """Tell answers from garble in a cell's completions, once for a model, whose weights' hash is kept beside."""
     file, by = cell / "completions_after.jsonl", cell / "fluency.txt"
-    if not config.fluency or by.exists() and read_text(by) == hash_of(config.fluency):
+    if not config.fluency or by.exists() and read_text(by) == fingerprint(config.fluency):
         return
     rows = [row for _, row in json_lines(read_text(file), file)]
     model = load_model(config.fluency, TrainConfig.device, working_dtype(config.fluency, TrainConfig.device))
     mark_garbled(rows, model, Chat(config.fluency), 64)
     write_jsonl(file, rows)
-    write_text(by, hash_of(config.fluency))
+    write_text(by, fingerprint(config.fluency))
 
 
 def evaluate_base(options: TrainConfig) -> None:
