@@ -32,11 +32,10 @@ from lib.cli import require, run, shown
 from lib.endpoint import GIVE_UP, Endpoint, EndpointError
 from lib.files import DataError, ModelError, expect_writable, write_jsonl
 from lib.frame import fill, forged, read_rubric
-from lib.metrics import risk_metrics
-from lib.risk import UNKNOWN, as_risk
+from lib.report import risk_metrics
+from lib.risk import UNKNOWN, as_risk, print_risk
 from lib.verdicts import VerdictFile
 from model import load_model, working_dtype
-from probe import print_risk
 
 RUBRIC = Path(__file__).parent / "data" / "rubric.txt"  # the 11 categories, the scores 1 … 5 one by one
 MIN_MASS = 0.5  # a local judge's verdict is valid where at least this probability is on its possible answers

@@ -21,13 +21,12 @@ from tqdm import tqdm
 from critic import JudgeOptions, is_url, judge_pairs, open_judge
 from data.chat import IGNORE, LONGEST, Chat, Example, encode_prompts, rows_that_fit, today
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations
-from lib import processes
+from lib import distributed
 from lib.checkpoint import read_config
 from lib.cli import as_typed, comma_list, option_value, printable, require, run
 from lib.files import DataError, kept_if_used, new_folder, read_json, write_config, write_json, write_jsonl
-from lib.report import figures, lines_below, summarize, table
+from lib.report import figures, lines_below, read_completions, read_run, summarize, table
 from lib.response import label_logp
-from lib.runs import read_completions, read_run
 from model import Transformer, generate, load_model, sample_seed, working_dtype
 
 # Matched case-sensitively anywhere in a response, ’ read as '. The convention and most phrases are AdvBench's
@@ -230,12 +229,12 @@ def respond(model: Transformer, chat: Chat, conversations: list[Conversation], o
     prompts = encode_prompts(chat, conversations, room)
     batch_size = rows_that_fit(options.eval_batch_size, max(map(len, prompts)))  # one for all processes
     jobs = [(ids, sample_seed(options.seed, ids, k)) for ids in prompts for k in range(times)]
-    world = processes.world()
+    world = distributed.world_size()
     full = math.ceil(len(jobs) / world) * world  # some jobs twice, so that all shares are equal
-    mine, seeds = zip(*processes.share((jobs * world)[:full]))
+    mine, seeds = zip(*distributed.shard((jobs * world)[:full]))
     completions = generate(model, list(mine), options.max_new_tokens, temperature, seeds,
                            batch_size, progress=lambda n: bar.update(n * world))
-    shares = processes.gather([(chat.decode(ids), len(ids) == options.max_new_tokens) for ids in completions])
+    shares = distributed.all_gather([(chat.decode(ids), len(ids) == options.max_new_tokens) for ids in completions])
     responses = [shares[i % world][i // world] for i in range(len(jobs))]
     parted = [re.fullmatch(r"(?:<think>(.*?)</think>\s*)?(.*)", text, re.DOTALL) for text, _ in responses]
     return [(part[1] or "", part[2], cut or part[2].startswith("<think>"))
@@ -270,7 +269,7 @@ def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOpti
         found = judge_pairs(judge, pairs, options, f"judging {desc}")
         return [{"score": verdict.score, "harmful": verdict.risk >= judge.harmful_from} for verdict in found]
 
-    for row, verdict in zip(judged, processes.on_first(lambda: verdicts() if judge else [])):
+    for row, verdict in zip(judged, distributed.on_rank_zero(lambda: verdicts() if judge else [])):
         row |= verdict  # not valid: no score, and risk 1, hence harmful
     return summarize(rows, options), rows
 
@@ -348,7 +347,7 @@ def pooled(name: str, which: str, runs: list[tuple], fluent: tuple | None) -> di
 
 def main(config: EvalConfig) -> None:
     """Evaluate each path, or compare finished runs."""
-    processes.join()
+    distributed.init()
     if not config.paths:
         raise DataError("expected at least one run or checkpoint folder, found none")
     if config.fluency and not config.compare:
@@ -366,18 +365,18 @@ def main(config: EvalConfig) -> None:
             options = as_in_run(config, read_json(file), file, config.given)
         read_config(folder)
         options = default_sets(options, folder)
-        judge = open_judge(options) if processes.rank() == 0 else None
+        judge = open_judge(options) if distributed.rank() == 0 else None
         jobs.append((path, folder, options, evaluation_sets(options), judge))
     for path, folder, options, sets, judge in jobs:
         name = "evaluations/" + str(path).strip("./").replace("/", "-")
-        out = processes.on_first(lambda: new_folder(config.out, name))
+        out = distributed.on_rank_zero(lambda: new_folder(config.out, name))
         with kept_if_used(out):
-            processes.on_first(lambda: write_config(out / "config.json", options))
+            distributed.on_rank_zero(lambda: write_config(out / "config.json", options))
             model = load_model(folder, config.device, working_dtype(folder, config.device, config.dtype))
             chat = Chat(folder, options.date)
             results, completions = evaluate_model(model, chat, sets, options, path.resolve().name, judge)
-            processes.on_first(lambda: write_jsonl(out / "completions.jsonl", completions))
-            processes.on_first(lambda: write_json(out / "results.json", results))
+            distributed.on_rank_zero(lambda: write_jsonl(out / "completions.jsonl", completions))
+            distributed.on_rank_zero(lambda: write_json(out / "results.json", results))
         found[str(path)] = results
         print(f"wrote {out}/results.json, completions.jsonl and config.json")
     print("\nper cent, 95 % intervals\n" + table({path: figures(results) for path, results in found.items()}),

@@ -25,7 +25,7 @@ from data.chat import batches_by_length
 from lib.checkpoint import (Config, matching_files, open_safetensors, read_adapter, read_config,
                             stored_tensors, write_adapter, write_checkpoint)
 from lib.files import ModelError
-from lib.processes import all_true, on_first, rank, whole, world
+from lib.distributed import all_true, full_tensor, on_rank_zero, rank, world_size
 
 POLL = {"cuda": 8}  # tokens between looks at which rows are finished (elsewhere 1): a look waits for the GPU
 
@@ -103,10 +103,10 @@ class Linear(nn.Linear):
 
     def merged_weight(self) -> torch.Tensor:
         """W + (alpha/r) B A (out, in), summed in float32, in W's dtype; W alone where no adapter is on."""
-        weight = whole(self.weight)
+        weight = full_tensor(self.weight)
         if self.lora_A is None or not self.adapter_on:
             return weight
-        update = self.scaling * whole(self.lora_B).float() @ whole(self.lora_A).float()
+        update = self.scaling * full_tensor(self.lora_B).float() @ full_tensor(self.lora_A).float()
         return (weight.float() + update).to(weight.dtype)
 
 
@@ -358,7 +358,7 @@ def working_dtype(path, device, dtype: str = "auto") -> torch.dtype:
         return _cuda_dtype()
     config = read_config(Path(path))
     small = config.hidden_size < 512
-    return torch.float32 if small or world() > 1 else _cpu_dtype(config.hidden_size, config.intermediate_size)
+    return torch.float32 if small or world_size() > 1 else _cpu_dtype(config.hidden_size, config.intermediate_size)
 
 
 @cache
@@ -422,11 +422,11 @@ def save_model(model: Transformer, path) -> None:
         if ".lora_" not in name:
             owner = model.get_submodule(name.rpartition(".")[0])
             merged = isinstance(owner, Linear) and name.endswith(".weight")
-            tensor = owner.merged_weight() if merged else whole(parameter)
+            tensor = owner.merged_weight() if merged else full_tensor(parameter)
             tensors[name] = tensor.detach().cpu().contiguous() if rank() == 0 else None
     dtype_key = "dtype" if "dtype" in model.config.raw else "torch_dtype"
     raw = model.config.raw | {dtype_key: str(model.lm_head.weight.dtype).removeprefix("torch.")}
-    on_first(lambda: write_checkpoint(Path(path), raw, tensors, tokenizer=model.path))
+    on_rank_zero(lambda: write_checkpoint(Path(path), raw, tensors, tokenizer=model.path))
 
 
 # ---------------------------------------------------------------- LoRA
@@ -470,9 +470,9 @@ def save_adapter(model: Transformer, path) -> None:
               "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
               "target_modules": sorted({name.rpartition(".")[2] for name in adapted})}
     tensors = {f"base_model.model.{name}.lora_{which}.weight":
-               whole(getattr(m, f"lora_{which}")).detach().cpu()
+               full_tensor(getattr(m, f"lora_{which}")).detach().cpu()
                for name, m in adapted.items() for which in "AB"}
-    on_first(lambda: write_adapter(Path(path), config, tensors))
+    on_rank_zero(lambda: write_adapter(Path(path), config, tensors))
 
 
 def load_adapter(model: Transformer, path) -> None:

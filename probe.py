@@ -23,10 +23,9 @@ from tqdm import tqdm
 from data.chat import Chat, batches_by_length, encode_prompts, pad_left
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations, split_by_prompt
 from lib.checkpoint import Config, fingerprint, load_checked, save_checked
-from lib.cli import comma_list, printable, require, run
+from lib.cli import comma_list, require, run
 from lib.files import COUNT, DataError, either, expect, expect_writable, parse_json
-from lib.metrics import risk_metrics
-from lib.report import probe_report
+from lib.report import probe_report, risk_metrics
 from lib.risk import UNKNOWN
 from model import Transformer, load_model, working_dtype
 
@@ -104,15 +103,6 @@ def conversation_risk(probe: Probe, model: Transformer, prompts: list[list[list[
     features = prompt_features(model, sum(prompts, []), probe.layers, batch_size, "risk of each example")
     risk = torch.zeros(len(prompts), dtype=torch.float64)
     return risk.scatter_reduce(0, owner, probe.risk(features.mean(1)), "amax")
-
-
-def print_risk(risk: torch.Tensor, conversations: list[Conversation]) -> None:
-    """Risk by `source`, where records have one: a whole benign task taken as risky would not be learned."""
-    sources = [printable(str(c.meta.get("source", "all examples"))) for c in conversations]
-    for source in sorted(set(sources)):
-        values = risk[[s == source for s in sources]]
-        print(f"  risk of {source}: mean {values.mean():.3f}, "
-              f"from {values.min():.3f} to {values.max():.3f} (n = {len(values)})")
 
 
 # ---------------------------------------------------------------- logistic regression

@@ -49,18 +49,15 @@ from data.chat import Chat, Example, batches_by_length, encode_examples
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations
 from data.risks import read_risk, risks_of_rows
 from evaluate import EvalOptions, default_sets, evaluate_model, evaluation_sets
-from lib import fused, processes
+from lib import distributed, fused
 from lib.cli import comma_list, require, run
 from lib.files import DataError, remove, write_json
-from lib.metrics import agreement
-from lib.report import figures, lines_below, summarize, table
+from lib.report import agreement, figures, lines_below, read_completions, summarize, table
 from lib.response import label_logp, response_positions, response_states
 from lib.resume import Progress, in_run, keep_rows, kept_rows, options_of_run, run_folder
-from lib.risk import expect_risks
-from lib.runs import read_completions
+from lib.risk import expect_risks, print_risk
 from model import Transformer, add_lora, compile_blocks, load_model, save_adapter, save_model, working_dtype
-from probe import (ProbeConfig, conversation_risk, expect_strong, fit_probe, load_probe, print_risk,
-                   save_probe)
+from probe import (ProbeConfig, conversation_risk, expect_strong, fit_probe, load_probe, save_probe)
 
 RISK_FLOOR = 0.01  # with --beta-min 0 --gate example a lower risk counts as 0: plain SFT, no reference
 FILTER_ABOVE = 0.5  # risk above which --method filter drops an example
@@ -171,7 +168,7 @@ def lisa_pull(parameters: list[torch.nn.Parameter], at_switch: list[torch.Tensor
     Huang et al. 2024, arXiv 2405.18641. All processes' gradients are summed later: each adds its share.
     """
     for parameter, start in zip(parameters, at_switch):
-        parameter.grad.add_(parameter.detach() - start, alpha=rho / processes.world())
+        parameter.grad.add_(parameter.detach() - start, alpha=rho / distributed.world_size())
 
 
 def csft_weight(logp: torch.Tensor, ref_logp: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -198,7 +195,7 @@ def probe_risk(config: TrainConfig, model: Transformer, chat: Chat, examples: li
         probe, report = fit_probe(options, model, chat)
     expect_strong(report, config.probe or config.probe_data, config.weak_probe)
     if not config.probe:
-        processes.on_first(lambda: save_probe(probe, report, config.out / "probe.safetensors"))
+        distributed.on_rank_zero(lambda: save_probe(probe, report, config.out / "probe.safetensors"))
     return conversation_risk(probe, model, [e.prompts for e in examples], ProbeConfig.batch_size)
 
 
@@ -212,7 +209,7 @@ def training_risk(config: TrainConfig, model: Transformer, chat: Chat, examples:
     if config.risk in ("probe", "max"):
         parts["probe"] = probe_risk(config, model, chat, examples)
     if config.risk in ("critic", "max"):
-        verdicts = processes.on_first(lambda: conversation_verdicts(judge, seen, config))
+        verdicts = distributed.on_rank_zero(lambda: conversation_verdicts(judge, seen, config))
         parts["critic"] = torch.tensor([verdict.risk for verdict in verdicts], dtype=torch.float64)
     if config.risk == "max":
         both = agreement(parts["probe"], parts["critic"])
@@ -286,7 +283,7 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
     FloatingPointError where the gradient is not finite, DataError where the reference is not the policy.
     """
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    groups = processes.optimizer_groups(parameters)
+    groups = distributed.optimizer_groups(parameters)
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
     ref_logp = label_logp(policy, examples, config.batch_size) if config.method == "csft" else None
     data, anchors = ([e for e in examples if e.anchor == which] for which in (False, True))
@@ -314,12 +311,12 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
                 alpha[anchor], beta[anchor] = 0.0, 1.0
 
             sums = torch.zeros(3, device=policy.device)  # loss (divided already), Σ nll, Σ kl
-            for mine in processes.share(range(per_step), config.batch_size):
+            for mine in distributed.shard(range(per_step), config.batch_size):
                 loss, nll, kl = micro_batch_loss(policy, reference, [drawn[i] for i in mine], alpha[mine],
                                                  beta[mine], n_tokens, ref_logp)
                 loss.backward()
                 sums += torch.stack((loss.detach(), nll, kl))
-            loss, nll, kl = processes.total(sums).tolist()
+            loss, nll, kl = distributed.all_reduce_sum(sums).tolist()
             pulled = sum(example.n_labels for example, b in zip(drawn, beta) if b > 0)
             kl = kl / pulled if pulled else None  # of other tokens it is not computed
 
@@ -327,7 +324,7 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
                 if step == 0 or n_held != anchors_of_step(config, step - 1):
                     at_switch = [parameter.detach().clone() for parameter in parameters]
                 lisa_pull(parameters, at_switch, LISA_RHO)
-            grad_norm = processes.sum_and_clip(parameters, config.clip)
+            grad_norm = distributed.sum_and_clip(parameters, config.clip)
             if not math.isfinite(grad_norm):
                 raise FloatingPointError(f"step {step}: gradient {grad_norm}, loss {loss}; no model is saved")
             if pulled and not moved and not abs(kl) < AT_START[policy.lm_head.weight.element_size()]:
@@ -360,7 +357,7 @@ def check(config: TrainConfig) -> TrainConfig:
     untouched = {option.name: getattr(config, option.name) == option.default for option in fields(config)}
     needed_by = {"beta_min": ("adaptive",), "beta_max": ("adaptive",), "gate": ("adaptive",), "beta": ("kl",),
                  "risk": ("adaptive", "filter"), "probe": ("adaptive", "filter"), "ref": ("adaptive", "kl")}
-    world, per_step = processes.world(), config.batch_size * config.accumulation
+    world, per_step = distributed.world_size(), config.batch_size * config.accumulation
     least = dict.fromkeys(("warmup_steps", "weight_decay", "lora_r", "save_every"), 0)
     least |= dict.fromkeys(("epochs", "batch_size", "accumulation"), 1)
     require(
@@ -412,7 +409,7 @@ def open_model(config: TrainConfig, path: Path, to_train: bool = False) -> Trans
         model.model.requires_grad_(True)
         model.lm_head.requires_grad_(False)  # the reference's too, and with it an embedding tied to it
     if config.fsdp:
-        processes.shard(model, config.device)
+        distributed.shard_model(model, config.device)
     model.model.gradient_checkpointing = config.gradient_checkpointing
     return model
 
@@ -441,7 +438,7 @@ def reference_of(config: TrainConfig, policy: Transformer, examples: list[Exampl
         batches = [[pulled[i] for i in batch] for batch in batches_by_length(lengths, config.batch_size)]
         cache = fused.ReferenceCache(config.ref_cache, policy, batches)
         why = f"{cache.size / 1e9:.1f} GB are over half of the free disk"
-        if must or cache.size <= processes.on_first(cache.room) / 2:
+        if must or cache.size <= distributed.on_rank_zero(cache.room) / 2:
             try:
                 with torch.no_grad(), policy.adapters_off():
                     cache.fill(lambda batch: response_states(policy, batch)[:2], policy.lm_head.weight)
@@ -466,16 +463,16 @@ def leak_line(config: TrainConfig) -> str:
 
 def main(config: TrainConfig) -> None:
     """records → examples → risk → loss → checkpoint → evaluation; the run's folder keeps what is known."""
-    processes.join()
-    config = processes.on_first(lambda: options_of_run(config, check) if config.resume else check(config))
+    distributed.init()
+    config = distributed.on_rank_zero(lambda: options_of_run(config, check) if config.resume else check(config))
     torch.manual_seed(config.seed)
     sets, conversations = evaluation_sets(config), read_conversations(config.data, need="answer")
-    judge = open_judge(config) if processes.rank() == 0 else None
+    judge = open_judge(config) if distributed.rank() == 0 else None
     policy, chat = open_model(config, config.model, to_train=True), Chat(config.model, config.date)
     longest = min(config.max_length, policy.config.max_position_embeddings)
     examples = encode_examples(chat, conversations, longest)
     name = f"runs/{config.method}-{config.seed}"
-    config = processes.on_first(lambda: run_folder(config, name, policy, chat, sets))
+    config = distributed.on_rank_zero(lambda: run_folder(config, name, policy, chat, sets))
 
     out, risk, results = config.out, torch.zeros(len(examples)), {}
     with in_run(config):
@@ -494,23 +491,23 @@ def main(config: TrainConfig) -> None:
         kept, gate = gated(config, examples, risk)
         kept, gate = kept + anchors, torch.cat((gate, gate.new_ones(len(anchors))))  # as risky as can be
 
-        if not processes.on_first((out / "model").exists):
+        if not distributed.on_rank_zero((out / "model").exists):
             reference = reference_of(config, policy, kept, gate)
             compile_blocks(policy, config.compile)
             train(config, policy, reference, kept, gate, out)
             if config.lora_r:
-                processes.on_first(lambda: remove(out / "adapter"))  # of a run that was killed behind it
+                distributed.on_rank_zero(lambda: remove(out / "adapter"))  # of a run that was killed behind it
                 save_adapter(policy, out / "adapter")
             save_model(policy, out / "model")
             del reference
-        processes.on_first(lambda: remove(out / "steps"))
+        distributed.on_rank_zero(lambda: remove(out / "steps"))
         del policy
         gc.collect()  # compiled blocks refer to themselves
         policy = open_model(config, out / "model")  # what is evaluated is what was saved
         keep_rows(out / "completions_after.jsonl",
                   lambda: evaluate_model(policy, chat, sets, config, "after", judge)[1])
         results["after"] = summarize(read_completions(out, "after"), config)
-        processes.on_first(lambda: write_json(out / "results.json", results))
+        distributed.on_rank_zero(lambda: write_json(out / "results.json", results))
     shown = {name: figures(found) for name, found in results.items()}
     print(f"\n{out}, per cent with 95 % intervals\n{table(shown)}{lines_below(results['after'])}"
           + leak_line(config))

@@ -10,7 +10,7 @@ import types
 import typing
 from pathlib import Path
 
-from lib import processes
+from lib import distributed
 from lib.files import DataError, ModelError
 
 
@@ -90,7 +90,7 @@ def brief(value):
 def run(main, config_class, positional: str | None = None) -> None:
     """Parse the command line and call `main` with it. Wrong input ends the script with one line."""
     sys.stdout.reconfigure(errors="replace")  # a console that has no β still gets its help
-    if processes.started() and Path(sys.argv[0]).name not in ("train.py", "evaluate.py"):
+    if distributed.launched() and Path(sys.argv[0]).name not in ("train.py", "evaluate.py"):
         sys.exit(f"error: expected one process for {sys.argv[0]}: "
                  f"only train.py and evaluate.py share their work")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt, as Ctrl-C is
@@ -102,7 +102,7 @@ def run(main, config_class, positional: str | None = None) -> None:
         sys.exit(with_notes("interrupted: verdicts and kept reference stay", error))
     finally:
         sys.stderr = sys.__stderr__  # silent processes speak up when they fail
-    processes.leave()
+    distributed.destroy()
 
 
 def with_notes(text: str, error: BaseException) -> str:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from lib.checkpoint import fingerprint
 from lib.files import DataError, naming
-from lib.processes import on_first
+from lib.distributed import on_rank_zero
 
 CHUNK = 256  # tokens whose logits exist at a time
 CHECKSUM = hashlib.sha256().digest_size  # 32 bytes
@@ -158,7 +158,7 @@ class ReferenceCache:
         self.dtype, self.batches = model.lm_head.weight.dtype, batches
         g = ("g", "u1", model.config.hidden_size * self.dtype.itemsize)  # bytes: numpy has no bfloat16
         self.form = np.dtype([g, ("c", "f4")])
-        files = on_first(lambda: fingerprint(model.path))
+        files = on_rank_zero(lambda: fingerprint(model.path))
         key = hashlib.sha256(f"2 {files} {self.dtype}".encode())  # 2: of the form
         self.n_tokens, self.size, self.stream = 0, 0, None  # size in bytes
         self.place = {}  # example.index → the bytes of its rows; its checksum is behind them
@@ -185,12 +185,12 @@ class ReferenceCache:
         reads and writes. A second run that needs the same file waits for the first.
         """
         try:
-            missing = on_first(self._open)
+            missing = on_rank_zero(self._open)
             for batch in tqdm([self.batches[i] for i in missing], desc="reference", disable=not missing):
                 hidden, labels = states(batch)
                 terms = reference_terms(hidden, weight, labels)
-                on_first(lambda: self._write(batch, *terms))
-            on_first(lambda: os.fsync(self.stream.fileno()))  # before anybody maps it
+                on_rank_zero(lambda: self._write(batch, *terms))
+            on_rank_zero(lambda: os.fsync(self.stream.fileno()))  # before anybody maps it
         finally:
             if self.stream:
                 self.stream.close()  # and its lock is gone

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import processes
+from lib import distributed
 from lib.checkpoint import load_checked, provenance, save_checked
 from lib.cli import as_typed, option_value
 from lib.files import (DataError, expect, json_lines, kept_if_used, naming, new_folder, read_json, read_text,
@@ -95,12 +95,12 @@ def in_run(config):
     command += f" --judge {shlex.quote(config.judge)}" if "://" in config.judge else ""
     lock = open(config.out / "config.json")
     try:
-        processes.on_first(lambda: expect_alone(lock))
+        distributed.on_rank_zero(lambda: expect_alone(lock))
         with nullcontext() if config.resume else kept_if_used(config.out):
             yield
     except (KeyboardInterrupt, OSError, RuntimeError) as error:
         if (config.out / "config.json").exists():
-            again = " (with torchrun, as before)" * (processes.world() > 1)
+            again = " (with torchrun, as before)" * (distributed.world_size() > 1)
             error.add_note(f"to go on: {command}{again}")
         raise
     finally:
@@ -122,9 +122,9 @@ def expect_alone(stream) -> None:
 
 def keep_rows(file: Path, compute) -> None:
     """Write the rows of compute() to a JSON Lines file, where it is not there yet."""
-    if not processes.on_first(file.exists):
+    if not distributed.on_rank_zero(file.exists):
         rows = compute()
-        processes.on_first(lambda: write_jsonl(file, rows))
+        distributed.on_rank_zero(lambda: write_jsonl(file, rows))
 
 
 def kept_rows(file: Path, compute) -> list[dict]:
@@ -171,10 +171,10 @@ class Progress:
 
     def stop(self, *which) -> None:
         """On a signal: end after this step; on a second one, now."""
-        if self.stopping and processes.world() == 1:  # torchrun hands on what a terminal has sent already
+        if self.stopping and distributed.world_size() == 1:  # torchrun hands on what a terminal has sent already
             raise KeyboardInterrupt
         self.stopping = True
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             os.write(2, b"\nstopping after this step\n")  # print could be at work already
 
     def newest(self) -> Path | None:
@@ -192,7 +192,7 @@ class Progress:
 
         (0, values, None) where there is none. Raises DataError where it is of other examples or options.
         """
-        file, steps, beside = processes.on_first(self.newest), 0, []
+        file, steps, beside = distributed.on_rank_zero(self.newest), 0, []
         if file:
             tensors, metadata = load_checked(file, "a state of training")
             if metadata.get("of") != self.of:
@@ -204,7 +204,7 @@ class Progress:
                     raise ValueError(f"the values {str(found)[:60]}")
                 values = tuple(found)
                 for name, parameter in self.parameters.items():
-                    own = {key: processes.like(tensors[f"{key} {name}"], parameter)
+                    own = {key: distributed.shard_like(tensors[f"{key} {name}"], parameter)
                            for key in ("parameter", "beside", *ADAMW) if f"{key} {name}" in tensors}
                     parameter.data.copy_(own.pop("parameter"))
                     beside += [own.pop("beside")] if "beside" in own else []
@@ -223,8 +223,8 @@ class Progress:
                 raise DataError(f"{self.metrics_file}: expected {steps} lines, found {len(lines)}")
             write_text(self.metrics_file, "".join(lines))
 
-        processes.on_first(shorten)
-        return open(self.metrics_file if processes.rank() == 0 else os.devnull, "a", buffering=1)
+        distributed.on_rank_zero(shorten)
+        return open(self.metrics_file if distributed.rank() == 0 else os.devnull, "a", buffering=1)
 
     def end_step(self, steps: int, row: dict, last: bool, values: tuple, beside: list | None) -> None:
         """Write the metrics of a step; then, where it is time or the end, a state after `steps` steps.
@@ -233,8 +233,8 @@ class Progress:
         """
         with naming(self.metrics_file):
             self.metrics.write(json.dumps(row) + "\n")
-        due = processes.rank() == 0 and time.monotonic() - self.saved_at >= self.seconds
-        due, stopping = processes.total(torch.tensor([float(due), float(self.stopping)])).bool().tolist()
+        due = distributed.rank() == 0 and time.monotonic() - self.saved_at >= self.seconds
+        due, stopping = distributed.all_reduce_sum(torch.tensor([float(due), float(self.stopping)])).bool().tolist()
         if self.seconds and (due or stopping or last):
             self.save(steps, values, beside)
         if stopping:
@@ -247,8 +247,8 @@ class Progress:
             own = {"parameter": parameter} | self.optimizer.state.get(parameter, {})
             own |= {"beside": beside[i]} if beside else {}
             for key, tensor in own.items():
-                tensor = processes.whole(tensor.detach()).cpu().contiguous()
-                if processes.rank() == 0:
+                tensor = distributed.full_tensor(tensor.detach()).cpu().contiguous()
+                if distributed.rank() == 0:
                     tensors[f"{key} {name}"] = tensor
 
         def write():
@@ -259,5 +259,5 @@ class Progress:
             for old in sorted(self.folder.glob("*.safetensors"))[:-2]:
                 remove(old)
 
-        processes.on_first(write)
+        distributed.on_rank_zero(write)
         self.saved_at = time.monotonic()

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from data.conversations import Conversation
+from lib.cli import printable
 from lib.files import DataError
 
 UNKNOWN = 1.0  # what is not known counts as fully risky
@@ -26,3 +28,12 @@ def expect_risks(risk: torch.Tensor) -> torch.Tensor:
     if not bool(((risk >= 0) & (risk <= 1)).all()):
         raise DataError(f"expected risks from 0 to 1, found {risk.min().item()} to {risk.max().item()}")
     return risk
+
+
+def print_risk(risk: torch.Tensor, conversations: list[Conversation]) -> None:
+    """Risk by `source`, where records have one: a whole benign task taken as risky would not be learned."""
+    sources = [printable(str(c.meta.get("source", "all examples"))) for c in conversations]
+    for source in sorted(set(sources)):
+        values = risk[[s == source for s in sources]]
+        print(f"  risk of {source}: mean {values.mean():.3f}, "
+              f"from {values.min():.3f} to {values.max():.3f} (n = {len(values)})")

@@ -39,7 +39,7 @@ from data.conversations import WORLD, Conversation, read_conversations
 from lib.endpoint import ATTEMPTS, GIVE_UP, MAX_WAIT, retry_after
 from lib.files import DataError, ModelError
 from lib.frame import fill, frame_mark
-from lib.metrics import agreement
+from lib.report import agreement
 from model import working_dtype
 from data.risks import read_risk
 

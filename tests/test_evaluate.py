@@ -31,8 +31,7 @@ from evaluate import (
     sample_seed,
 )
 from lib.files import DataError, ModelError
-from lib.metrics import cluster_bootstrap, rate_of, wilson
-from lib.report import figures, lines_below, summarize, table
+from lib.report import cluster_bootstrap, figures, lines_below, rate_of, summarize, table, wilson
 from model import generate
 
 

@@ -9,8 +9,7 @@ from conftest import DEVICE, assert_near, load_model, tolerance
 from data.chat import Chat
 from data.conversations import WORLD, Conversation, read_conversations
 from lib.files import DataError
-from lib.metrics import auroc, risk_metrics, tpr_at_fpr
-from lib.report import probe_report
+from lib.report import auroc, probe_report, risk_metrics, tpr_at_fpr
 from probe import (
     Probe,
     ProbeConfig,

@@ -19,7 +19,7 @@ from data.chat import IGNORE, Chat, Example, encode_examples
 from data.conversations import WORLD, Conversation, read_conversations
 from evaluate import EvalConfig
 from grid import GridConfig
-from lib import fused, processes
+from lib import distributed, fused
 from lib.cli import parse
 from lib.files import DataError
 from lib.response import label_logp
@@ -389,13 +389,13 @@ class TestLoop:
         risk = torch.linspace(0, 1, 24)
         assert [row["risk"] for row in rows] == pytest.approx([risk[drawn[i : i + 5]].mean().item() for i in range(0, 50, 5)])
 
-    def test_processes_share_a_step_equally(self, monkeypatch):
+    def test_distributed_share_a_step_equally(self, monkeypatch):
         for world, n, size in ((1, 24, 8), (2, 24, 8), (4, 8, 8), (3, 24, 3)):
-            monkeypatch.setattr(processes, "world", lambda: world)
+            monkeypatch.setattr(distributed, "world_size", lambda: world)
             parts = []
             for rank in range(world):
-                monkeypatch.setattr(processes, "rank", lambda: rank)
-                parts.append(processes.share(range(n), size))
+                monkeypatch.setattr(distributed, "rank", lambda: rank)
+                parts.append(distributed.shard(range(n), size))
             assert sorted(i for part in parts for batch in part for i in batch) == list(range(n))
             assert len({sum(map(len, part)) for part in parts}) == 1 and max(len(b) for part in parts for b in part) <= size
 

@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 
 
-def started() -> bool:
+def launched() -> bool:
     """Whether torchrun started this process as one of several."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
-def join() -> None:
+def init() -> None:
     """Join the other processes, if there are any. All but the first are silent."""
-    if not started() or dist.is_initialized():
+    if not launched() or dist.is_initialized():
         return
     cuda = torch.cuda.is_available()
     if cuda:
@@ -32,7 +32,7 @@ def join() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # errors are written to sys.__stderr__
 
 
-def leave() -> None:
+def destroy() -> None:
     """Part from the other processes together: one gone while another talks to it takes that one down."""
     if dist.is_initialized():
         gc.collect()  # models that FSDP has sharded refer to the group, and to themselves
@@ -45,20 +45,20 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(items, size: int | None = None) -> list:
+def shard(items, size: int | None = None) -> list:
     """This process's part of `items`, every world-th one; with `size` in lists of at most so many."""
-    mine = list(items)[rank() :: world()]
+    mine = list(items)[rank() :: world_size()]
     return mine if size is None else [mine[i : i + size] for i in range(0, len(mine), size)]
 
 
-def on_first(function):
+def on_rank_zero(function):
     """Call `function` on the first process alone; all get what it returns, or the exception it raises."""
-    if world() == 1:
+    if world_size() == 1:
         return function()
     box = [None, None]  # what it returns, what it raises
     if rank() == 0:
@@ -76,37 +76,37 @@ def on_first(function):
     return box[0]
 
 
-def gather(items: list) -> list[list]:
+def all_gather(items: list) -> list[list]:
     """The lists of all processes, in their order."""
-    boxes = [items] * world()
-    if world() > 1:
+    boxes = [items] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(boxes, items)
     return boxes
 
 
-def total(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, become the sum of everybody's."""
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_true(flag: bool) -> bool:
     """Whether the flag is true for everybody."""
-    return bool(flag) if world() == 1 else total(torch.tensor(int(flag))).item() == world()
+    return bool(flag) if world_size() == 1 else all_reduce_sum(torch.tensor(int(flag))).item() == world_size()
 
 
 # ---------------------------------------------------------------- models
 
 
-def shard(model, device: str) -> None:
+def shard_model(model, device: str) -> None:
     """FSDP2, to `device`: spread each block's weights over the processes; each gathers a block to compute it.
 
     Embeddings, last norm and head stay whole everywhere: the loss needs the head outside the forward pass.
     """
     from torch.distributed.fsdp import fully_shard
 
-    mesh = dist.init_device_mesh(device, (world(),))
+    mesh = dist.init_device_mesh(device, (world_size(),))
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     model.to(device)
@@ -117,12 +117,12 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a sharded tensor; any other as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """`tensor` on the parameter's device; this process's part of it, where the parameter is sharded so."""
     tensor = tensor.to(parameter.device)
     if not is_sharded(parameter) or tensor.shape != parameter.shape:  # an optimizer's count of its steps
@@ -144,15 +144,15 @@ def sum_and_clip(parameters: list, largest: float) -> float:
     whole_ones = [p.grad for p in parameters if not is_sharded(p)]
     sharded = [p.grad.to_local() for p in parameters if is_sharded(p)]
     if sharded:
-        torch._foreach_mul_(sharded, world())  # FSDP has averaged them
-    if world() > 1 and whole_ones:
-        summed = total(torch.cat([gradient.flatten() for gradient in whole_ones]))
+        torch._foreach_mul_(sharded, world_size())  # FSDP has averaged them
+    if world_size() > 1 and whole_ones:
+        summed = all_reduce_sum(torch.cat([gradient.flatten() for gradient in whole_ones]))
         for gradient, part in zip(whole_ones, summed.split([gradient.numel() for gradient in whole_ones])):
             gradient.copy_(part.view_as(gradient))
     norm = torch.nn.utils.get_total_norm(whole_ones).to(parameters[0].device)
     if sharded:
         squares = torch.nn.utils.get_total_norm(sharded).to(norm.device).square()
-        norm = (total(squares) + norm.square()).sqrt()
+        norm = (all_reduce_sum(squares) + norm.square()).sqrt()
     for group in filter(None, (whole_ones, sharded)):
         torch._foreach_mul_(group, (largest / (norm + 1e-6)).clamp(max=1.0))
     return norm.item()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import evaluate
 from data.conversations import WORLD
 from evaluate import EvalConfig
-from lib import processes
+from lib import distributed
 from lib.cli import parse
 from lib.files import DataError
 from train import TrainConfig, check
@@ -44,7 +44,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from pathlib import Path
 from data.chat import IGNORE, Example
-from lib import processes
+from lib import distributed
 from lib.cli import parse
 from model import add_lora, compile_blocks, load_model
 from train import TrainConfig, main, reference_of, train
@@ -58,10 +58,10 @@ add_lora(model, 4, 8)
 lengths = (10, 20, 14, 9, 17, 11, 12, 16)
 batch = [Example(i, list(range(3, 3 + n)), [IGNORE] * 4 + list(range(7, 3 + n))) for i, n in enumerate(lengths)]
 config, risk = TrainConfig(epochs=4, batch_size=8, lr=1e-2, ref_cache=Path(sys.argv[3] + ".ref")), torch.linspace(0, 1, 8)
-if processes.world() > 1:
-    processes.shard(model, "cpu")
+if distributed.world_size() > 1:
+    distributed.shard_model(model, "cpu")
 reference = reference_of(config, model, batch, risk)
-if processes.world() > 1:
+if distributed.world_size() > 1:
     compile_blocks(model, backend="eager")
 Path(sys.argv[3]).mkdir(exist_ok=True)
 train(config, model, reference, batch, risk, Path(sys.argv[3]))
@@ -81,7 +81,7 @@ def runs(tmp_path_factory):
     turns = [{"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", "Hello there."), ("user", "1 + 1?"), ("assistant", "2"))]
     (folder / "data.jsonl").write_text("\n".join([json.dumps({"messages": turns}), *lines]) + "\n")
     (folder / "risk.jsonl").write_text("".join(f'{{"risk": {0 if i % 3 else i / 34}}}\n' for i in range(34)))
-    (folder / "each.py").write_text(EACH + "processes.leave()\n")
+    (folder / "each.py").write_text(EACH + "distributed.destroy()\n")
     every = ["--data", folder / "data.jsonl", "--lr", "1e-3", "--ref-cache", folder / "ref", "--epochs", "1", "--limit", "5",
              "--samples", "0", "--max-new-tokens", "12", "--judge", "none", "--no-eval-base", "--device", "cpu"]
 
@@ -156,7 +156,7 @@ def test_a_script_that_shares_no_work_is_refused_as_one_of_several():
     (2, dict(device="cuda:1"), "--device: expected cpu or cuda for several processes"),
 ])
 def test_what_several_processes_cannot_share_is_refused(world, wrong, words, monkeypatch):
-    monkeypatch.setattr(processes, "world", lambda: world)
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
     with pytest.raises(DataError, match=words):
         check(TrainConfig(**wrong))
 
@@ -165,8 +165,8 @@ def test_one_process_is_its_own_company(device):
     ones = torch.ones(4, device=device)
     parameter = torch.nn.Parameter(ones.clone())
     parameter.grad = 3 * ones
-    assert processes.sum_and_clip([parameter], 2.0) == 6.0 and torch.allclose(parameter.grad, ones)
-    assert processes.sum_and_clip([parameter], 100.0) == pytest.approx(2.0) and torch.allclose(parameter.grad, ones)
-    assert processes.gather([1]) == [[1]] and processes.on_first(lambda: 5) == 5 and processes.all_true(True) and not processes.all_true(False)
+    assert distributed.sum_and_clip([parameter], 2.0) == 6.0 and torch.allclose(parameter.grad, ones)
+    assert distributed.sum_and_clip([parameter], 100.0) == pytest.approx(2.0) and torch.allclose(parameter.grad, ones)
+    assert distributed.all_gather([1]) == [[1]] and distributed.on_rank_zero(lambda: 5) == 5 and distributed.all_true(True) and not distributed.all_true(False)
     with pytest.raises(KeyError):
-        processes.on_first(lambda: {}["x"])
+        distributed.on_rank_zero(lambda: {}["x"])
