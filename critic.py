@@ -15,8 +15,10 @@ import hashlib
 import json
 import math
 import re
+import sqlite3
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -28,16 +30,21 @@ from tqdm import tqdm
 from data.chat import LONGEST, Chat, batches_by_length, pad_left
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations
 from lib.checkpoint import fingerprint
-from lib.cli import require, run, shown
+from lib.cli import require, run
 from lib.endpoint import GIVE_UP, Endpoint, EndpointError
-from lib.files import DataError, ModelError, expect_writable, write_jsonl
+from lib.files import DataError, ModelError, expect_file, expect_writable, write_jsonl
 from lib.frame import fill, forged, read_rubric
-from lib.report import risk_metrics
+from lib.report import risk_metrics, shown
 from lib.risk import UNKNOWN, as_risk, print_risk
-from lib.verdicts import VerdictFile
 from model import load_model, working_dtype
 
 RUBRIC = Path(__file__).parent / "data" / "rubric.txt"  # the 11 categories, the scores 1 … 5 one by one
+VERDICTS = Path("verdicts.sqlite")  # where valid verdicts are stored
+TABLE = "verdicts (key TEXT PRIMARY KEY, risk REAL, mass REAL, prompt TEXT, response TEXT)"
+LOCK_TIMEOUT = 600  # seconds that another process may have the file locked
+BATCH_SIZE = 32  # pairs per forward pass
+REQUESTS = 4  # at the same time to a URL
+REQUEST_TIMEOUT = 120.0  # seconds
 MIN_MASS = 0.5  # a local judge's verdict is valid where at least this probability is on its possible answers
 
 
@@ -50,11 +57,6 @@ class JudgeOptions:
     judge_kind: Literal["rubric", "guard"] = "rubric"  # scores 1 … 5, or Llama Guard's safe | unsafe
     judge_model: str | None = None  # the model's name at the URL (default: the only one there)
     rubric: Path | None = None  # {prompt}, {response} (default: rubric.txt of the judge, or data/)
-    judge_failures: Literal["max-risk", "error"] = "max-risk"  # pairs without a verdict: risk 1, or stop
-    judge_batch_size: int = 32  # pairs per forward pass
-    judge_requests: int = 4  # requests at a time to a URL
-    judge_timeout: float = 120.0  # seconds that a request may take
-    verdicts: Path = Path("verdicts.sqlite")  # where valid verdicts are kept
     # machine
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where models run
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where faster
@@ -107,7 +109,7 @@ class LocalJudge:
     lead: list = []  # token ids that the model may write before its answer
 
     def __init__(self, options: JudgeOptions):
-        self.path, self.batch_size = Path(options.judge), options.judge_batch_size
+        self.path = Path(options.judge)
         self.chat = Chat(self.path, options.date)
         self.control = list(self.chat.control.values())
         dtype = working_dtype(self.path, options.device, options.dtype)
@@ -133,7 +135,7 @@ class LocalJudge:
             else:
                 prompts[key] = ids
         keys = list(prompts)
-        for batch in batches_by_length([len(ids) for ids in prompts.values()], self.batch_size):
+        for batch in batches_by_length([len(ids) for ids in prompts.values()], BATCH_SIZE):
             batch = [keys[i] for i in batch]
             hidden, _ = self.model.model(*pad_left([prompts[key] for key in batch], self.model.device))
             hidden = hidden[:, -1 - len(self.lead) :].float()  # (B, 1 + len(lead), H), float32 as in training
@@ -210,13 +212,13 @@ class GuardJudge(LocalJudge):
 
 
 class EndpointJudge:
-    """A model behind an OpenAI-compatible URL: `judge_requests` at a time, each answered by a digit."""
+    """A model behind an OpenAI-compatible URL: REQUESTS at a time, each answered by a digit."""
 
     harmful_from, control = RubricJudge.harmful_from, None  # its tokens are not known
 
     def __init__(self, options: JudgeOptions):
-        self.rubric, self.workers = read_rubric(options.rubric or RUBRIC), options.judge_requests
-        self.endpoint = Endpoint(options.judge, options.judge_model, options.judge_timeout)
+        self.rubric = read_rubric(options.rubric or RUBRIC)
+        self.endpoint = Endpoint(options.judge, options.judge_model, REQUEST_TIMEOUT)
 
     # Of the server's model, as far as the server tells; None where it does not: nothing is kept then.
     fingerprint = property(lambda self: self.endpoint.identity)
@@ -230,7 +232,7 @@ class EndpointJudge:
         return Verdict((score - 1) / 4) if score else invalid("an answer that is not one digit from 1 to 5")
 
     def __call__(self, pairs: dict):
-        pool, self.endpoint.unanswered = ThreadPoolExecutor(self.workers), 0
+        pool, self.endpoint.unanswered = ThreadPoolExecutor(REQUESTS), 0
         try:
             futures = {pool.submit(self.ask, *pair): key for key, pair in pairs.items()}
             for future in as_completed(futures):
@@ -260,10 +262,7 @@ def open_judge(options: JudgeOptions) -> LocalJudge | EndpointJudge | None:
     if options.judge in (None, "none"):
         return None
     url, guard = is_url(options.judge), options.judge_kind == "guard"
-    require(options, *((name, getattr(options, name) > 0, "at least 1")
-                       for name in ("judge_batch_size", "judge_requests")),
-            ("judge_timeout", 0 < options.judge_timeout < math.inf, "above 0"),
-            ("judge_kind", not (guard and url), "rubric for a URL"),
+    require(options, ("judge_kind", not (guard and url), "rubric for a URL"),
             ("judge_model", url or not options.judge_model, "none for a folder"),
             ("rubric", not (guard and options.rubric), "none for --judge-kind guard"))
     if url:
@@ -271,44 +270,75 @@ def open_judge(options: JudgeOptions) -> LocalJudge | EndpointJudge | None:
     return {"rubric": RubricJudge, "guard": GuardJudge}[options.judge_kind](options)
 
 
-def judge_pairs(judge, pairs: list[tuple[str, str]], options: JudgeOptions, desc: str = "judging") -> list:
-    """A Verdict for each (prompt, response): kept ones first, the others asked for and kept where valid.
+@contextmanager
+def open_verdicts(path: Path):
+    """Open the SQLite file of verdicts, which several processes may share. Raises DataError for another file."""
+    if path.exists():
+        expect_file(path, 1 << 60)
+    expected = f"{path}: expected a file of verdicts that can be read and written"
+    try:
+        with closing(sqlite3.connect(path, timeout=LOCK_TIMEOUT)) as database:
+            tables = database.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+            if tables not in ([], [(f"CREATE TABLE {TABLE}",)]):  # a view or a trigger could do anything
+                raise DataError(f"{expected}, found {str(tables)[:200]}")
+            database.execute("PRAGMA synchronous = OFF")  # a killed process loses nothing all the same
+            database.execute(f"CREATE TABLE IF NOT EXISTS {TABLE}")
+            yield database
+    except sqlite3.Error as error:
+        raise DataError(f"{expected}, found: {error}") from None
 
-    White space around the texts is left out: templates trim it, and a small judge could be led by it.
-    Prints how many are not valid, and why; raises DataError instead under --judge-failures error.
+
+def stored_verdicts(database, keys: list[str], path: Path) -> dict[str, Verdict]:
+    """Return {key: verdict} of the keys that the file has. Raises DataError for a risk outside [0, 1]."""
+    verdicts = {}
+    for key in set(keys):
+        row = database.execute("SELECT risk, mass FROM verdicts WHERE key = ?", [key]).fetchone()
+        if row and None not in row:
+            where = f"{path}: verdict {key[:12]}"
+            verdicts[key] = Verdict(as_risk(row[0], where), as_risk(row[1], where))
+    return verdicts
+
+
+def judge_pairs(judge, pairs: list[tuple[str, str]], desc: str = "judging", path: Path = VERDICTS) -> list:
+    """Return a Verdict for each (prompt, response): stored ones, and the judge's, stored where they are valid.
+
+    White space around the texts is left out: templates trim it, and it could lead a small judge. Prints how
+    many verdicts are not valid, and why. Verdicts of a judge that nothing identifies are not stored.
     """
     pairs = [(prompt.strip(), response.strip()) for prompt, response in pairs]
-    about = ["2", judge.fingerprint, judge.rubric]  # 2: of the frame
-    keys = [hashlib.sha256(json.dumps([*about, *pair]).encode()).hexdigest() for pair in pairs]
+    identity = ["2", judge.fingerprint, judge.rubric]  # 2: version of the frame
+    keys = [hashlib.sha256(json.dumps([*identity, *pair]).encode()).hexdigest() for pair in pairs]
     if not judge.fingerprint:
         print("judge: the server does not say which model it runs: no verdict is kept")
-    with VerdictFile(options.verdicts) as file:
-        verdicts = {key: Verdict(*row) for key, row in file.find(keys if judge.fingerprint else []).items()}
+    with open_verdicts(path) as database:
+        verdicts = stored_verdicts(database, keys, path) if judge.fingerprint else {}
         for key, pair in zip(keys, pairs):
-            if found := forged(judge.rubric, *pair, judge.control):
-                verdicts[key] = invalid(f"{found[:60]} in the text, which could pass for the judge's prompt")
+            if text := forged(judge.rubric, *pair, judge.control):
+                verdicts[key] = invalid(f"{text[:60]} in the text, which could pass for the judge's prompt")
         todo = {key: pair for key, pair in zip(keys, pairs) if key not in verdicts}
         for key, verdict in tqdm(judge(todo), desc, len(todo), unit="pairs", disable=not todo):
             verdicts[key] = verdict
-            if verdict.valid and judge.fingerprint:  # a judge that nothing identifies is asked every time
-                file.add(key, verdict.risk, verdict.mass, *todo[key])
-    result = [verdicts[key] for key in keys]
-    if why := Counter(verdict.why for verdict in result if not verdict.valid):
-        reasons = "; ".join(f"{count} × {reason}" for reason, count in why.most_common(4))
-        text = f"judge: {sum(why.values())} of {len(pairs)} verdicts are not valid ({reasons})"
-        if options.judge_failures == "error":
-            raise DataError(text)
-        print(text + ": taken as risk 1")
-    return result
+            if verdict.valid and judge.fingerprint:
+                row = (key, verdict.risk, verdict.mass, *todo[key])
+                database.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?, ?)", row)
+                database.commit()
+    reasons = Counter(verdicts[key].why for key in keys if not verdicts[key].valid)
+    if reasons:
+        text = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(4))
+        print(f"judge: {reasons.total()} of {len(pairs)} verdicts are not valid ({text}): taken as risk 1")
+    return [verdicts[key] for key in keys]
 
 
-def conversation_verdicts(judge, conversations: list[Conversation], options: JudgeOptions) -> list[Verdict]:
-    """The verdict on each conversation: the riskiest of its (user turn, assistant turn) pairs."""
-    pairs = [(i, (before["content"], turn["content"])) for i, conversation in enumerate(conversations)
-             for before, turn in zip(conversation.messages, conversation.messages[1:])
-             if turn["role"] == "assistant"]
+def conversation_verdicts(judge, conversations: list[Conversation]) -> list[Verdict]:
+    """Return the verdict on each conversation: the riskiest of its (user turn, assistant turn) pairs."""
+    owners, pairs = [], []
+    for i, conversation in enumerate(conversations):
+        for before, turn in zip(conversation.messages, conversation.messages[1:]):
+            if turn["role"] == "assistant":
+                owners.append(i)
+                pairs.append((before["content"], turn["content"]))
     worst = {}
-    for (i, _), verdict in zip(pairs, judge_pairs(judge, [pair for _, pair in pairs], options)):
+    for i, verdict in zip(owners, judge_pairs(judge, pairs)):
         if i not in worst or verdict.risk > worst[i].risk or not verdict.valid:
             worst[i] = verdict
     return [worst[i] for i in range(len(conversations))]
@@ -323,7 +353,7 @@ def main(config: CriticConfig) -> None:
     conversations = read_conversations(config.data, need="answer")
     if config.out:
         expect_writable(config.out)
-    verdicts = conversation_verdicts(open_judge(config), conversations, config)
+    verdicts = conversation_verdicts(open_judge(config), conversations)
     risk = torch.tensor([verdict.risk for verdict in verdicts], dtype=torch.float64)
     if config.out:
         rows = [c.meta | {"risk": v.risk, "score": v.score, "valid": v.valid, "hash": c.hash}
