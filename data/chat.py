@@ -18,7 +18,7 @@ from data.conversations import Conversation
 from lib.checkpoint import read_config
 from lib.files import DataError, read_json, read_text
 from lib.frame import squeezed
-from lib.template import Template
+from lib.template import render_template
 from lib.tokenizer import open_tokenizer, tokenizer_errors
 
 IGNORE = -100  # label of a token that is not trained on
@@ -47,7 +47,7 @@ class Example:
     input_ids: list
     labels: list
     conversation: Conversation | None = None  # as it was read
-    seen: Conversation | None = None  # what the tokens say: normalized as the tokenizer does it, or cut
+    training_text: Conversation | None = None  # what the tokens say: normalized as the tokenizer does it, or cut
     cut: bool = False
     anchor: bool = False  # a prompt with the reference's own answer, which no data hold
 
@@ -96,19 +96,12 @@ class Chat:
         for key, text in {"chat_template": source, **special}.items():
             if not isinstance(text, str) or text != text.encode("utf-8", "ignore").decode():
                 raise DataError(f"{config_file}: {key}: expected text, found {repr(text)[:60]}")
-        self.date = (date or today()) if "strftime_now" in source else None
-        try:
-            self.template = self.compile(source, special, self.date)
-        except TemplateError as error:
-            raise DataError(f"{path}: the chat template does not compile: {error}") from None
+        self.source, self.special_tokens = source, special
+        uses_date = "strftime_now" in source
+        self.date = parse_date(date).strftime("%Y-%m-%d") if uses_date else None
         content = source + json.dumps(special, sort_keys=True) + serialized
         self.fingerprint = sha256(content.encode()).hexdigest()
         self._learn_structure(raw["model"])
-
-    @staticmethod
-    def compile(source: str, special_tokens: dict, date: str | None = None) -> Template:
-        """A chat template in the sandbox, with what transformers' `apply_chat_template` offers it."""
-        return Template(source, special_tokens | {"strftime_now": parse_date(date).strftime})
 
     def _learn_structure(self, model: dict) -> None:
         """How the template parts turns, from conversations of plain words.
@@ -119,22 +112,23 @@ class Chat:
         """
         added = self.tokenizer.get_added_tokens_decoder()
         self.control = {i: token.content for i, token in added.items() if token.special and token.content}
-        self.marks, self._typed, refused = set(), None, None
+        self.marks, self._typed = set(), None
         # What the tokenizer itself gives for words that it lacks, so that words may have it.
         self._unknown = {self.tokenizer.token_to_id(model.get("unk_token") or ""), model.get("unk_id")}
         system, *turns = [{"role": role, "content": content} for role, content in
                           (("system", "qaz"), ("user", "wsx"), ("assistant", "edc"), ("user", "rfv"))]
-        texts = []
-        for messages in (turns[:1], turns, [system, *turns]):
+        # Every prompt begins with a user's turn. A template may refuse system prompts, or later turns.
+        texts = [self.render(turns[:1], add_generation_prompt=True, where=str(self.path))]
+        if "wsx" not in texts[0]:
+            raise DataError(f"{self.path}: expected a chat template that renders what a user says, found: "
+                            f"{'other text' if texts[0] else 'nothing'}")
+        for messages in (turns, [system, *turns]):
             try:
                 texts.append(self.render(messages, add_generation_prompt=True))
-            except DataError as error:  # it may refuse system prompts, or so few turns, or so many
-                refused = error
-                continue
-            self.control |= {i: added[i].content for i in self.encode(texts[-1]) if i in added}
-        if not all(texts) or not any("wsx" in text for text in texts):
-            raise DataError(f"{self.path}: expected a chat template that renders what a user says, found: "
-                            f"{refused or 'other text' * all(texts) or 'nothing'}")
+            except DataError:
+                pass
+        for text in texts:
+            self.control |= {i: added[i].content for i in self.encode(text) if i in added}
         self._checked = self.control.keys() - self._unknown
         tokens = "|".join(map(re.escape, self.control.values()))
         first = "".join(map(re.escape, {token[0] for token in self.control.values()}))
@@ -162,9 +156,9 @@ class Chat:
         variables |= {"messages": plain, "add_generation_prompt": add_generation_prompt,
                       "tools": None, "documents": None}
         try:
-            return self.template.render(**variables)
+            return render_template(self.source, self.special_tokens | variables, self.date)
         except TemplateError as error:
-            raise DataError(f"{where}: the chat template refuses it: {str(error)[:300]}") from None
+            raise DataError(f"{where}: the chat template of {self.path} refuses it: {error}") from None
 
     def _parted(self, text: str) -> str:
         """A message with BREAK in each control token that it types."""
@@ -226,7 +220,7 @@ class Chat:
         """
         messages, where = conversation.messages, conversation.where
         whole, ids, places = self.tokens(messages, where)
-        labels, said = [IGNORE] * len(ids), [self.as_tokens_say(message["content"]) for message in messages]
+        labels, said = [IGNORE] * len(ids), [self.decode_text(message["content"]) for message in messages]
         last, at = len(messages), 0  # of what a cut leaves; the place in the whole behind the last message
         for i, message in enumerate(messages):
             words = message["content"].strip()
@@ -261,7 +255,7 @@ class Chat:
         return Example(index, ids[:max_length], labels[:max_length], conversation,
                        replace(conversation, messages=seen), len(ids) > max_length)
 
-    def as_tokens_say(self, text: str) -> str:
+    def decode_text(self, text: str) -> str:
         """A message as its tokens say it: a tokenizer may normalize (Qwen: NFC; Llama 2: ▁ is a space)."""
         pieces = self._parted(text).split(BREAK)
         with tokenizer_errors(self.file):

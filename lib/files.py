@@ -141,7 +141,7 @@ def either(*kinds, optional: bool = False) -> tuple:
 
 
 @contextmanager
-def naming(path: Path):
+def errors_name_path(path: Path):
     """What goes wrong in writing, a full disk for one, as an OSError that names `path`."""
     try:
         yield
@@ -154,7 +154,7 @@ def naming(path: Path):
 
 
 @contextmanager
-def written_whole(path: Path):
+def atomic_write(path: Path):
     """A path to write a file or a folder to, which becomes `path` when all of it is on the disk, or never.
 
     Nothing half-written stays, but for a process that was killed: path.part, which the next one writes over.
@@ -162,19 +162,19 @@ def written_whole(path: Path):
     part = path.with_name(path.name + ".part")
     remove(part)
     try:
-        with naming(path):
+        with errors_name_path(path):
             yield part
             for file in (*part.rglob("*"), part):
-                sync(file)
+                fsync(file)
             os.replace(part, path)
-            sync(path.parent)  # where its new name is
+            fsync(path.parent)  # where its new name is
     except BaseException:
         remove(part)
         raise
 
 
 @contextmanager
-def kept_if_used(folder: Path):
+def remove_if_unused(folder: Path):
     """Delete a new folder again, where what goes wrong has left nothing but config.json in it."""
     try:
         yield
@@ -184,7 +184,7 @@ def kept_if_used(folder: Path):
         raise
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Wait until a file or a folder's list of names is on the disk."""
     if os.name == "posix":  # Windows opens no folder, and syncs nothing that is open for reading
         descriptor = os.open(path, os.O_RDONLY)
@@ -210,7 +210,7 @@ def expect_writable(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises OSError that names it."""
-    with written_whole(path) as part:
+    with atomic_write(path) as part:
         # Half a surrogate pair loses no file.
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
 

@@ -301,7 +301,7 @@ def prepare():
 
     def read_resume(folder):
         options_of_run(TrainConfig(resume=folder / "stopped"), check)
-        row = Example(0, [1], [1], seen=Conversation(({"role": "user", "content": "a"},)))
+        row = Example(0, [1], [1], training_text=Conversation(({"role": "user", "content": "a"},)))
         assert all(0 <= s <= 1 for s in risks_of_rows(kept_rows(folder / "stopped" / "risk.jsonl", list), [row], folder / "risk.jsonl"))
         found = progress(folder)
         with found:

@@ -10,6 +10,7 @@ import torch
 from data.chat import batches_by_length, Chat, encode_examples, encode_prompts, IGNORE, LONGEST, pad, rows_that_fit
 from data.conversations import Conversation, read_conversations, split_by_prompt, WORLD
 from lib.files import DataError
+from lib.template import render_template
 
 
 def conversation(*contents, system=None):
@@ -157,7 +158,7 @@ class TestRendering:
         chat = chat_with(tmp_path, "{{ raise_exception('no system role') if messages[0].role == 'system' else messages[0].content }}")
         with pytest.raises(DataError, match="no system role"):
             chat.render(conversation("x", system="s").messages)
-        with pytest.raises(DataError, match="chat: expected a chat template that renders"):
+        with pytest.raises(DataError, match="chat: the chat template .* refuses it: SecurityError"):
             chat_with(tmp_path / "b", "{{ messages.__class__.__mro__ }}")
 
     def test_named_templates_and_missing_ones(self, tmp_path):
@@ -165,7 +166,7 @@ class TestRendering:
         assert chat.render(conversation("x").messages) == "D x"
         with pytest.raises(DataError, match="expected a chat template"):
             chat_with(tmp_path / "b", None)
-        with pytest.raises(DataError, match="does not compile"):
+        with pytest.raises(DataError, match="refuses it: TemplateSyntaxError"):
             chat_with(tmp_path / "c", "{% if %}")
         with pytest.raises(DataError, match="expected tokenizer.json"):
             Chat(tmp_path)
@@ -231,7 +232,7 @@ class TestMasks:
 
     def test_a_refusing_template_names_the_record(self, tmp_path):
         chat = chat_with(tmp_path, "{{ raise_exception('no system role') if messages[0].role == 'system' else messages[0].content }}")
-        with pytest.raises(DataError, match="mine.jsonl:3: the chat template refuses it: no system role"):
+        with pytest.raises(DataError, match="mine.jsonl:3: the chat template of .* refuses it: no system role"):
             chat.encode_example(Conversation(conversation("a", "b", system="s").messages, "mine.jsonl:3"), 0, 999)
 
     def test_truncation_is_counted_and_no_response_vanishes_silently(self, chat, capsys):
@@ -267,7 +268,7 @@ class TestLongTexts:
         [example] = encode_examples(chat, [long], 64)
         assert len(example.input_ids) == 64 and max(n for n in calls if n < 90) < 20
         whole = [label for label in chat.encode_example(long, 0, 10**6).labels[:64]]
-        assert example.labels == whole and example.seen.messages[0]["content"] == "Hello there"
+        assert example.labels == whole and example.training_text.messages[0]["content"] == "Hello there"
 
 
 def test_pad():
@@ -289,12 +290,11 @@ def test_published_templates_render_as_transformers_does():
     ]
     for path in templates:
         if path.name.split(".")[0].startswith(("llama3", "qwen2_5", "qwen3", "phi3")):
-            chat = Chat.__new__(Chat)
-            chat.marks, chat._typed = set(), None
-            chat.template = Chat.compile(path.read_text(), {"bos_token": "<s>", "eos_token": "</s>"})
+            special = {"bos_token": "<s>", "eos_token": "</s>"}
             for c in chats:
                 for prompt in (False, True):
                     theirs = utils.render_jinja_template(
                         [list(c.messages)], chat_template=path.read_text(), add_generation_prompt=prompt, bos_token="<s>", eos_token="</s>"
                     )
-                    assert chat.render(c.messages, prompt) == theirs[0][0], path.name
+                    variables = special | {"messages": list(c.messages), "add_generation_prompt": prompt, "tools": None, "documents": None}
+                    assert render_template(path.read_text(), variables) == theirs[0][0], path.name
