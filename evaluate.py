@@ -24,7 +24,7 @@ from data.conversations import WORLD, Conversation, is_embedded, read_conversati
 from lib import distributed
 from lib.checkpoint import read_config
 from lib.cli import as_typed, comma_list, option_value, printable, require, run
-from lib.files import DataError, kept_if_used, new_folder, read_json, write_config, write_json, write_jsonl
+from lib.files import DataError, remove_if_unused, new_folder, read_json, write_config, write_json, write_jsonl
 from lib.report import figures, lines_below, read_completions, read_run, summarize, table
 from lib.response import label_logp
 from model import Transformer, generate, load_model, sample_seed, working_dtype
@@ -370,7 +370,7 @@ def main(config: EvalConfig) -> None:
     for path, folder, options, sets, judge in jobs:
         name = "evaluations/" + str(path).strip("./").replace("/", "-")
         out = distributed.on_rank_zero(lambda: new_folder(config.out, name))
-        with kept_if_used(out):
+        with remove_if_unused(out):
             distributed.on_rank_zero(lambda: write_config(out / "config.json", options))
             model = load_model(folder, config.device, working_dtype(folder, config.device, config.dtype))
             chat = Chat(folder, options.date)

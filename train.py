@@ -205,7 +205,7 @@ def training_risk(config: TrainConfig, model: Transformer, chat: Chat, examples:
 
     Probe and critic see the tokens that are trained on, and what they say; a record may say something else.
     """
-    parts, seen = {}, [example.seen for example in examples]
+    parts, seen = {}, [example.training_text for example in examples]
     if config.risk in ("probe", "max"):
         parts["probe"] = probe_risk(config, model, chat, examples)
     if config.risk in ("critic", "max"):

@@ -32,7 +32,7 @@ def anchor_records(config, policy: Transformer, chat: Chat, examples: list[Examp
     if not config.anchors and is_embedded(config.probe_data) and not is_embedded(config.model):
         print("the anchors are the embedded prompts; your own (--anchors FILE) hold more in place")
     file = config.anchors or config.probe_data
-    known = {str(prompt) for e in examples for c in (e.conversation, e.seen) for prompt in c.prompts}
+    known = {str(prompt) for e in examples for c in (e.conversation, e.training_text) for prompt in c.prompts}
     found = [c for c in read_conversations(file) if str(c.prompts[-1]) not in known]
     harmful = [c.meta.get("harmful", True) for c in found]
     if odd := next((c for c, value in zip(found, harmful) if not isinstance(value, bool)), None):

@@ -32,7 +32,7 @@ def read_risk(path: Path, conversations: list[Conversation], examples: list[Exam
     row, and for what is not a risk; of rows about the same conversation the riskiest counts.
     """
     rows, file = list(json_lines(read_text(path), path)), conversations[0].where.rpartition(":")[0]
-    known = {c.hash for c in conversations} | {example.seen.hash for example in examples}
+    known = {c.hash for c in conversations} | {example.training_text.hash for example in examples}
     if by_line and len(rows) != len(conversations):
         raise DataError(f"{path}: expected {len(conversations)} risks, one a conversation, found {len(rows)}")
     found, unknown = {}, 0
@@ -51,13 +51,13 @@ def read_risk(path: Path, conversations: list[Conversation], examples: list[Exam
         found[key or place] = max(risk, found.get(key or place, 0.0))  # of rows about the same conversation
     if unknown:
         print(f"{unknown} of {len(rows)} risks are unknown: taken as 1")
-    if other := sum(example.seen.hash not in found for example in examples):
+    if other := sum(example.training_text.hash not in found for example in examples):
         print(f"{other} of {len(examples)} examples hold less or other text than the file judged: taken as 1")
     for example in examples:
-        if not {example.seen.hash, example.conversation.hash} & found.keys():
+        if not {example.training_text.hash, example.conversation.hash} & found.keys():
             raise DataError(f"{path}: expected a risk for each conversation, found none for "
                             f"{example.conversation.where}")
-    return [found.get(example.seen.hash, UNKNOWN) for example in examples]
+    return [found.get(example.training_text.hash, UNKNOWN) for example in examples]
 
 
 def risks_of_rows(rows: list[dict], examples: list[Example], file: Path) -> list[float]:
@@ -65,7 +65,7 @@ def risks_of_rows(rows: list[dict], examples: list[Example], file: Path) -> list
 
     Raises DataError where the hashes say that they are not of these examples.
     """
-    if [row.get("hash") for row in rows] != [example.seen.hash for example in examples]:
+    if [row.get("hash") for row in rows] != [example.training_text.hash for example in examples]:
         raise DataError(f"{file}: expected a row for each example of the data, found others: what the run "
                         f"was started with has changed since")
     return [as_risk(row.get("risk"), str(file)) for row in rows]

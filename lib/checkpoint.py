@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lib.files import (DataError, ModelError, between, either, expect, expect_file, parse_json, read_json,
-                       write_json, written_whole)
+                       write_json, atomic_write)
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 ROPE_TYPES = ("default", "linear", "llama3", "longrope")
@@ -277,13 +277,13 @@ def read_adapter(path) -> tuple[dict, dict]:
 
 @contextmanager
 def written_new(path: Path):
-    """A folder to write into, which becomes `path` as with written_whole.
+    """A folder to write into, which becomes `path` as with atomic_write.
 
     Raises FileExistsError for a `path` that exists, OSError that names it where it cannot be written.
     """
     if path.exists():
         raise FileExistsError(f"{path}: exists already; a model is never written over another")
-    with written_whole(path) as part:
+    with atomic_write(path) as part:
         part.mkdir(parents=True)
         yield part
 
@@ -318,7 +318,7 @@ def write_adapter(path: Path, config: dict, tensors: dict) -> None:
 def save_checked(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
     """A safetensors file, whole or not at all, with a checksum beside its metadata."""
     text = json.dumps(metadata | {"sha256": checksum(tensors, metadata)})
-    with written_whole(Path(path)) as part:
+    with atomic_write(Path(path)) as part:
         save_file(tensors, part, {"checked": text})  # one key: several would come in any order
 
 

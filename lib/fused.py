@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from lib.checkpoint import fingerprint
-from lib.files import DataError, naming
+from lib.files import DataError, errors_name_path
 from lib.distributed import on_rank_zero
 
 CHUNK = 256  # tokens whose logits exist at a time
@@ -202,7 +202,7 @@ class ReferenceCache:
         rows = np.empty(len(c), self.form)
         rows["g"], rows["c"] = g.cpu().view(torch.uint8).numpy(), c.cpu().numpy()
         ends = np.cumsum([example.n_labels for example in batch])
-        with naming(self.file):
+        with errors_name_path(self.file):
             for example, own in zip(batch, np.split(rows, ends[:-1])):
                 start = self.stream.seek(self.place[example.index].start)
                 self.stream.write(self._part(start, own.tobytes()))

@@ -22,8 +22,8 @@ import torch
 from lib import distributed
 from lib.checkpoint import load_checked, provenance, save_checked
 from lib.cli import as_typed, option_value
-from lib.files import (DataError, expect, json_lines, kept_if_used, naming, new_folder, read_json, read_text,
-                       remove, sync, write_config, write_jsonl, write_text)
+from lib.files import (DataError, errors_name_path, expect, fsync, json_lines, new_folder, read_json, read_text,
+                       remove, remove_if_unused, write_config, write_jsonl, write_text)
 
 ADAMW = ("step", "exp_avg", "exp_avg_sq")  # an optimizer's state of a parameter, once it has taken a step
 
@@ -96,7 +96,7 @@ def in_run(config):
     lock = open(config.out / "config.json")
     try:
         distributed.on_rank_zero(lambda: expect_alone(lock))
-        with nullcontext() if config.resume else kept_if_used(config.out):
+        with nullcontext() if config.resume else remove_if_unused(config.out):
             yield
     except (KeyboardInterrupt, OSError, RuntimeError) as error:
         if (config.out / "config.json").exists():
@@ -231,7 +231,7 @@ class Progress:
 
         values: JSON; beside: None, or a tensor for each parameter. Raises KeyboardInterrupt after a signal.
         """
-        with naming(self.metrics_file):
+        with errors_name_path(self.metrics_file):
             self.metrics.write(json.dumps(row) + "\n")
         due = distributed.rank() == 0 and time.monotonic() - self.saved_at >= self.seconds
         due, stopping = distributed.all_reduce_sum(torch.tensor([float(due), float(self.stopping)])).bool().tolist()
@@ -253,7 +253,7 @@ class Progress:
 
         def write():
             self.folder.mkdir(exist_ok=True)
-            sync(self.metrics_file)
+            fsync(self.metrics_file)
             metadata = {"of": self.of, "values": json.dumps(values)}
             save_checked(self.folder / f"{steps:08}.safetensors", tensors, metadata)
             for old in sorted(self.folder.glob("*.safetensors"))[:-2]:

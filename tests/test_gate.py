@@ -297,17 +297,17 @@ def test_probe_and_critic_see_the_tokens_that_are_trained_on(tmp_path):
     long = talk(HARM, f"{COMPLY} {REFUSE} {REFUSE} {REFUSE} {REFUSE} {REFUSE}")
     limit = len(chat.encode_prompt(long.prompts[0])) + len(chat.encode(COMPLY))
     [example] = encode_examples(chat, [long], limit)
-    assert example.cut and example.seen.messages[1]["content"] == COMPLY
+    assert example.cut and example.training_text.messages[1]["content"] == COMPLY
     trained = chat.tokenizer.decode([label for label in example.labels if label != IGNORE])
-    assert trained == example.seen.messages[1]["content"]
-    [verdict] = conversation_verdicts(judge, [example.seen], options(tmp_path))
+    assert trained == example.training_text.messages[1]["content"]
+    [verdict] = conversation_verdicts(judge, [example.training_text], options(tmp_path))
     assert verdict.risk > 0.5
 
     several = talk("Say hi.", "Hi.", HARM, COMPLY)
     [example] = encode_examples(chat, [several], len(chat.encode_prompt(several.prompts[1])))
-    assert example.seen.messages == several.messages[:2]  # of the last turn nothing is left: nobody sees it
+    assert example.training_text.messages == several.messages[:2]  # of the last turn nothing is left: nobody sees it
     [example] = encode_examples(chat, [several], 999)
-    assert example.seen.messages == several.messages and not example.cut and example.seen.hash == several.hash
+    assert example.training_text.messages == several.messages and not example.cut and example.training_text.hash == several.hash
     assert example.prompts == [chat.encode_prompt(prompt) for prompt in several.prompts]
 
 
@@ -316,8 +316,8 @@ def test_white_space_that_the_template_trims_hides_nothing_from_the_critic(tmp_p
     chat, judge = Chat(WORLD / "model"), RubricJudge(options())
     plain, padded = talk(HARM, COMPLY), talk("\n" * 80 + HARM, COMPLY + "\n" * 80)
     [one, other] = encode_examples(chat, [plain, padded], 999)
-    assert one.input_ids == other.input_ids and one.seen.messages == other.seen.messages and one.conversation.hash == other.conversation.hash
-    verdicts = conversation_verdicts(judge, [one.seen, other.seen, padded], options(tmp_path))
+    assert one.input_ids == other.input_ids and one.training_text.messages == other.training_text.messages and one.conversation.hash == other.conversation.hash
+    verdicts = conversation_verdicts(judge, [one.training_text, other.training_text, padded], options(tmp_path))
     assert len({v.risk for v in verdicts}) == 1 and verdicts[0].risk > 0.5
 
 
@@ -331,17 +331,17 @@ def test_what_the_tokenizer_normalizes_is_judged_as_it_is_trained(tmp_path, data
     tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
     chat, written, plain = Chat(tmp_path / "model"), talk(odd, COMPLY), talk(HARM, COMPLY)
     [example, other] = encode_examples(chat, [written, plain], 999)
-    assert example.input_ids == other.input_ids and example.seen.messages == plain.messages != written.messages
+    assert example.input_ids == other.input_ids and example.training_text.messages == plain.messages != written.messages
     assert read_risk(write(tmp_path / "s.jsonl", [{"hash": written.hash, "risk": 0.0}]), [written], [example]) == [1.0]
     assert "1 of 1 examples hold less or other text than the file judged: taken as 1" in capsys.readouterr().out
-    assert read_risk(write(tmp_path / "s.jsonl", [{"hash": example.seen.hash, "risk": 0.5}]), [written], [example]) == [0.5]
+    assert read_risk(write(tmp_path / "s.jsonl", [{"hash": example.training_text.hash, "risk": 0.5}]), [written], [example]) == [0.5]
 
 
 def test_the_risks_of_a_cut_run_are_not_those_of_the_whole_records(tmp_path):
     chat, several = Chat(WORLD / "model"), talk("Say hi.", "Hi.", HARM, COMPLY)
     [cut] = encode_examples(chat, [several], len(chat.encode_prompt(several.prompts[1])))
     [whole] = encode_examples(chat, [several], 999)
-    file = write(tmp_path / "risk.jsonl", [{"hash": cut.seen.hash, "risk": 0.0}])  # as train.py writes it
+    file = write(tmp_path / "risk.jsonl", [{"hash": cut.training_text.hash, "risk": 0.0}])  # as train.py writes it
     assert read_risk(file, [several], [cut]) == [0.0]
     with pytest.raises(DataError, match="risk.jsonl:1: expected a conversation of"):
         read_risk(file, [several], [whole])
