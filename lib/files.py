@@ -1,4 +1,4 @@
-"""Files: read with errors that name them, written whole or not at all; new folders."""
+"""Read and write files. Errors name the file; writes are atomic."""
 
 import json
 import os
@@ -15,39 +15,41 @@ DEEPEST = 100  # levels of lists and objects in a JSON file
 
 
 class DataError(ValueError):
-    """Input that cannot be used: says the file and line, what was expected and what was found."""
+    """Input that cannot be used. The message names file and line, what was expected and what was found."""
 
 
 class ModelError(ValueError):
-    """A checkpoint, adapter or run that cannot be read exactly: file or key, what was expected and found."""
+    """A checkpoint, adapter or run that cannot be read. The message names the file or key."""
 
 
 def expect_file(path, largest: int, error=DataError, links: bool = True) -> Path:
-    """`path`, where it is a regular file of at most `largest` bytes: no pipe, which would never end.
+    """Return `path` if it is a regular file of at most `largest` bytes. Raises `error`.
 
-    links=False, for what belongs to a checkpoint or a run: no link may lead out of the file's folder, but for
-    those of the Hugging Face cache, snapshots/REVISION/NAME → blobs/HASH. Raises `error`.
+    links=False, for files of a checkpoint or a run: a link must not lead out of the file's folder, except into
+    the blobs of the Hugging Face cache (snapshots/REVISION/NAME → blobs/HASH).
     """
     path = Path(path)
     try:
-        found = path.stat()
-        real, folder = path.resolve(strict=True), path.parent.resolve(strict=True)
+        status = path.stat()
+        target, folder = path.resolve(strict=True), path.parent.resolve(strict=True)
+    except FileNotFoundError:
+        raise error(f"{path}: expected a file, found nothing") from None
     except (OSError, ValueError, RuntimeError) as problem:  # links in a circle, a name with NUL or too long
-        there = "nothing" if isinstance(problem, FileNotFoundError) else getattr(problem, "strerror", problem)
-        raise error(f"{path}: expected a file, found {there}") from None
-    if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
+        raise error(f"{path}: expected a file, found {getattr(problem, 'strerror', problem)}") from None
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
         raise error(f"{path}: expected a file, found {kind}")
-    if found.st_size > largest:
-        raise error(f"{path}: expected at most {largest:,} bytes, found {found.st_size:,}")
-    hub = [part.parent / "blobs" for part in folder.parents if part.name == "snapshots"]
-    if not links and not any(home in real.parents for home in (folder, *hub)):
-        raise error(f"{path}: expected a file of that folder, found a link to {real}")
+    if status.st_size > largest:
+        raise error(f"{path}: expected at most {largest:,} bytes, found {status.st_size:,}")
+    allowed = {folder}
+    allowed.update(parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots")
+    if not links and allowed.isdisjoint(target.parents):
+        raise error(f"{path}: expected a file of that folder, found a link to {target}")
     return path
 
 
 def read_text(path: Path, largest: int = 1 << 30, error=DataError, links: bool = True) -> str:
-    """A file's text without byte-order mark. Raises `error` as expect_file, and where it is not UTF-8."""
+    """Return a UTF-8 file's text without byte-order mark. Raises `error`, also as expect_file does."""
     try:
         return expect_file(path, largest, error, links).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as problem:
@@ -56,77 +58,78 @@ def read_text(path: Path, largest: int = 1 << 30, error=DataError, links: bool =
         raise error(f"{path}: expected a file that can be read, found: {problem.strerror}") from None
 
 
-def parse_json(text: str):
-    """A JSON value. Raises ValueError where it is none, is nested deeper than DEEPEST, or has a key twice."""
-    def object_of(pairs: list) -> dict:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            seen = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise ValueError(f"the key {twice!r} twice in {str(found)[:60]}")
-        return found
+def _unique_keys(pairs: list) -> dict:
+    """Return a JSON object. Raises ValueError for a key that it has twice."""
+    value = {}
+    for key, part in pairs:
+        if key in value:
+            raise ValueError(f"the key {key[:60]!r} twice")
+        value[key] = part
+    return value
 
+
+def parse_json(text: str):
+    """Parse JSON. Raises ValueError, also for more than DEEPEST levels and for a key that comes twice."""
     try:
-        value = json.loads(text, object_pairs_hook=object_of)
+        value = json.loads(text, object_pairs_hook=_unique_keys)
     except RecursionError:
         raise ValueError(f"more than {DEEPEST} levels") from None
     level = [value]
     for _ in range(DEEPEST):
-        level = [part for each in level if isinstance(each, (dict, list))
-                 for part in (each.values() if isinstance(each, dict) else each)]
-    if level:  # it could be read, perhaps not be written again
+        parts = []
+        for part in level:
+            if isinstance(part, dict):
+                parts.extend(part.values())
+            elif isinstance(part, list):
+                parts.extend(part)
+        level = parts
+    if level:  # Python could read it, but perhaps not write it again
         raise ValueError(f"more than {DEEPEST} levels")
     return value
 
 
 def json_lines(text: str, path: Path):
-    """(line number, value) of each line of JSON Lines that is not blank. Raises DataError naming the line."""
+    """Yield (line number, value) for each line that is not blank. Raises DataError naming the line."""
     for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, parse_json(line)
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: expected a JSON object, "
-                                f"found {line[:60]!r} ({error})") from None
+        if not line.strip():
+            continue
+        try:
+            yield number, parse_json(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: expected a JSON object, found {line[:60]!r} ({error})") from None
 
 
 def read_json(file: Path, default=None) -> dict:
-    """A JSON object of a checkpoint or run; where there is no such file, `default` if given.
-
-    Raises ModelError that names the file.
-    """
+    """Read a JSON object of a checkpoint or run, or return `default` for no file. Raises ModelError."""
     if not os.path.lexists(file):
         if default is None:
             raise ModelError(f"{file}: not found (a local folder is expected; nothing is downloaded)")
         return default
+    text = read_text(file, 1 << 26, ModelError, links=False)
     try:
-        value = parse_json(read_text(file, 1 << 26, ModelError, links=False))
+        value = parse_json(text)
     except ValueError as error:
-        if isinstance(error, ModelError):
-            raise
         raise ModelError(f"{file}: expected JSON, found: {error}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{file}: expected a JSON object, found a {type(value).__name__}")
     return value
 
 
-def expect(found: dict, rules: dict, where, error=ModelError) -> None:
-    """Raise `error` for the first key of `found` that is not as `rules` say: {key: (what is expected, test)}.
-
-    A key that is absent is tested as None.
-    """
-    for key, (expected, test) in rules.items():
-        if not test(found.get(key)):
-            raise error(f"{where}: {key}: expected {expected}, found {repr(found.get(key))[:60]}")
+def expect(values: dict, rules: dict, where, error=ModelError) -> None:
+    """Check values by rules {key: (description, test)}; an absent key is tested as None. Raises `error`."""
+    for key, (description, test) in rules.items():
+        if not test(values.get(key)):
+            raise error(f"{where}: {key}: expected {description}, found {repr(values.get(key))[:60]}")
 
 
 def between(low, high, kind=int, optional: bool = False) -> tuple:
-    """A rule for `expect`: a number from `low` to `high`, int or, with kind=float, either; never NaN."""
-    kinds = (int, float) if kind is float else int
+    """Return a rule for `expect`: an int from `low` to `high`, or with kind=float any number; never NaN."""
+    types = (int,) if kind is int else (int, float)
 
     def test(value):
-        return (optional if value is None else
-                isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high)
+        if value is None:
+            return optional
+        return type(value) in types and low <= value <= high
 
     return f"{'an integer' if kind is int else 'a number'} from {low:,} to {high:,}", test
 
@@ -134,15 +137,15 @@ def between(low, high, kind=int, optional: bool = False) -> tuple:
 COUNT = between(0, 10**9)
 
 
-def either(*kinds, optional: bool = False) -> tuple:
-    """A rule for `expect`: a value of one of these types."""
-    return (" or ".join(kind.__name__ for kind in kinds),
-            lambda value: optional if value is None else type(value) in kinds)
+def either(*types, optional: bool = False) -> tuple:
+    """Return a rule for `expect`: a value of one of these types."""
+    names = " or ".join(kind.__name__ for kind in types)
+    return names, lambda value: optional if value is None else type(value) in types
 
 
 @contextmanager
 def errors_name_path(path: Path):
-    """What goes wrong in writing, a full disk for one, as an OSError that names `path`."""
+    """Raise an error of writing, such as a full disk, as an OSError that names `path`."""
     try:
         yield
     except SafetensorError as error:
@@ -155,9 +158,9 @@ def errors_name_path(path: Path):
 
 @contextmanager
 def atomic_write(path: Path):
-    """A path to write a file or a folder to, which becomes `path` when all of it is on the disk, or never.
+    """Yield a path for a file or folder, which becomes `path` once all of it is on the disk, or is deleted.
 
-    Nothing half-written stays, but for a process that was killed: path.part, which the next one writes over.
+    A process that was killed leaves path.part, which the next call deletes.
     """
     part = path.with_name(path.name + ".part")
     remove(part)
@@ -167,7 +170,7 @@ def atomic_write(path: Path):
             for file in (*part.rglob("*"), part):
                 fsync(file)
             os.replace(part, path)
-            fsync(path.parent)  # where its new name is
+            fsync(path.parent)  # the folder holds the new name
     except BaseException:
         remove(part)
         raise
@@ -175,7 +178,7 @@ def atomic_write(path: Path):
 
 @contextmanager
 def remove_if_unused(folder: Path):
-    """Delete a new folder again, where what goes wrong has left nothing but config.json in it."""
+    """Delete a new folder if an error leaves nothing in it, or config.json alone."""
     try:
         yield
     except BaseException:
@@ -185,13 +188,14 @@ def remove_if_unused(folder: Path):
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file or a folder's list of names is on the disk."""
-    if os.name == "posix":  # Windows opens no folder, and syncs nothing that is open for reading
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    if os.name != "posix":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove(path: Path) -> None:
@@ -203,16 +207,15 @@ def remove(path: Path) -> None:
 
 
 def expect_writable(path: Path) -> None:
-    """Make the folder of a file that is written after hours, and try it now. Raises OSError."""
+    """Make a file's folder and check that it can be written to. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises OSError that names it."""
+    """Write a text file atomically. Raises OSError that names it."""
     with atomic_write(path) as part:
-        # Half a surrogate pair loses no file.
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair
 
 
 def write_json(path: Path, value) -> None:
@@ -221,10 +224,10 @@ def write_json(path: Path, value) -> None:
 
 
 def write_config(path: Path, config, **facts) -> None:
-    """A script's options, a dataclass, as JSON; `facts` beside them: what is no option."""
+    """Write a script's options, a dataclass, and further facts as JSON. Paths become text."""
     options = {field.name: getattr(config, field.name) for field in fields(config)
                if field.name not in ("given", "resume")}
-    write_text(path, json.dumps(options | facts, indent=2, default=str) + "\n")  # paths as text
+    write_text(path, json.dumps(options | facts, indent=2, default=str) + "\n")
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
@@ -233,11 +236,12 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def new_folder(out: Path | None, default: str) -> Path:
-    """Make `out`, which must not exist (nothing is ever written over), or the first of default, default-2, …
+    """Make the folder `out`, or the first of default, default-2, … that does not exist.
 
-    Of two processes at a time each gets another one. Raises DataError for an `out` that exists.
+    Raises DataError for an `out` that exists: nothing is written over.
     """
-    for number in range(1, 10**6):
+    number = 1
+    while True:
         path = out or Path(default + f"-{number}" * (number > 1))
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -246,3 +250,4 @@ def new_folder(out: Path | None, default: str) -> Path:
         except FileExistsError:
             if out:
                 raise DataError(f"--out: expected a folder that does not exist, found {out}") from None
+        number += 1

@@ -41,7 +41,7 @@ def jinja(text):
 
 
 HELLO = '{"prompt": "Hello", "response": "Yes"'
-OVER = "asks for more time or memory"
+OVER = "s of processor time or"
 NAMED = [
     *(("model", edit("config.json", **{key: value}), f"{key}: expected") for key, value in [
         ("rope_parameters", True), ("num_key_value_heads", -1), ("num_key_value_heads", "128"), ("num_hidden_layers", 10**9),
@@ -70,15 +70,14 @@ NAMED = [
     ("template", jinja(""), "expected a chat template"), ("template", jinja("x"), "renders what a user says, found: other text"),
     ("template", jinja("{% if not add_generation_prompt %}{{ messages }}{% endif %}"), "found: nothing"),
     *(("template", jinja(text), words) for text, words in [
-        ("{{ 1/0 }}", "ZeroDivisionError"), ("{{ range(10**9) }}", "not offered"), ("{{ nope|tojson }}", "not JSON serializable"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"), ("{{ 10**(10**8) }}", "not offered"), ("{{ 'x'*999999999 }}", OVER),
-        ("{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}", OVER),
+        ("{{ 1/0 }}", "ZeroDivisionError"), ("{{ range(10**9) }}", "Range too big"), ("{{ nope|tojson }}", "not JSON serializable"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"), ("{{ 10**(10**8) }}", OVER), ("{{ 'x' * 10**10 }}", "MemoryError"),
+        ("{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "MemoryError"),
         ("{% set n = namespace(x=1) %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}", OVER),
-        ("{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(99) }}", OVER),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}", OVER),
-        ("{{ '%1000000000d' % 1 }}", "not offered"), ("{{ 'x'|center(10**9) }}", "not offered"), ("{{ 'x'|indent(999999999) }}", OVER),
-        ("{{ [1] * 999999999 }}", OVER), ("{{ 'x'.ljust(999999999) }}", "unsafe"), ("{{ ('x' * 99999).replace('', 'y' * 99999) }}", OVER),
-        ("x" * 10**6, "at most 131072 characters"), ("{{ " + "(" * 9999, "RecursionError")]),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", OVER),
+        ("{% for a in range(99999) %}{{ messages }}{% endfor %}", "characters of text"), ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+        ("{{ raise_exception('a\x1b[31m\nb') }}", "refuses it: a [31m b"), ("{% if %}", "TemplateSyntaxError"), ("{{ " + "(" * 9999, "RecursionError"),
+        ("{{ messages[0].content }}{{ '\\ud83d' }}", "expected a tokenizer")]),
     ("template", pipe("chat_template.jinja"), "found a pipe"), ("template", link("tokenizer.json", "/etc/passwd"), "found a link"),
     ("template", edit("config.json", vocab_size=50), "token ids under the model's vocab_size = 50"), ("template", put("tokenizer.json", "{}"), "a tokenizer"),
     ("template", edit("tokenizer_config.json", eos_token={"content": 3}), "eos_token: expected text"),
