@@ -80,9 +80,8 @@ NAMED = [
         ("{{ messages[0].content }}{{ '\\ud83d' }}", "expected a tokenizer")]),
     ("template", pipe("chat_template.jinja"), "found a pipe"), ("template", link("tokenizer.json", "/etc/passwd"), "found a link"),
     ("template", edit("config.json", vocab_size=50), "token ids under the model's vocab_size = 50"), ("template", put("tokenizer.json", "{}"), "a tokenizer"),
-    ("template", edit("tokenizer_config.json", eos_token={"content": 3}), "eos_token: expected text"),
-    *(("tokenizer", edit("tokenizer_config.json", chat_template=odd), "chat_template") for odd in (3, {"a": 1}, "@half", [3], [{"template": "x"}])[:3]),
-    *(("tokenizer", edit("tokenizer_config.json", chat_template=odd), "expected a chat template") for odd in ([3], [{"template": "x"}], [[]], None)),
+    *(("tokenizer", edit("tokenizer_config.json", chat_template=odd), "expected a chat template")
+      for odd in (3, {"a": 1}, [3], [{"template": "x"}], [[]], None)),
     *(("records", put("rows.jsonl", HELLO + "}\n" + text), f"rows.jsonl:2: {words}") for text, words in [
         ('{"instruction": null, "input": "x", "output": "y"}', "expected message 1"), (HELLO + ', "prompt": "x"}', "expected a JSON object"),
         ("{" + "".join(f'"k{i}": 1, ' for i in range(10**5)) + '"k9": 1}', "expected a JSON object"),

@@ -9,7 +9,7 @@ import torch
 
 from data.chat import batches_by_length, Chat, encode_examples, encode_prompts, IGNORE, LONGEST, pad, rows_that_fit
 from data.conversations import Conversation, read_conversations, split_by_prompt, WORLD
-from lib.files import DataError
+from lib.files import DataError, ModelError
 from lib.template import render_template
 
 
@@ -168,7 +168,7 @@ class TestRendering:
             chat_with(tmp_path / "b", None)
         with pytest.raises(DataError, match="refuses it: TemplateSyntaxError"):
             chat_with(tmp_path / "c", "{% if %}")
-        with pytest.raises(DataError, match="expected tokenizer.json"):
+        with pytest.raises(ModelError, match="tokenizer.json: not found"):
             Chat(tmp_path)
 
     def test_special_tokens_are_never_added_twice(self, chat):
