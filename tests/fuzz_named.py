@@ -83,9 +83,9 @@ NAMED = [
     *(("tokenizer", edit("tokenizer_config.json", chat_template=odd), "expected a chat template")
       for odd in (3, {"a": 1}, [3], [{"template": "x"}], [[]], None)),
     *(("records", put("rows.jsonl", HELLO + "}\n" + text), f"rows.jsonl:2: {words}") for text, words in [
-        ('{"instruction": null, "input": "x", "output": "y"}', "expected message 1"), (HELLO + ', "prompt": "x"}', "expected a JSON object"),
+        ('{"instruction": null, "input": "x", "output": "y"}', "expected text as instruction"), (HELLO + ', "prompt": "x"}', "expected a JSON object"),
         ("{" + "".join(f'"k{i}": 1, ' for i in range(10**5)) + '"k9": 1}', "expected a JSON object"),
-        ('{"instruction": "x", "input": 3, "output": "y"}', "expected text as input"), (HELLO + ', "system": []}', "expected text as system"),
+        ('{"instruction": "x", "input": 3, "output": "y"}', "expected text as instruction and input"), (HELLO + ', "system": []}', "expected message 1 as {role, content}"),
         ('{"prompt": ["x"], "response": "y"}', "expected message 1"), ('{"prompt": "\\ud800", "response": "y"}', "expected valid Unicode"),
         (HELLO + f', "x": {RAW["@huge"]}}}', "expected a JSON object"), (HELLO + f', "x": {RAW["@deep"]}}}', "expected a JSON object"),
         (HELLO + f', "x": {RAW["@objects"]}}}', "expected a JSON object"),
