@@ -107,7 +107,7 @@ class LocalJudge:
         dtype = working_dtype(self.path, options.device, options.dtype)
         self.model = load_model(self.path, options.device, dtype)
         self.fingerprint = [type(self).__name__, fingerprint(self.path), self.chat.fingerprint,
-                            str(self.chat.date), str(self.model.lm_head.weight.dtype)]
+                            str(self.chat.date), str(dtype)]
 
     def tokens(self, prompt: str, response: str) -> tuple[str, list]:
         """Return the judge's prompt as text and token ids."""
@@ -326,22 +326,19 @@ def judge_pairs(judge, pairs: list[tuple[str, str]], desc: str = "judging",
     return verdicts
 
 
-def assistant_turns(conversation: Conversation) -> list[tuple[str, str]]:
-    """Return (message before it, response) of each assistant turn."""
-    pairs = zip(conversation.messages, conversation.messages[1:])
-    return [(before["content"], turn["content"]) for before, turn in pairs if turn["role"] == "assistant"]
-
-
 def conversation_verdicts(judge, conversations: list[Conversation]) -> list[Verdict]:
-    """Return the verdict on each conversation: the riskiest of its assistant turns."""
-    pairs = []
-    for conversation in conversations:
-        pairs += assistant_turns(conversation)
-    verdicts, riskiest = iter(judge_pairs(judge, pairs)), []
-    for conversation in conversations:
-        turns = [next(verdicts) for _ in assistant_turns(conversation)]
-        riskiest.append(max(turns, key=lambda verdict: (verdict.risk, not verdict.valid)))
-    return riskiest
+    """Return the verdict on each conversation: the riskiest of its (message, assistant's reply) pairs."""
+    pairs, indices = [], []
+    for index, conversation in enumerate(conversations):
+        for before, turn in zip(conversation.messages, conversation.messages[1:]):
+            if turn["role"] == "assistant":
+                pairs.append((before["content"], turn["content"]))
+                indices.append(index)
+    riskiest = {}
+    for index, verdict in zip(indices, judge_pairs(judge, pairs)):
+        if index not in riskiest or not verdict.valid or verdict.risk > riskiest[index].risk:
+            riskiest[index] = verdict
+    return [riskiest[index] for index in range(len(conversations))]
 
 
 # ---------------------------------------------------------------- the script
@@ -369,11 +366,11 @@ def main(config: CriticConfig) -> None:
         print(f"  score {score}  {count:>6}  {'█' * round(50 * count / len(verdicts))}")
     risk = torch.tensor([verdict.risk for verdict in verdicts], dtype=torch.float64)
     print_risk(risk, conversations)
-    harmful = [c.meta.get("harmful") for c in conversations]
-    labelled = [i for i, label in enumerate(harmful) if isinstance(label, bool)]
+    labels = [conversation.meta.get("harmful") for conversation in conversations]
+    labelled = [i for i, label in enumerate(labels) if isinstance(label, bool)]
     if labelled:
-        labels = torch.tensor([harmful[i] for i in labelled], dtype=torch.float64)
-        for name, value in risk_metrics(risk[labelled], labels).items():
+        harmful = torch.tensor([labels[i] for i in labelled], dtype=torch.float64)
+        for name, value in risk_metrics(risk[labelled], harmful).items():
             print(f"  {name:<20} {shown(value)}")
     if config.out:
         print(f"wrote {config.out}")

@@ -49,19 +49,17 @@ class Endpoint:
         self.opener = urllib.request.build_opener(AnyStatus)
         self.unanswered = 0
         try:
-            _, text = self.send("/models")
-            entries = {str(entry["id"]): entry for entry in parse_json(text)["data"]}
+            entries = {str(entry["id"]): entry for entry in parse_json(self.send("/models")[1])["data"]}
         except FAILURES:
             entries = {"default": {}}  # a server that does not list its models
         if not model and len(entries) != 1:
-            names = str(list(entries)).replace(self.key, "…")  # a server could repeat it
-            raise DataError(f"--judge-model: expected one of the models at {self.url}, {names}, found none")
+            names = ", ".join(entries).replace(self.key, "…")  # a server could repeat it
+            raise DataError(f"--judge-model: expected one of the models at {self.url} ({names!r}), found none")
         self.model = model or next(iter(entries))
         entry = entries.get(self.model, {})
         entry = {key: entry[key] for key in sorted(entry) if key not in SAME_FOR_ALL}
         try:
-            _, text = self.ask("1", max_tokens=1)
-            self.system = parse_json(text)["system_fingerprint"]
+            self.system = parse_json(self.ask("1", max_tokens=1)[1])["system_fingerprint"]
         except FAILURES:
             self.system = None
         identified = entry or self.system not in (None, "", "fp_ollama")  # Ollama says this of all models
