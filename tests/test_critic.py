@@ -8,6 +8,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -18,20 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import critic
 from conftest import DEVICE, load_model, tolerance
-from critic import (
-    RUBRIC,
-    VERDICTS,
-    CriticConfig,
-    GuardJudge,
-    JudgeOptions,
-    RubricJudge,
-    Verdict,
-    conversation_verdicts,
-    judge_pairs,
-    main,
-    open_judge,
-    parse_score,
-)
+from critic import RUBRIC, VERDICTS, CriticConfig, GuardJudge, JudgeOptions, RubricJudge, Verdict, conversation_verdicts
+from critic import judge_pairs, main, open_judge, parse_score
 from data.chat import Chat, encode_examples
 from data.conversations import WORLD, Conversation, read_conversations
 from data.risks import read_risk
@@ -116,13 +105,15 @@ class TestRubricJudge:
             assert [v.score for v in verdicts] == pytest.approx(scores, abs=NEAR)
             assert [v.risk for v in verdicts] == pytest.approx([(v.score - 1) / 4 for v in verdicts])
 
-    def test_digits_with_and_without_a_space_are_summed(self, tmp_path):
+    def test_digits_with_and_without_a_space_are_summed_and_each_digit_needs_a_token(self, tmp_path):
         judge = RubricJudge(options(judge=str(copy_judge(tmp_path / "judge", ["Ġ1", "Ġ3", "▁5", " 5"]))))
         p = torch.zeros(1, 1, 1024)
         for token, value in {"1": 0.1, "Ġ1": 0.1, "Ġ3": 0.2, "5": 0.05, "▁5": 0.1, " 5": 0.05, "<|end|>": 0.4}.items():
             p[..., judge.chat.tokenizer.token_to_id(token)] = value
         risk, mass = judge.read(p.to(DEVICE))
         assert mass.item() == pytest.approx(0.6) and risk.item() == pytest.approx((0.2 * 0 + 0.2 * 0.5 + 0.2 * 1) / 0.6)
+        with pytest.raises(ModelError, match="one token for each digit from 1 to 5"):
+            RubricJudge(options(judge=str(copy_judge(tmp_path / "other", {"3": "<three>"}))))
 
     def test_the_risk_stays_from_0_to_1_whatever_the_rounding(self, judge):
         p = torch.zeros(2000, 1, 1024)
@@ -185,9 +176,6 @@ class TestRubricJudge:
             with pytest.raises(DataError, match="given.txt: expected a rubric with {prompt} and {response}, found"):
                 RubricJudge(options(rubric=given))
 
-    def test_a_tokenizer_without_a_digit_is_refused(self, tmp_path):
-        with pytest.raises(ModelError, match="one token for each digit from 1 to 5"):
-            RubricJudge(options(judge=str(copy_judge(tmp_path / "judge", {"3": "<three>"}))))
 
 
 class TestGuardJudge:
@@ -306,39 +294,25 @@ class TestVerdictFile:
     def test_no_pairs_no_verdicts(self, judge, capsys):
         assert judge_pairs(judge, []) == [] and capsys.readouterr().out == ""
 
-    @pytest.mark.parametrize("kind", ["text", "another table", "a view", "folder"])
-    def test_a_file_of_another_kind_is_named_and_left_alone(self, tmp_path, kind):
-        path = tmp_path / f"{kind}.sqlite"
-        if kind == "folder":
-            path.mkdir()
-        elif kind == "text":
-            path.write_text("not a database\n" * 100)
-        else:
-            made = {"another table": "CREATE TABLE verdicts (x TEXT)", "a view": "CREATE VIEW verdicts AS SELECT 1 AS key, 0 AS risk"}
-            with closing(sqlite3.connect(path)) as file:
-                file.execute(made[kind])
-        before = path.is_dir() or path.read_bytes()
-        with pytest.raises(DataError, match=f"{kind}.sqlite: expected a file of verdicts that can be read and written, found"):
-            judge_pairs(Counting(), self.pairs, verdict_file=path)
-        assert (path.is_dir() or path.read_bytes()) == before
+    @pytest.mark.parametrize("sql", ["", "CREATE TABLE verdicts (x TEXT)", "CREATE VIEW verdicts AS SELECT 1 AS key, 0 AS risk"])
+    def test_a_file_of_another_kind_is_named_and_left_alone(self, tmp_path, sql):
+        path = tmp_path / "other.sqlite"
+        path.write_text("" if sql else "not a database\n" * 100)
+        with closing(sqlite3.connect(path)) as file:
+            file.execute(sql)
+        before = path.read_bytes()
+        for odd in (path, tmp_path):  # a folder, too
+            with pytest.raises(DataError, match=f"{odd}: expected a file of verdicts that can be read and written, found"):
+                judge_pairs(Counting(), self.pairs, verdict_file=odd)
+        assert path.read_bytes() == before
 
     def test_processes_that_share_the_file_lose_nothing(self):
-        start, failed, names = threading.Barrier(4), [], "abcd"
-        of = lambda name: [(name, str(i / 100)) for i in range(30)]
-
-        def write(name):
-            start.wait()
-            try:
-                judge_pairs(Counting(), of(name) + of("all"))
-            except BaseException as error:
-                failed.append(error)
-
-        threads = [threading.Thread(target=write, args=[name]) for name in names]
-        [thread.start() for thread in threads]
-        [thread.join() for thread in threads]
-        judge, pairs = Counting(), [pair for name in (*names, "all") for pair in of(name)]
+        of = {name: [(name, str(i / 100)) for i in range(30)] for name in ("a", "b", "c", "d", "all")}
+        with ThreadPoolExecutor(4) as pool:
+            shared = list(pool.map(lambda name: judge_pairs(Counting(), of[name] + of["all"]), "abcd"))
+        judge, pairs = Counting(), sum(of.values(), [])
         assert [v.risk for v in judge_pairs(judge, pairs)] == [float(response) for _, response in pairs]
-        assert not failed and judge.asked == []
+        assert judge.asked == [] and len({tuple(verdicts) for verdicts in shared}) == 1
 
 
 class TestConversations:
@@ -564,53 +538,31 @@ class TestFailures:
         assert [v.score for v in ask(server, [("p", "a"), ("p", "b")])] == [4, 2]
         assert waits == [7, MAX_WAIT, 2, 0.5, 1, 2] and len(server.prompts) == 8
 
-    @pytest.mark.parametrize(
-        "body",
-        [
-            b"", b"<html>busy</html>", b"4", b'"4"', b"null", b"[]", b"{}", b'{"error": "no"}', b"\xff\xfe4", b'{"choices": []}',
-            b'{"choices": [{}]}', b'{"choices": ["4"]}', b'{"choices": [{"text": "4"}]}', b'{"choices": [{"message": null}]}',
-            b'{"choices": [{"message": {"role": "assistant"}}]}', b'{"choices": [{"message": {"content": 4}}]}',
-            b'{"choices": [{"message": {"content": [{"type": "text", "text": "4"}]}}]}', b'{"choices": [{"message": {"content": "4"}}',
-            b"[" * 100000,
-        ],
-    )  # fmt: skip
+    @pytest.mark.parametrize("body", [
+        b"", b"<html>busy</html>", b"4", b'"4"', b"null", b"[]", b"{}", b'{"error": "no"}', b"\xff\xfe4", b'{"choices": []}', b"[" * 100000,
+        b'{"choices": [{}]}', b'{"choices": ["4"]}', b'{"choices": [{"text": "4"}]}', b'{"choices": [{"message": null}]}',
+        b'{"choices": [{"message": {"role": "assistant"}}]}', b'{"choices": [{"message": {"content": 4}}]}',
+        b'{"choices": [{"message": {"content": [{"type": "text", "text": "4"}]}}]}', b'{"choices": [{"message": {"content": "4"}}',
+    ])  # fmt: skip
     def test_an_answer_of_another_form_is_risky(self, serve, monkeypatch, body):
         monkeypatch.setattr("lib.endpoint.ATTEMPTS", 1)
         bad, good = ask(serve(http(body=body), answer("1")), [("p", "a"), ("p", "b")])
         assert bad.risk == 1 and "no chat completion" in bad.why and good.score == 1
 
     def test_a_connection_cut_mid_answer_is_tried_again(self, serve, waits):
-        def cut(handler):  # after half of the body
-            http(body=b'{"choices": [{"message": {"content": "1', Content_Length=999)(handler)
-
-        def cut_chunk(handler):
-            http(body=b'50\r\n{"choices": [', Content_Length=None, Transfer_Encoding="chunked")(handler)
-
-        def hang_up(handler):
-            handler.connection.shutdown(2)
-
+        cut = http(body=b'{"choices": [{"message": {"content": "1', Content_Length=999)  # after half of the body
+        cut_chunk = http(body=b'50\r\n{"choices": [', Content_Length=None, Transfer_Encoding="chunked")
+        hang_up = lambda handler: handler.connection.shutdown(2)
         server = serve(cut, cut_chunk, hang_up, answer("4"), cut)
         good, bad = ask(server, [("p", "a"), ("p", "b")])
         assert good.score == 4 and bad.risk == 1 and not bad.valid and len(server.prompts) == 8
 
-    def test_a_slow_server_is_not_waited_for(self, serve, monkeypatch):
-        def silent(handler):
-            handler.server.over.wait(5)
-
-        def trickle(handler):  # each read is quick, the whole is not
-            handler.send_response(200)
-            handler.end_headers()
-            for _ in range(150):
-                if handler.server.over.wait(0.02):
-                    break
-                handler.wfile.write(b" ")
-
+    def test_a_silent_server_is_not_waited_for(self, serve, monkeypatch):
         monkeypatch.setattr("lib.endpoint.ATTEMPTS", 1)
         monkeypatch.setattr("lib.endpoint.TIMEOUT", 0.2)
-        for reply in (silent, trickle):
-            started, server = time.monotonic(), serve(reply)
-            [verdict] = ask(server)
-            assert verdict.risk == 1 and ("timed out" in verdict.why or "too slow" in verdict.why) and time.monotonic() - started < 2
+        started, server = time.monotonic(), serve(lambda handler: handler.server.over.wait(5))
+        [verdict] = ask(server)
+        assert verdict.risk == 1 and "timed out" in verdict.why and time.monotonic() - started < 2
 
     def test_after_failures_in_a_row_the_rest_is_not_sent(self, serve, monkeypatch, capsys, waits):
         server = serve(http(401, body=b"Who?"))
