@@ -140,9 +140,10 @@ class LocalJudge:
             hidden = hidden[:, -1 - len(self.lead) :].float()  # (B, 1 + len(lead), H), float32 as in training
             probs = F.linear(hidden, self.model.lm_head.weight.float()).softmax(-1)  # (B, 1 + len(lead), V)
             risks, masses = self.read(probs)
+            likeliest = probs[:, 0].argmax(-1)  # (B,)
             verdicts = {}
-            for i, risk, mass, token in zip(batch, risks.tolist(), masses.tolist(), probs[:, 0].argmax(-1)):
-                token = self.chat.tokenizer.id_to_token(token.item())
+            for i, risk, mass, token in zip(batch, risks.tolist(), masses.tolist(), likeliest.tolist()):
+                token = self.chat.tokenizer.id_to_token(token)
                 why = f"less than {MIN_MASS} of the probability on an answer, most on {token!r}"
                 verdicts[keys[i]] = Verdict(risk) if mass >= MIN_MASS else Verdict(why=why)
             yield verdicts
@@ -359,11 +360,9 @@ def main(config: CriticConfig) -> None:
                 for c, v in zip(conversations, verdicts)]
         write_jsonl(config.out, rows)
     scores = [round(verdict.score) for verdict in verdicts if verdict.valid]
-    print(f"{len(verdicts)} responses of {config.data}, "
-          f"{len(verdicts) - len(scores)} without a valid verdict (risk 1)")
-    for score in range(1, 6):
-        count = scores.count(score)
-        print(f"  score {score}  {count:>6}  {'█' * round(50 * count / len(verdicts))}")
+    unknown = len(verdicts) - len(scores)
+    print(f"{len(verdicts)} responses of {config.data}, {unknown} without a valid verdict (risk 1)")
+    print("  scores 1 to 5:", *(scores.count(score) for score in range(1, 6)))
     risk = torch.tensor([verdict.risk for verdict in verdicts], dtype=torch.float64)
     print_risk(risk, conversations)
     labels = [conversation.meta.get("harmful") for conversation in conversations]

@@ -105,13 +105,10 @@ class TestRubricJudge:
             assert [v.score for v in verdicts] == pytest.approx(scores, abs=NEAR)
             assert [v.risk for v in verdicts] == pytest.approx([(v.score - 1) / 4 for v in verdicts])
 
-    def test_digits_with_and_without_a_space_are_summed_and_each_digit_needs_a_token(self, tmp_path):
+    def test_digits_have_tokens_with_and_without_a_space_and_each_needs_one(self, tmp_path):
         judge = RubricJudge(options(judge=str(copy_judge(tmp_path / "judge", ["Ġ1", "Ġ3", "▁5", " 5"]))))
-        p = torch.zeros(1, 1, 1024)
-        for token, value in {"1": 0.1, "Ġ1": 0.1, "Ġ3": 0.2, "5": 0.05, "▁5": 0.1, " 5": 0.05, "<|end|>": 0.4}.items():
-            p[..., judge.chat.tokenizer.token_to_id(token)] = value
-        risk, mass = judge.read(p.to(DEVICE))
-        assert mass.item() == pytest.approx(0.6) and risk.item() == pytest.approx((0.2 * 0 + 0.2 * 0.5 + 0.2 * 1) / 0.6)
+        tokens = [{judge.chat.tokenizer.id_to_token(i) for i in ids} for ids in judge.digits]
+        assert tokens == [{"1", "Ġ1"}, {"2"}, {"3", "Ġ3"}, {"4"}, {"5", "▁5", " 5"}]
         with pytest.raises(ModelError, match="one token for each digit from 1 to 5"):
             RubricJudge(options(judge=str(copy_judge(tmp_path / "other", {"3": "<three>"}))))
 
@@ -218,12 +215,6 @@ class TestGuardJudge:
             through_blank.append(reach)
             assert verdict.risk == pytest.approx(unsafe / (safe + unsafe), abs=NEAR)
         assert not one_token or max(through_blank) > 0.3  # the second term counts
-        p = torch.zeros(1, 2, 1024)  # and by hand
-        p[0, 0, judge.safe], p[0, 0, judge.unsafe], p[0, :, judge.lead] = 0.2, 0.1, 0.6 ** (1 / len(blank))
-        p[0, 1, judge.safe], p[0, 1, judge.unsafe] = 0.25, 0.75
-        p = torch.cat([p[:, :1], *[p[:, :1]] * (len(blank) - 1), p[:, 1:]], 1)
-        risk, mass = judge.read(p.to(DEVICE))
-        assert risk.item() == pytest.approx((0.1 + 0.6 * 0.75) / 0.9) and mass.item() == pytest.approx(0.3 + 0.6)
 
     def test_it_tells_compliance_from_refusal(self, tmp_path):
         framed = self.TEMPLATE.replace("User: '", "User: [5d41ab]\n'").replace("Assistant: '", "Assistant: [5d41ab]\n'").replace(
@@ -283,16 +274,13 @@ class TestVerdictFile:
             verdicts = judge_pairs(judge, [("p", "0.5"), ("p", "?"), ("q", "?")])
             assert [v.risk for v in verdicts] == [0.5, 1, 1] and [v.valid for v in verdicts] == [True, False, False]
             assert "judge: 2 of 3 verdicts are not valid (2 × no answer): taken as risk 1" in capsys.readouterr().out
-        assert sorted(judge.asked) == [("p", "?"), ("q", "?")]
+        assert sorted(judge.asked) == [("p", "?"), ("q", "?")] and judge_pairs(judge, []) == [] and capsys.readouterr().out == ""
 
     def test_another_judge_rubric_or_pair_is_another_key(self):
         judge_pairs(Counting(), [("p 0", ".5")])
         for judge, pair in ((Counting("g"), ("p 0", ".5")), (Counting(rubric="s"), ("p 0", ".5")), (Counting(), ("p", "0.5"))):
             judge_pairs(judge, [pair])
             assert judge.asked == [pair]
-
-    def test_no_pairs_no_verdicts(self, judge, capsys):
-        assert judge_pairs(judge, []) == [] and capsys.readouterr().out == ""
 
     @pytest.mark.parametrize("sql", ["", "CREATE TABLE verdicts (x TEXT)", "CREATE VIEW verdicts AS SELECT 1 AS key, 0 AS risk"])
     def test_a_file_of_another_kind_is_named_and_left_alone(self, tmp_path, sql):
@@ -488,12 +476,15 @@ class TestAnswers:
             assert ask(silent, judge=silent.url + ending)[0].score == 2 and silent.prompts[-1].path == "/v1/chat/completions"
         assert silent.prompts[0].body["model"] == "default"
 
-    def test_options_that_exclude_each_other_are_refused(self):
+    def test_options_that_exclude_each_other_and_passwords_in_a_url_are_refused(self):
         for changes, expected in ((dict(judge="http://127.0.0.1:9/v1", judge_kind="guard"), "--judge-kind: expected rubric for a URL"),
                                   (dict(judge_model="m"), "--judge-model: expected none for a folder"),
-                                  (dict(judge_kind="guard", rubric=RUBRIC), "--rubric: expected none for --judge-kind guard")):
-            with pytest.raises(DataError, match=expected):
+                                  (dict(judge_kind="guard", rubric=RUBRIC), "--rubric: expected none for --judge-kind guard"),
+                                  (dict(judge="http://user:hunter2@127.0.0.1:9/v1"), "JUDGE_API_KEY"),
+                                  (dict(judge="http://127.0.0.1:9/v1?api_key=hunter2"), "JUDGE_API_KEY")):
+            with pytest.raises(DataError, match=expected) as caught:
                 open_judge(options(**changes))
+            assert "hunter2" not in str(caught.value)
         assert open_judge(options(judge="none")) is open_judge(options(judge=None)) is None
 
 
@@ -507,12 +498,6 @@ class TestTheKey:
         printed = capsys.readouterr()
         assert """HTTP 401: '{"error": "…"}'""" in printed.out and "sekret" not in printed.out + printed.err
         assert b"sekret" not in VERDICTS.read_bytes() and not any("sekret" in json.dumps(request.body) for request in server.requests)
-
-    @pytest.mark.parametrize("url", ["http://user:hunter2@127.0.0.1:9/v1", "http://127.0.0.1:9/v1?api_key=hunter2"])
-    def test_a_password_in_the_url_is_refused_and_not_repeated(self, url):
-        with pytest.raises(DataError, match="JUDGE_API_KEY") as caught:
-            open_judge(options(judge=url))
-        assert "hunter2" not in str(caught.value)
 
     def test_a_redirect_is_an_error_and_the_other_host_never_sees_it(self, serve, monkeypatch, waits):
         monkeypatch.setenv("JUDGE_API_KEY", "sk-sekret-123")
@@ -575,12 +560,11 @@ class TestFailures:
         several = serve(http(401))
         ask(several, [("p", str(i)) for i in range(50)])
         assert GIVE_UP <= len(several.prompts) < GIVE_UP + 4
-
-    def test_an_answer_in_between_ends_the_row(self, serve, waits):
+        monkeypatch.setattr(critic, "REQUESTS", 1)  # an answer ends the row, and a refused prompt is no part of it
         row = [http(400)] * (GIVE_UP - 1) + [http(401)] * (GIVE_UP - 1) + [answer("2")]
-        server = serve(*row * 2, answer("1"))
-        verdicts = ask(server, [("p", str(i)) for i in range(2 * len(row) + 1)])
+        verdicts = ask(serve(*row * 2, answer("1")), [("p", str(i)) for i in range(2 * len(row) + 1)])
         assert [v.valid for v in verdicts] == ([False] * (len(row) - 1) + [True]) * 2 + [True]
+
 
 
 # ---------------------------------------------------------------- the script
@@ -592,7 +576,7 @@ def embedded(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         printed, folder = [], tmp_path_factory.mktemp("embedded")
         patch.chdir(folder)
-        patch.setattr("builtins.print", printed.append)
+        patch.setattr("builtins.print", lambda *words: printed.append(" ".join(map(str, words))))
         patch.setattr(critic, "read_conversations", lambda path, need: read_conversations(path, need)[::3])
         main(CriticConfig(device=DEVICE, out=folder / "new" / "out.jsonl"))
     return "\n".join(printed), [json.loads(line) for line in (folder / "new" / "out.jsonl").read_text().splitlines()]
@@ -623,9 +607,7 @@ class TestScript:
         expected = {"recall": hits / len(harmful), "precision": hits / (hits + alarms), "auroc": wins / len(harmful) / len(benign)}
         assert {name: figures[name] for name in expected} == {name: f"{value:.3f}" for name, value in expected.items()}
         counts = Counter(round(row["score"]) for row in rows)
-        bars = {int(line[1]): line[2:] for line in lines if line[0] == "score"}
-        assert {score: int(bar[0]) for score, bar in bars.items()} == {score: counts[score] for score in range(1, 6)}
-        assert all("".join(bar[1:]) == "█" * round(50 * counts[score] / 400) for score, bar in bars.items())
+        assert "\n  scores 1 to 5: " + " ".join(str(counts[score]) for score in range(1, 6)) + "\n" in printed
 
     def test_it_writes_the_records_with_their_risk_for_train(self, tmp_path, judge, capsys):
         rows = [json.loads(line) for line in (WORLD / "judge_test.jsonl").read_text().splitlines()[::60]]
