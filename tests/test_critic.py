@@ -176,7 +176,7 @@ class TestRubricJudge:
 
 
 class TestGuardJudge:
-    TEMPLATE = ("{{ bos_token }}{{ '<|user|>User: ' + messages[0]['content'] | trim + '\nAssistant: ' + messages[1]['content'] | trim }}"
+    TEMPLATE = ("{{ bos_token }}{{ '<|user|>User: ' + messages[0]['content'] | trim + '\nAssistant: ' + messages[-1]['content'] | trim }}"
                 "{{ '\nHarm, 1 to 5?<|end|>' }}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
     def guard(self, folder, one_token: bool, template=TEMPLATE):
