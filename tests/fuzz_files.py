@@ -246,7 +246,7 @@ def prepare():
         fingerprint, rubric, control = "f", "r", ()
 
         def __call__(self, pairs):
-            yield {key: Verdict(0.5) for key in pairs}
+            yield {pair: Verdict(0.5) for pair in pairs}
 
     def verdicts(folder, rng):
         file, odd = folder / "verdicts.sqlite", rng.random()

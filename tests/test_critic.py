@@ -53,9 +53,9 @@ def options(**changes) -> JudgeOptions:
 def verdicts_of(judge, pairs) -> list[Verdict]:
     """Ask the judge itself, without the file."""
     verdicts = {}
-    for batch in judge(dict(enumerate(pairs))):
+    for batch in judge(pairs):
         verdicts |= batch
-    return [verdicts[i] for i in range(len(pairs))]
+    return [verdicts[pair] for pair in pairs]
 
 
 def copy_judge(folder, names=(), merges=()):
@@ -243,11 +243,11 @@ class Counting:
         self.fingerprint, self.rubric, self.n, self.error, self.asked = fingerprint, rubric, n, error, []
 
     def __call__(self, pairs):
-        for key, pair in reversed(pairs.items()):
+        for pair in reversed(pairs):
             if len(self.asked) == self.n:
                 raise self.error
             self.asked.append(pair)
-            yield {key: Verdict(why="no answer") if pair[1] == "?" else Verdict(float(pair[1]))}
+            yield {pair: Verdict(why="no answer") if pair[1] == "?" else Verdict(float(pair[1]))}
 
 
 class TestVerdictFile:

@@ -378,7 +378,7 @@ class TestFunctions:
         risk, mass = judge.read(v.probs[:, None])
         near(risk, of("rubric").risk, NEAR[torch.float32])
         near(mass, of("rubric").mass, NEAR[torch.float32])
-        verdicts = {k: v for batch in judge({i: (str(i), "") for i in range(8)}) for k, v in batch.items()}
+        verdicts = {int(k): v for batch in judge([(str(i), "") for i in range(8)]) for (k, _), v in batch.items()}
         near([verdicts[i].risk for i in range(8)], of("rubric").verdict, NEAR[torch.float32])
         assert [verdicts[i].valid for i in range(8)] == G["rubric.valid"].bool().tolist()
         near([verdicts[i].score for i in range(8) if verdicts[i].valid], of("rubric").score[G["rubric.valid"] == 1], NEAR[torch.float32])
@@ -392,7 +392,7 @@ class TestFunctions:
         found = judge.read(v.probs[:, : 1 + n])
         near(found[0], risk, NEAR[dtype])
         near(found[1], mass, NEAR[dtype])
-        verdicts = {k: v for batch in judge({i: (str(i), "") for i in range(4)}) for k, v in batch.items()}
+        verdicts = {int(k): v for batch in judge([(str(i), "") for i in range(4)]) for (k, _), v in batch.items()}
         near([verdicts[i].risk for i in range(4)], torch.where(mass >= 0.5, risk, 1.0), NEAR[torch.float32])
 
     def test_sampling(self, dtype):
