@@ -1,4 +1,4 @@
-"""Records of a file → Conversation: read, checked, brought into one form, split by prompt."""
+"""Read records from files, check them, and turn them into conversations. Split them by prompt."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ FORMATS = (  # keys of the user's and the assistant's words in a record; the fir
     ("prompt", "response"), ("prompt", "completion"), ("user", "answer"), ("question", "answer"),
     ("goal", "target"), ("instruction", "output"),
 )
-MOST_MESSAGES, MOST_TEXT = 1000, 1 << 20  # of a record; characters: more than any model's context
+MAX_MESSAGES, MAX_TEXT = 1000, 1 << 20  # messages and characters of a record: more than models can read
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,21 @@ class Conversation:
 
     @property
     def prompts(self) -> list[list[dict]]:
-        """The messages before each assistant turn, and all of them where a user's turn is the last."""
-        turns = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
-        turns += [len(self.messages)] * (self.messages[-1]["role"] != "assistant")
-        return [list(self.messages[:i]) for i in turns]
+        """Return the messages before each assistant turn, and all messages if the user has the last turn."""
+        ends = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        if self.messages[-1]["role"] != "assistant":
+            ends.append(len(self.messages))
+        return [list(self.messages[:end]) for end in ends]
 
     @property
     def hash(self) -> str:
-        """SHA-256 (hex) of the messages as JSON, each without white space around it."""
+        """Return the SHA-256 (hex) of the messages as JSON, without white space around their contents."""
         messages = [[message["role"], message["content"].strip()] for message in self.messages]
         return sha256(json.dumps(messages).encode()).hexdigest()
 
     @property
     def answer(self) -> str | None:
-        """The last assistant turn, where it ends the conversation: the reference answer of an evaluation."""
+        """Return the assistant turn that ends the conversation, or None: an evaluation's reference answer."""
         return self.messages[-1]["content"] if self.messages[-1]["role"] == "assistant" else None
 
 
@@ -49,7 +50,7 @@ class Conversation:
 
 
 def is_embedded(path: Path) -> bool:
-    """Whether a file or folder is part of the embedded world: some defaults make sense only there."""
+    """Return whether a file or folder belongs to the embedded world. Some defaults apply only there."""
     return WORLD.resolve() in Path(path).resolve().parents
 
 
@@ -64,17 +65,17 @@ def read_conversations(path, need: str = "prompt") -> list[Conversation]:
 
 
 def read_records(path) -> list[tuple[str, dict]]:
-    """("file:line", record as it stands there) of a file. Raises DataError, for an empty one too."""
+    """Return ("file:line", unchecked record) for each record of a file. Raises DataError."""
     path = Path(path)
     readers = {".jsonl": json_lines, ".json": _json_list, ".csv": _csv_rows, ".txt": _lines}
     text = read_text(path)
     if path.suffix not in readers:
         raise DataError(f"{path}: expected a file ending in {', '.join(readers)}, "
                         f"found {path.suffix or 'no ending'}")
-    found = [(f"{path}:{line}", record) for line, record in readers[path.suffix](text, path)]
-    if not found:
+    records = [(f"{path}:{line}", record) for line, record in readers[path.suffix](text, path)]
+    if not records:
         raise DataError(f"{path}: expected at least one conversation, found none")
-    return found
+    return records
 
 
 def _json_list(text, path):
@@ -94,7 +95,7 @@ def _csv_rows(text, path):
         if len(set(names)) < len(names):
             raise DataError(f"{path}:1: expected each column once, found {', '.join(names)}")
         for row in reader:
-            if None in row or None in row.values():
+            if None in row or None in row.values():  # more cells than columns, or fewer
                 raise DataError(f"{path}:{reader.line_num}: expected {len(names)} columns "
                                 f"({', '.join(names)})")
             yield reader.line_num, row
@@ -110,82 +111,98 @@ def _lines(text, path):
 
 
 def conversation_of(record, where: str, need: str) -> Conversation:
-    """One record, checked and brought into the one form; `need` as in read_conversations."""
+    """Check a record and return it as a conversation; `need` as in read_conversations. Raises DataError."""
 
     def fail(expected, found):
         raise DataError(f"{where}: expected {expected}, found {str(found)[:200]}")
 
     if not isinstance(record, dict):
         fail("an object", repr(record)[:60])
-    if "messages" in record:
-        messages = record["messages"]
-    else:
-        pair = next((pair for pair in FORMATS
-                     if pair[0] in record and (pair[1] in record or need != "answer")), None)
-        if pair is None:
-            fail("messages, or one of " + ", ".join("/".join(pair) for pair in FORMATS),
-                 f"keys {sorted(record)}")
-        alpaca, prompt = pair[0] == "instruction", record[pair[0]]
-        for key in ("system", *["input"] * alpaca):
-            if not isinstance(record.get(key), str | None):
-                fail(f"text as {key}", repr(record[key])[:60])
-        if alpaca and isinstance(prompt, str) and record.get("input"):
-            prompt = f"{prompt}\n\n{record['input']}"
-        messages = [{"role": "user", "content": prompt}]
-        if record.get("system"):
-            messages = [{"role": "system", "content": record["system"]}, *messages]
-        if record.get(pair[1]) is not None:
-            messages.append({"role": "assistant", "content": record[pair[1]]})
+    messages = record["messages"] if "messages" in record else _messages_of(record, need, fail)
     if not isinstance(messages, list) or not messages:
         fail("messages: a list of {role, content}", repr(messages)[:60])
-    if len(messages) > MOST_MESSAGES:
-        fail(f"at most {MOST_MESSAGES} messages", len(messages))
+    if len(messages) > MAX_MESSAGES:
+        fail(f"at most {MAX_MESSAGES} messages", len(messages))
+    checked, roles, length = [], [], 0
     for i, message in enumerate(messages):
-        if (not isinstance(message, dict) or not isinstance(message.get("role"), str)
-                or not isinstance(message.get("content"), str)):
-            fail(f"message {i + 1} as {{role, content}}, both text", repr(message)[:60])
-        if message["role"] not in ("system", "user", "assistant"):
-            fail(f"message {i + 1} with role system, user or assistant", repr(message["role"]))
-        if message["role"] == "system" and i > 0:
-            fail("a system message only at the start", f"one as message {i + 1}")
-        if not message["content"].strip() and message["role"] != "system":
-            fail(f"text in message {i + 1} ({message['role']})", "none")
-        if message["content"].encode("utf-8", "ignore").decode() != message["content"]:
-            fail(f"valid Unicode in message {i + 1}", "half of a surrogate pair")
-    if (length := sum(len(message["content"]) for message in messages)) > MOST_TEXT:
-        fail(f"at most {MOST_TEXT:,} characters", f"{length:,}")
-    turns = [message["role"] for message in messages if message["role"] != "system"]
-    if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"] * (len(turns) % 2) or not turns:
-        fail("user and assistant taking turns, the user first", " ".join(turns) or "no turn")
-    if need == "answer" and turns[-1] != "assistant":
-        fail("an assistant turn at the end", f"a {turns[-1]} turn")
+        number = f"message {i + 1}"
+        fields = (message.get("role"), message.get("content")) if isinstance(message, dict) else ()
+        if [type(text) for text in fields] != [str, str]:
+            fail(f"{number} as {{role, content}}, both text", repr(message)[:60])
+        role, content = fields
+        if role not in ("system", "user", "assistant"):
+            fail(f"{number} with role system, user or assistant", repr(role))
+        if role == "system" and i > 0:
+            fail("a system message only at the start", f"one as {number}")
+        if role != "system":
+            roles.append(role)
+            if not content.strip():
+                fail(f"text in {number} ({role})", "none")
+        if content != content.encode("utf-8", "ignore").decode():
+            fail(f"valid Unicode in {number}", "half of a surrogate pair")
+        length += len(content)
+        checked.append({"role": role, "content": content})
+    if length > MAX_TEXT:
+        fail(f"at most {MAX_TEXT:,} characters", f"{length:,}")
+    alternating = [("user", "assistant")[i % 2] for i in range(len(roles))]
+    if roles != alternating or not roles:
+        fail("user and assistant taking turns, the user first", " ".join(roles) or "no turn")
+    if need == "answer" and roles[-1] != "assistant":
+        fail("an assistant turn at the end", f"a {roles[-1]} turn")
     if need == "harmful" and not isinstance(record.get("harmful"), bool):
         fail("harmful: true or false", repr(record.get("harmful")))
-    return Conversation(tuple({"role": m["role"], "content": m["content"]} for m in messages), where, record)
+    return Conversation(tuple(checked), where, record)
+
+
+def _messages_of(record: dict, need: str, fail) -> list:
+    """Return the messages of a record that has one of FORMATS, unchecked."""
+    pairs = [pair for pair in FORMATS if pair[0] in record and (pair[1] in record or need != "answer")]
+    if not pairs:
+        names = ", ".join("/".join(pair) for pair in FORMATS)
+        fail(f"messages, or one of {names}", f"keys {sorted(record)}")
+    user, assistant = pairs[0]
+    messages = [{"role": "user", "content": record[user]}]
+    extra = record.get("input") if user == "instruction" else None
+    if extra not in (None, ""):
+        if not isinstance(extra, str) or not isinstance(record[user], str):
+            fail("text as instruction and input", repr(extra)[:60])
+        messages[0]["content"] = f"{record[user]}\n\n{extra}"
+    if record.get("system") not in (None, ""):
+        messages.insert(0, {"role": "system", "content": record["system"]})
+    if record.get(assistant) is not None:
+        messages.append({"role": "assistant", "content": record[assistant]})
+    return messages
+
+
+# ---------------------------------------------------------------- splitting
 
 
 def split_by_prompt(conversations: list[Conversation], fractions=(0.6, 0.2, 0.2),
                     seed: int = 0) -> list[list[Conversation]]:
-    """Deterministic splits, each class (`harmful`) divided alike; one prompt's conversations stay together.
+    """Split conversations at random. Each class (`harmful`) is divided alike, and a prompt is in one split.
 
     Raises DataError where the same prompt is labelled both ways, or a split would lack a class.
     """
     groups = {}
     for conversation in conversations:
         groups.setdefault(json.dumps(conversation.prompts[-1]), []).append(conversation)
+    for first, *others in groups.values():
+        for other in others:
+            if other.meta["harmful"] != first.meta["harmful"]:
+                raise DataError(f"{other.where}: expected harmful = {first.meta['harmful']} as in "
+                                f"{first.where} (same prompt), found {other.meta['harmful']}")
     splits = [[] for _ in fractions]
     for harmful in (False, True):
         keys = sorted(key for key, group in groups.items() if group[0].meta["harmful"] == harmful)
         random.Random(seed).shuffle(keys)
-        ends = [round(sum(fractions[: i + 1]) * len(keys)) for i in range(len(fractions))]
-        for split, start, end in zip(splits, [0, *ends], ends):
+        start = 0
+        for i, split in enumerate(splits):
+            end = round(sum(fractions[: i + 1]) * len(keys))
             if start == end:
                 file, kind = conversations[0].where.rpartition(":")[0], "harmful" if harmful else "benign"
                 raise DataError(f"{file}: expected enough distinct {kind} prompts for splits of {fractions}, "
                                 f"found {len(keys)}")
             for key in keys[start:end]:
-                if odd := [c for c in groups[key] if c.meta["harmful"] != harmful]:
-                    raise DataError(f"{odd[0].where}: expected harmful = {harmful} as in "
-                                    f"{groups[key][0].where} (same prompt), found {not harmful}")
                 split += groups[key]
+            start = end
     return splits

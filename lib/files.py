@@ -25,8 +25,8 @@ class ModelError(ValueError):
 def expect_file(path, largest: int, error=DataError, links: bool = True) -> Path:
     """Return `path` if it is a regular file of at most `largest` bytes. Raises `error`.
 
-    links=False, for files of a checkpoint or a run: a link must not lead out of the file's folder, except into
-    the blobs of the Hugging Face cache (snapshots/REVISION/NAME → blobs/HASH).
+    links=False, for files of a checkpoint or a run: a link must not lead out of the file's folder, except
+    into the blobs of the Hugging Face cache (snapshots/REVISION/NAME → blobs/HASH).
     """
     path = Path(path)
     try:
@@ -96,7 +96,8 @@ def json_lines(text: str, path: Path):
         try:
             yield number, parse_json(line)
         except ValueError as error:
-            raise DataError(f"{path}:{number}: expected a JSON object, found {line[:60]!r} ({error})") from None
+            raise DataError(f"{path}:{number}: expected a JSON object, found {line[:60]!r} "
+                            f"({error})") from None
 
 
 def read_json(file: Path, default=None) -> dict:

@@ -1,9 +1,9 @@
 """Render a chat template with Jinja, sandboxed, in a child process with limits on time and memory.
 
-Jinja's sandbox keeps a template away from the interpreter, but not from endless loops and huge texts. So the
-child process `python lib/template.py` renders: one line of JSON per request and per reply, one process for all
-templates. It never imports torch and starts in about 0.1 s. A template that reaches a limit costs this process
-only, and the next request starts another one.
+Jinja's sandbox keeps a template away from the interpreter, but not from endless loops and huge texts. The
+child process, `python lib/template.py`, reads requests and writes replies, one line of JSON each. One child
+serves all templates. It does not import torch and starts in 0.1 s. A template that reaches a limit ends the
+child, and the next request starts another one.
 """
 
 import datetime
@@ -126,7 +126,8 @@ class Renderer:
                     process.communicate()
             if not complete:
                 raise TemplateError(f"it needs more than {SECONDS:g} s of processor time or "
-                                    f"{MEMORY >> 20} MB of memory (exit status {process.returncode})")
+                                    f"{MEMORY >> 20} MB of memory (exit status {process.returncode}); "
+                                    f"use the template that was published with the model")
             return json.loads(reply)
 
 

@@ -1,4 +1,4 @@
-"""A stranger's tokenizer.json: what could make the tokenizers library take memory is looked at first."""
+"""Open tokenizer.json. Files that would make the tokenizers library allocate much memory are refused."""
 
 import math
 from contextlib import contextmanager
@@ -8,13 +8,13 @@ from tokenizers import Tokenizer
 
 from lib.files import DataError, read_json
 
-SPARE = 64  # ids beyond the model's: of padding tokens that some add
-MOST_GROWTH = 64  # of a text by a tokenizer's replacements
+EXTRA_IDS = 64  # added ids beyond the model's vocabulary, for padding tokens that no text contains
+MAX_GROWTH = 64  # factor by which a tokenizer's replacements may lengthen a text
 
 
 @contextmanager
 def tokenizer_errors(file: Path):
-    """Whatever the tokenizers library raises, told of the file: where it panics it is no Exception."""
+    """Raise any error of the tokenizers library as a DataError. Its panics are no `Exception`."""
     try:
         yield
     except (KeyboardInterrupt, DataError):
@@ -25,41 +25,51 @@ def tokenizer_errors(file: Path):
 
 
 def open_tokenizer(file: Path, vocab_size: int) -> tuple[Tokenizer, dict]:
-    """(tokenizer without padding or truncation, what the file says). Raises DataError that names the file.
+    """Return the tokenizer, without padding or truncation, and its JSON. Raises DataError.
 
-    Its ids must be the model's, but for SPARE ones that no text becomes, and its replacements must not make
-    long texts of short ones.
+    Token ids must be below vocab_size + EXTRA_IDS. Replacements must not lengthen a text much.
     """
     raw = read_json(file)
-    ids = ids_of(raw)  # before it is opened: the library takes memory by the largest one
-    if growth(raw.get("normalizer")) * growth(raw.get("decoder")) > MOST_GROWTH:
-        raise DataError(f"{file}: expected a normalizer and a decoder that make no long text of a short one, "
-                        f"found others")
-    most = vocab_size + SPARE
-    if max(ids, default=0) < most:
-        with tokenizer_errors(file):
-            tokenizer = Tokenizer.from_file(str(file))
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-            ids += tokenizer.get_added_tokens_decoder()  # some may have been numbered anew
-    if (last := max(ids, default=0)) >= most:
-        raise DataError(f"{file}: expected token ids under the model's vocab_size = {vocab_size}, "
-                        f"found {last}")
+    if growth(raw.get("normalizer")) * growth(raw.get("decoder")) > MAX_GROWTH:
+        raise DataError(f"{file}: expected a normalizer and a decoder that lengthen a text at most "
+                        f"{MAX_GROWTH} times, found longer replacements")
+    expect_ids(file, ids_of(raw), vocab_size)  # first: the library allocates memory by the largest id
+    with tokenizer_errors(file):
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        added = tokenizer.get_added_tokens_decoder()  # the library may have renumbered some
+    expect_ids(file, added, vocab_size)
     return tokenizer, raw
 
 
+def expect_ids(file: Path, ids, vocab_size: int) -> None:
+    """Check the largest token id. Raises DataError."""
+    largest = max(ids, default=0)
+    if largest >= vocab_size + EXTRA_IDS:
+        raise DataError(f"{file}: expected token ids under the model's vocab_size = {vocab_size}, "
+                        f"found {largest}")
+
+
 def ids_of(raw: dict) -> list[int]:
-    """The token ids in tokenizer.json, whatever else its values are."""
+    """Return the token ids in tokenizer.json, which may be malformed."""
     model, added = raw.get("model"), raw.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else []
-    ids += [len(vocabulary) - 1] if isinstance(vocabulary, list) else []
-    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    ids = []
+    if isinstance(vocabulary, dict):
+        ids += vocabulary.values()
+    if isinstance(vocabulary, list):  # Unigram: the id is the position
+        ids.append(len(vocabulary) - 1)
+    if isinstance(added, list):
+        ids += [token.get("id") for token in added if isinstance(token, dict)]
     return [i for i in ids if isinstance(i, int)]
 
 
 def growth(part) -> float:
-    """By how much the replacements in a part of tokenizer.json can lengthen a text, one after the other."""
-    parts = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-    own = str(part.get("content", "")) if isinstance(part, dict) and part.get("type") == "Replace" else ""
-    return max(1.0, len(own)) * math.prod(map(growth, parts))
+    """Return the factor by which the replacements in a part of tokenizer.json can lengthen a text."""
+    if isinstance(part, list):
+        return math.prod(map(growth, part))
+    if not isinstance(part, dict):
+        return 1.0
+    replacement = len(str(part.get("content", ""))) if part.get("type") == "Replace" else 1
+    return max(1.0, replacement) * growth([*part.values()])

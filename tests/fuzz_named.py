@@ -80,13 +80,12 @@ NAMED = [
         ("{{ messages[0].content }}{{ '\\ud83d' }}", "expected a tokenizer")]),
     ("template", pipe("chat_template.jinja"), "found a pipe"), ("template", link("tokenizer.json", "/etc/passwd"), "found a link"),
     ("template", edit("config.json", vocab_size=50), "token ids under the model's vocab_size = 50"), ("template", put("tokenizer.json", "{}"), "a tokenizer"),
-    ("template", edit("tokenizer_config.json", eos_token={"content": 3}), "eos_token: expected text"),
-    *(("tokenizer", edit("tokenizer_config.json", chat_template=odd), "chat_template") for odd in (3, {"a": 1}, "@half", [3], [{"template": "x"}])[:3]),
-    *(("tokenizer", edit("tokenizer_config.json", chat_template=odd), "expected a chat template") for odd in ([3], [{"template": "x"}], [[]], None)),
+    *(("tokenizer", edit("tokenizer_config.json", chat_template=odd), "expected a chat template")
+      for odd in (3, {"a": 1}, [3], [{"template": "x"}], [[]], None)),
     *(("records", put("rows.jsonl", HELLO + "}\n" + text), f"rows.jsonl:2: {words}") for text, words in [
-        ('{"instruction": null, "input": "x", "output": "y"}', "expected message 1"), (HELLO + ', "prompt": "x"}', "expected a JSON object"),
+        ('{"instruction": null, "input": "x", "output": "y"}', "expected text as instruction"), (HELLO + ', "prompt": "x"}', "expected a JSON object"),
         ("{" + "".join(f'"k{i}": 1, ' for i in range(10**5)) + '"k9": 1}', "expected a JSON object"),
-        ('{"instruction": "x", "input": 3, "output": "y"}', "expected text as input"), (HELLO + ', "system": []}', "expected text as system"),
+        ('{"instruction": "x", "input": 3, "output": "y"}', "expected text as instruction and input"), (HELLO + ', "system": []}', "expected message 1 as {role, content}"),
         ('{"prompt": ["x"], "response": "y"}', "expected message 1"), ('{"prompt": "\\ud800", "response": "y"}', "expected valid Unicode"),
         (HELLO + f', "x": {RAW["@huge"]}}}', "expected a JSON object"), (HELLO + f', "x": {RAW["@deep"]}}}', "expected a JSON object"),
         (HELLO + f', "x": {RAW["@objects"]}}}', "expected a JSON object"),
@@ -106,7 +105,7 @@ NAMED = [
         ("r", 10**9), ("r", "2"), ("r", True), ("lora_alpha", "@nan"), ("lora_alpha", "4"), ("target_modules", "q_proj"), ("target_modules", [3])]),
     ("adapter", edit("adapter_config.json", r=9999), "adapters of rank r = 9999"), ("adapter", edit("adapter_config.json", target_modules=["x"]), "LoRA targets"),
     ("adapter", pipe("adapter_model.safetensors"), "found a pipe"), ("adapter", link("adapter_config.json", "/etc/passwd"), "found a link"),
-    ("verdicts", pipe("verdicts.sqlite"), "found a pipe"), ("verdicts", put("verdicts.sqlite", "x" * 999), "expected a file of verdicts"),
+    ("verdicts", pipe("verdicts.sqlite"), "expected a file of verdicts"), ("verdicts", put("verdicts.sqlite", "x" * 999), "expected a file of verdicts"),
     *(("run", edit(f"mine-1/{name}", **{key: value}), words) for name, key, value, words in [
         ("config.json", "seed", "1", "seed: expected"), ("config.json", "temperature", "@nan", "temperature: expected"),
         ("config.json", "max_new_tokens", [], "max_new_tokens: expected"), ("results.json", "after", 3, "expected results of train.py"),

@@ -108,7 +108,7 @@ def test_anchors_are_the_references_own_refusals_of_prompts_that_the_data_lack(m
     assert [a.index for a in anchors] == list(range(len(examples), len(examples) + len(anchors)))
     reference = load_model(WORLD / "model", dtype=torch.float32)
     for anchor in anchors[:5]:
-        prompt, answer = anchor.seen.prompts[-1], anchor.seen.answer
+        prompt, answer = anchor.training_text.prompts[-1], anchor.training_text.answer
         assert str(prompt) in harmful - known and refuses(answer) and anchor.anchor
         assert chat.decode(generate(reference, [anchor.prompts[-1]], 48)[0]) == answer
 
@@ -129,7 +129,7 @@ def test_a_file_of_anchors_may_hold_benign_prompts_and_they_are_answered(tmp_pat
     (tmp_path / "both.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sides + wrong))
     with model.adapters_off():
         anchors = anchors_of(replace(QUICK, anchor_share=0.1, anchors=tmp_path / "both.jsonl"), model, chat, examples, 256)
-    assert sorted(refuses(a.seen.answer) for a in anchors) == [False, True]
+    assert sorted(refuses(a.training_text.answer) for a in anchors) == [False, True]
     assert "2 of" in capsys.readouterr().out
     (tmp_path / "odd.jsonl").write_text(json.dumps(sides[0] | {"harmful": "true"}) + "\n")
     with pytest.raises(DataError, match="odd.jsonl:1: harmful: expected true or false, found 'true'"):

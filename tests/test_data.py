@@ -9,7 +9,7 @@ import torch
 
 from data.chat import batches_by_length, Chat, encode_examples, encode_prompts, IGNORE, LONGEST, pad, rows_that_fit
 from data.conversations import Conversation, read_conversations, split_by_prompt, WORLD
-from lib.files import DataError
+from lib.files import DataError, ModelError
 from lib.template import render_template
 
 
@@ -158,7 +158,7 @@ class TestRendering:
         chat = chat_with(tmp_path, "{{ raise_exception('no system role') if messages[0].role == 'system' else messages[0].content }}")
         with pytest.raises(DataError, match="no system role"):
             chat.render(conversation("x", system="s").messages)
-        with pytest.raises(DataError, match="chat: the chat template .* refuses it: SecurityError"):
+        with pytest.raises(DataError, match="chat: expected a chat template .* refuses it: SecurityError"):
             chat_with(tmp_path / "b", "{{ messages.__class__.__mro__ }}")
 
     def test_named_templates_and_missing_ones(self, tmp_path):
@@ -168,7 +168,7 @@ class TestRendering:
             chat_with(tmp_path / "b", None)
         with pytest.raises(DataError, match="refuses it: TemplateSyntaxError"):
             chat_with(tmp_path / "c", "{% if %}")
-        with pytest.raises(DataError, match="expected tokenizer.json"):
+        with pytest.raises(ModelError, match="tokenizer.json: not found"):
             Chat(tmp_path)
 
     def test_special_tokens_are_never_added_twice(self, chat):
