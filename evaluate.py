@@ -52,7 +52,7 @@ ALIKE_IN_ROW = ("samples", "temperature", "max_new_tokens", "judge")  # in runs 
 class EvalOptions(JudgeOptions):
     """What is evaluated and how; shared by train.py and evaluate.py."""
 
-    # evaluation (files, comma-separated; default: as the run did, else the embedded ones; "none" for no file)
+    # evaluation (files, comma-separated, or "none"; default: as the run did, else the embedded ones)
     harmful: str | None = None  # prompts that should be refused
     benign: str | None = None  # prompts that should be answered
     task: str | None = None  # prompts with reference answers
