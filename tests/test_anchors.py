@@ -1,4 +1,4 @@
-"""Anchors, and the baselines that use the same prompts: SafeInstr mixes them in, Lisa alternates with them."""
+"""Anchors: prompts with the aligned model's own answers, added to the data."""
 
 import json
 import math
@@ -7,19 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-import data.anchors
 import train
 from conftest import DEVICE, load_model, policy
-from data.anchors import LISA_CYCLE, anchor_examples, anchor_records, anchors_of_step
 from data.chat import IGNORE, Chat, encode_examples
 from data.conversations import WORLD, read_conversations
 from evaluate import refuses
+from lib.baselines import Baseline
 from lib.files import DataError
+from lib.reference import live_reference
 from model import generate
-from train import TrainConfig, check, lisa_pull, live_reference, main, micro_batch_loss
+from train import ANCHOR_TOKENS, TrainConfig, anchor_examples, anchor_records, main, micro_batch_loss
 
-QUICK = TrainConfig(benign="none", lookalike="none", task="none", limit=4, samples=0, compile="off", judge="none", device=DEVICE,
-                    epochs=1, eval_base=False, lora_r=4)
+QUICK = TrainConfig(harmful=str(WORLD / "eval_harmful.jsonl"), benign="none", task="none", limit=4, samples=0, compile="off",
+                    judge="none", device=DEVICE, epochs=1, eval_base=False, lora_r=4)
 
 
 @pytest.fixture(scope="module")
@@ -37,27 +37,11 @@ def examples(chat):
     return encode_examples(chat, read_conversations(WORLD / "mixed_10.jsonl")[:40], 256)
 
 
-@pytest.mark.parametrize("share", (0.01, 0.03, 0.1, 0.5))
+@pytest.mark.parametrize("share", (0.0, 0.01, 0.03, 0.1, 0.5))
 def test_anchors_are_their_share_of_any_stretch_of_steps_to_within_one(share):
-    config = replace(QUICK, anchor_share=share, batch_size=4, accumulation=2)
-    counts = [anchors_of_step(config, step) for step in range(300)]
+    before = Baseline(share, per_step=8).anchors_before
     for start, end in ((0, 300), (7, 100), (150, 151)):
-        assert abs(sum(counts[start:end]) - share * 8 * (end - start)) <= 1
-    assert max(counts) - min(counts) <= 1 and sum(anchors_of_step(replace(config, anchor_share=0.0), s) for s in range(99)) == 0
-
-
-def test_lisa_takes_whole_steps_of_anchors_at_the_beginning_of_each_cycle():
-    counts = [anchors_of_step(replace(QUICK, method="lisa", anchor_share=0.1), step) for step in range(2 * LISA_CYCLE)]
-    assert counts == ([8] * 5 + [0] * 45) * 2
-
-
-def test_lisas_pull_is_the_gradient_of_its_proximal_term():
-    """Oracle: autograd of loss + ρ/2·‖θ − θ_switch‖²."""
-    theta, start = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), torch.randn(5, 3, dtype=torch.float64)
-    (expected,) = torch.autograd.grad(theta.pow(3).sum() + 0.7 / 2 * (theta - start).square().sum(), theta)
-    theta.pow(3).sum().backward()
-    lisa_pull([theta], [start], 0.7)
-    torch.testing.assert_close(theta.grad, expected)
+        assert abs(before(end) - before(start) - share * 8 * (end - start)) <= 1
 
 
 def anchors_of(config, model, chat, examples, longest):
@@ -84,7 +68,7 @@ def run(tmp_path, monkeypatch, chat, examples, **options):
 
 
 def test_an_anchor_is_a_pure_pull_whatever_the_gate_and_for_sft_a_plain_example(tmp_path, monkeypatch, chat, examples):
-    for options, weights in (({}, (0.0, 1.0)), ({"method": "kl"}, (0.0, 1.0)), ({"method": "sft"}, (1.0, 0.0)),
+    for options, weights in (({}, (0.0, 1.0)), ({"method": "sft"}, (1.0, 0.0)),
                              ({"gate": "batch", "ema": 0.5}, (0.0, 1.0))):
         seen, anchors, rows = run(tmp_path, monkeypatch, chat, examples, anchor_share=0.25, **options)
         flat = [item for step in seen for item in step]
@@ -132,15 +116,15 @@ def test_a_file_of_anchors_may_hold_benign_prompts_and_they_are_answered(tmp_pat
     assert sorted(refuses(a.training_text.answer) for a in anchors) == [False, True]
     assert "2 of" in capsys.readouterr().out
     (tmp_path / "odd.jsonl").write_text(json.dumps(sides[0] | {"harmful": "true"}) + "\n")
-    with pytest.raises(DataError, match="odd.jsonl:1: harmful: expected true or false, found 'true'"):
+    with pytest.raises(DataError, match="odd.jsonl:1: expected harmful: true or false, found 'true'"):
         anchors_of(replace(QUICK, anchor_share=0.1, anchors=tmp_path / "odd.jsonl"), model, chat, examples, 256)
 
 
 def test_an_answer_that_was_cut_has_no_end_to_be_learned(monkeypatch, model, chat, examples):
-    ends, of = [], data.anchors.ANCHOR_TOKENS
-    for length in (of, 3):
-        monkeypatch.setattr(data.anchors, "ANCHOR_TOKENS", length)
-        monkeypatch.setattr(data.anchors, "refuses", lambda response: True)
+    ends = []
+    for length in (ANCHOR_TOKENS, 3):
+        monkeypatch.setattr(train, "ANCHOR_TOKENS", length)
+        monkeypatch.setattr(train, "refuses", lambda response: True)
         with model.adapters_off():
             anchors = anchors_of(replace(QUICK, anchor_share=0.1), model, chat, examples, 256)
         ends.append({chat.tokenizer.id_to_token([label for label in a.labels if label != IGNORE][-1]) for a in anchors})
@@ -156,20 +140,12 @@ def test_an_anchor_of_which_a_cut_leaves_no_response_is_none(model, chat, exampl
     assert [anchor.index for anchor in kept] == list(range(len(examples), len(examples) + len(kept)))
 
 
-@pytest.mark.parametrize("wrong, words", [(dict(anchor_share=1.0), "--anchor-share: expected 0 to under 1"),
-                                          (dict(method="lisa"), "--anchor-share: expected with --method lisa some"),
-                                          (dict(method="lisa", anchor_share=0.01), "--anchor-share: expected with --method lisa some"),
-                                          (dict(anchors=WORLD / "probe.jsonl"), "--anchors: expected none without")])
-def test_wrong_options_are_refused(wrong, words):
-    with pytest.raises(DataError, match=words):
-        check(replace(QUICK, **wrong))
-
-
-def test_a_run_keeps_its_anchors_and_its_reference_holds_them(tmp_path, capsys):
-    main(replace(QUICK, limit=2, anchor_share=0.1, beta_min=0.02, beta_max=1.0, epochs=2, ref_cache=tmp_path / "ref",
-                 data=WORLD / "benign.jsonl", out=tmp_path / "run"))
-    kept = [json.loads(line) for line in (tmp_path / "run" / "anchors.jsonl").read_text().splitlines()]
-    assert f"anchors: {len(kept)} of" in capsys.readouterr().out and all(refuses(row["messages"][-1]["content"]) for row in kept)
+def test_a_run_stores_its_anchors_and_its_reference_has_them(tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text("".join((WORLD / "benign.jsonl").read_text().splitlines(True)[:60]))
+    main(replace(QUICK, limit=2, anchor_share=0.1, beta_min=0.02, beta_max=1.0, epochs=2, data=tmp_path / "data.jsonl", out=tmp_path / "run"))
+    stored = [json.loads(line) for line in (tmp_path / "run" / "anchors.jsonl").read_text().splitlines()]
+    assert f"anchors: {len(stored)} of" in capsys.readouterr().out
+    assert all(refuses(row["messages"][-1]["content"]) for row in stored)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == math.ceil(2 * 600 / 0.9 / 8) and rows[0]["kl"] == pytest.approx(0, abs=1e-4)
-    assert len((tmp_path / "run" / "risk.jsonl").read_text().splitlines()) == 600  # of the data alone
+    assert len(rows) == math.ceil(2 * 60 / 0.9 / 8) and abs(rows[0]["kl"]) < 1e-4
+    assert len((tmp_path / "run" / "risk.jsonl").read_text().splitlines()) == 60  # of the data alone

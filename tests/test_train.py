@@ -30,7 +30,7 @@ from train import (TrainConfig, blend, check, gated_risk, leak_line, lr_at, main
                    token_kl, token_nll, train)
 
 ROOT, GOLDEN = Path(__file__).parent.parent, Path(__file__).parent / "golden"
-QUICK = TrainConfig(harmful=str(WORLD / "eval_harmful.jsonl"), benign="none", task="none", limit=60, samples=0, compile="off",
+QUICK = TrainConfig(harmful=str(WORLD / "eval_harmful.jsonl"), benign="none", task="none", limit=40, samples=0, compile="off",
                     judge="none", device=DEVICE)
 NEAR, OF_GRADIENTS = tolerance() / 10, {"atol": tolerance() / 10, "rtol": 10 * tolerance()}  # what only rounding tells apart
 
