@@ -28,10 +28,10 @@ from data.conversations import WORLD, Conversation  # noqa: E402
 from data.text import WORDS, data_sets, record  # noqa: E402
 from lib.checkpoint import read_config  # noqa: E402
 from lib.cli import require, run  # noqa: E402
-from lib.files import remove, write_json, write_jsonl, write_text, written_whole  # noqa: E402
+from lib.files import remove, write_json, write_jsonl, write_text, atomic_write  # noqa: E402
 from lib.frame import fill  # noqa: E402
 from model import Transformer, load_model, save_model  # noqa: E402
-from probe import ProbeConfig, fit_probe, prompt_features  # noqa: E402
+from probe import conversation_risk, fit_probe  # noqa: E402
 
 SEED = 0  # of the data, the initial weights and the batches
 BATCH_SIZE = 48  # conversations per step
@@ -129,12 +129,11 @@ def choose_evasive(rows: list[dict], world: Path) -> None:
     """Replace each row's prompt by the one of its `wordings` that the probe rates least risky."""
     model = load_model(world / "model", dtype=torch.float32)
     chat = Chat(world / "model")
-    config = ProbeConfig(model=world / "model", data=world / "probe.jsonl", held_out="")
-    probe, _ = fit_probe(config, model, chat)
+    probe, _ = fit_probe(model, chat, world / "probe.jsonl", held_out="none")
     for row in rows:
         wordings = [record(text)["messages"] for text in row.pop("wordings")]
-        prompts = [chat.encode_prompt(messages) for messages in wordings]
-        risk = probe.risk(prompt_features(model, prompts, probe.layers, 64).mean(1))
+        prompts = [[chat.encode_prompt(messages)] for messages in wordings]
+        risk = conversation_risk(probe, model, prompts)
         row["messages"][0] = wordings[risk.argmin()][0]
 
 
@@ -151,7 +150,7 @@ def main(config: BuildConfig) -> None:
         pairs = [record(fill(WORDS.rubric, prompt, response), str(score))
                  for prompt, response, score, _ in judged]
         jobs.append(("judge", JUDGE_SHAPE, pairs, max(1, config.steps * 4 // 5)))
-    with TemporaryDirectory() as source, written_whole(config.out) as part:
+    with TemporaryDirectory() as source, atomic_write(config.out) as part:
         source = Path(source)
         vocab_size = train_tokenizer(texts, source)
         part.mkdir(parents=True)
