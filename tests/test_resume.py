@@ -4,12 +4,13 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -36,20 +37,25 @@ def interruptible():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Make data, and a file with risks from 0 to 1, for runs of about a second."""
-    folder = tmp_path_factory.mktemp("resume")
-    lines = (WORLD / "mixed_10.jsonl").read_text().splitlines()[:16]
-    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
-    risks = [{"hash": c.hash, "risk": 0 if i % 3 else i / 16} for i, c in enumerate(read_conversations(folder / "data.jsonl"))]
-    (folder / "risk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in risks))
-    return folder
+def folder():
+    """Make data, a file with risks from 0 to 1, and prompts for a probe, for runs of about a second.
+
+    The folder is in memory where that is possible: runs that save every step wait for their disk.
+    """
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as path:
+        folder = Path(path)
+        for name, source, n in (("data", "mixed_10", 16), ("probe", "probe", 300)):
+            lines = (WORLD / f"{source}.jsonl").read_text().splitlines(keepends=True)
+            (folder / f"{name}.jsonl").write_text("".join(lines[:n]))
+        risks = [{"hash": c.hash, "risk": 0 if i % 3 else i / 16} for i, c in enumerate(read_conversations(folder / "data.jsonl"))]
+        (folder / "risk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in risks))
+        yield folder
 
 
 def options(folder, name, *more, minutes=EVERY_STEP):
     """Return a run's command line. `more` options overrule the others."""
-    common = ["--data", folder / "data.jsonl", "--device", DEVICE, "--epochs", "6", "--batch-size", "4", "--lora-r", "2",
-              "--harmful", WORLD / "eval_harmful.jsonl", "--benign", "none", "--task", "none", "--limit", "2", "--samples", "1",
+    common = ["--data", folder / "data.jsonl", "--probe-data", folder / "probe.jsonl", "--device", DEVICE, "--epochs", "6",
+              "--batch-size", "4", "--lora-r", "2", "--harmful", WORLD / "eval_harmful.jsonl", "--benign", "none", "--task", "none", "--limit", "2", "--samples", "1",
               "--max-new-tokens", "4", "--judge", "none", "--no-eval-base", "--out", folder / name, "--save-every", minutes]
     risk = [] if {"csft", "lisa", "--risk"} & set(more) else ["--risk", folder / "risk.jsonl"]
     return [str(option) for option in (*common, *risk, *more)]
@@ -276,28 +282,30 @@ def mount(path, kilobytes, *more):
 
 def test_a_full_disk_is_an_error_that_names_a_file_and_with_room_the_run_goes_on(folder, tmp_path, monkeypatch):
     """Disks of ever more room hold the run with its reference and, in the working directory, the verdicts."""
-    disk, full_at = tmp_path / "disk", []
+    disk, full_at, enough = tmp_path / "disk", [], False
     disk.mkdir()
+    run = disk / "run"
     more = ["--risk", "critic", "--judge", WORLD / "judge", "--epochs", "2", "--ref", "keep", "--anchor-share", "0.2"]
     monkeypatch.chdir(tmp_path)
     start(*options(folder, "roomy", *more))
-    for kilobytes in (4, 16, 40, 100, 300, 500, 900, 2000, 3000, 5000):
-        if not mount(disk, kilobytes):
+    sizes = iter((4, 16, 40, 100, 300, 600, 1000, 2000, 3000, 4000, 8000))
+    while not enough:
+        if not mount(disk, next(sizes)):
             pytest.skip("needs the right to mount a small disk")
         try:
             monkeypatch.chdir(disk)
-            run, typed = disk / "run", options(folder, "unused", *more, "--out", disk / "run")
-            with pytest.raises((DataError, OSError)) as error:
+            typed = options(folder, "unused", *more, "--out", run)
+            try:
                 start(*typed)
-            text = str(error.value)
-            assert any(word in text for word in ("No space", "full", "room")), text
-            full_at.append(next(name for name in (*sorted(map(str, disk.rglob("*")), key=len, reverse=True), str(disk)) if name in text)
-                           if str(disk) in text else text)
-            assert not list(disk.rglob("*.part"))
-            assert mount(disk, 64_000, "remount")
-            start(*(["--resume", run] if (run / "config.json").exists() else typed))
+                enough = True
+            except (DataError, OSError) as error:
+                assert any(words in str(error) for words in ("No space left", "is full", "of room")), error
+                full_at.append(re.search(r"(\w+\.?\w*)[:;']|$", str(error).partition(f"{disk}/")[2] or str(error))[1])
+                assert not list(disk.rglob("*.part")) and mount(disk, 64_000, "remount")
+                start(*(["--resume", run] if (run / "config.json").exists() else typed))
             assert outcome(run) == outcome(folder / "roomy")
         finally:
             monkeypatch.chdir(tmp_path)
             subprocess.run(["umount", "-l", str(disk)], check=True)
     print(f"full disks survived at {full_at}")
+    assert len(set(full_at)) >= 4 and None not in full_at
