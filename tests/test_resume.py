@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import shlex
 import signal
 import subprocess
@@ -140,7 +139,7 @@ def test_a_process_that_is_killed_at_any_moment_resumes_to_the_same_bits(folder,
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     monkeypatch.chdir(ROOT)
     context, rng = multiprocessing.get_context("forkserver"), random.Random(0)
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload(["train", "torch._dynamo", "test_resume"])
     more = ["--anchor-share", "0.2", "--gate", "batch", "--ema", "0.5", "--epochs", "3"]
     start(*options(folder, "not killed", *more))
     killed, in_a_save, runs = 0, 0, 0
@@ -280,6 +279,10 @@ def mount(path, kilobytes, *more):
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
+FILES = ("verdicts.sqlite", "risk.jsonl", "anchors.jsonl", "reference", "metrics.jsonl", "state.safetensors", "adapter", "run/model",
+         "completions_after.jsonl", "results.json", "config.json")
+
+
 def test_a_full_disk_is_an_error_that_names_a_file_and_with_room_the_run_goes_on(folder, tmp_path, monkeypatch):
     """Disks of ever more room hold the run with its reference and, in the working directory, the verdicts."""
     disk, full_at, enough = tmp_path / "disk", [], False
@@ -300,7 +303,7 @@ def test_a_full_disk_is_an_error_that_names_a_file_and_with_room_the_run_goes_on
                 enough = True
             except (DataError, OSError) as error:
                 assert any(words in str(error) for words in ("No space left", "is full", "of room")), error
-                full_at.append(re.search(r"(\w+\.?\w*)[:;']|$", str(error).partition(f"{disk}/")[2] or str(error))[1])
+                full_at.append(next(name for name in FILES if name in str(error)))
                 assert not list(disk.rglob("*.part")) and mount(disk, 64_000, "remount")
                 start(*(["--resume", run] if (run / "config.json").exists() else typed))
             assert outcome(run) == outcome(folder / "roomy")
@@ -308,4 +311,4 @@ def test_a_full_disk_is_an_error_that_names_a_file_and_with_room_the_run_goes_on
             monkeypatch.chdir(tmp_path)
             subprocess.run(["umount", "-l", str(disk)], check=True)
     print(f"full disks survived at {full_at}")
-    assert len(set(full_at)) >= 4 and None not in full_at
+    assert len(set(full_at)) >= 4
