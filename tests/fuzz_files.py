@@ -116,6 +116,7 @@ def prepare():
     from evaluate import compare
     from lib.checkpoint import save_checked
     from lib.files import write_config, write_jsonl
+    from lib.report import summarize
     from lib.risk import read_risk, stored_risk
     from lib.run import Progress, load_or_compute, resumed_options
     from critic import Verdict, judge_pairs
@@ -274,9 +275,10 @@ def prepare():
             (folder / name).mkdir()
             config = {"model": "m", "seed": int(name[-1]), "temperature": 1.0, "max_new_tokens": 48, "samples": 2}
             (folder / name / "config.json").write_text(json.dumps(config))
-            for file in ("results.json", "completions_base.jsonl", "completions_after.jsonl"):
-                (folder / name / file).write_text(lines(rows) if file.endswith("jsonl") else "{}")
-        return [folder / "mine-1" / rng.choice(["config.json", "completions_after.jsonl", "completions_base.jsonl"])]
+            (folder / name / "results.json").write_text(json.dumps(dict.fromkeys(("base", "after"), summarize(rows, 1.0, 48))))
+            for which in ("base", "after"):
+                (folder / name / f"completions_{which}.jsonl").write_text(lines(rows))
+        return [folder / "mine-1" / rng.choice(["config.json", "results.json", "completions_after.jsonl", "completions_base.jsonl"])]
 
     def read_run(folder):
         compare([folder / "mine-0", folder / "mine-1"])
