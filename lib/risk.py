@@ -48,14 +48,18 @@ def row_hash(row, where: str) -> str:
     """
     if not isinstance(row, dict) or "risk" not in row:
         raise DataError(f'{where}: expected {{"risk": number from 0 to 1, …}}, found {str(row)[:60]}')
-    hashes = {row["hash"]} if row.get("hash") else set()
+    key = row.get("hash")
+    if not isinstance(key, str | None):
+        raise DataError(f"{where}: hash: expected text, found {str(key)[:60]}")
     texts = {"messages", *(prompt for prompt, _ in FORMATS)}
-    if texts & row.keys():
-        hashes.add(conversation_of(row, where, need="answer").hash)
-    if len(hashes) != 1 or not isinstance(row.get("hash"), str | None):
-        raise DataError(f'{where}: expected a conversation or its "hash" beside the risk, '
-                        f"found {len(hashes)} of them")
-    return hashes.pop()
+    if not texts & row.keys():
+        if key is None:
+            raise DataError(f'{where}: expected a conversation or its "hash" beside the risk, found neither')
+        return key
+    conversation = conversation_of(row, where, need="answer")
+    if key not in (None, conversation.hash):
+        raise DataError(f"{where}: expected the hash of the row's own conversation, found {key[:60]!r}")
+    return conversation.hash
 
 
 def read_risk(path: Path, examples: list[Example]) -> list[float]:

@@ -21,9 +21,11 @@ import torch
 from lib.checkpoint import load_checked, provenance, save_checked
 from lib.cli import as_typed, option_value
 from lib.distributed import all_reduce_sum, full_tensor, on_rank_zero, rank, shard_like, world_size
-from lib.files import (DataError, errors_name_path, fsync, json_lines, new_folder, read_json, read_text,
-                       remove_if_unused, write_config, write_jsonl, write_text)
+from lib.files import (COUNT, DataError, between, either, errors_name_path, expect, fsync, json_lines,
+                       new_folder, read_json, read_text, remove_if_unused, write_config, write_jsonl,
+                       write_text)
 
+STATE = {"step": COUNT, "smoothed_risk": between(0, 1, float, optional=True), "moved": either(bool)}
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # of each parameter, once the optimizer has taken a step
 
 
@@ -209,7 +211,9 @@ class Progress:
                 tensors, metadata = load_checked(self.file, "the state of a run")
                 if metadata["key"] != self.key:
                     raise ValueError("a state of other data or options than the run has now")
-                state = self.load(tensors, json.loads(metadata["state"]))
+                values = json.loads(metadata["state"])
+                expect(dict(values), STATE, self.file, DataError)
+                state = self.load(tensors, values)
             except (LookupError, TypeError, ValueError, RuntimeError) as error:
                 raise DataError(f"{error}; delete {self.file} to train from the first step") from None
             print(f"going on after step {state.step}, from {self.file}")

@@ -23,7 +23,7 @@ from critic import RUBRIC, VERDICTS, CriticConfig, GuardJudge, JudgeOptions, Rub
 from critic import judge_pairs, main, open_judge, parse_score
 from data.chat import Chat, encode_examples
 from data.conversations import WORLD, Conversation, read_conversations
-from data.risks import read_risk
+from lib.risk import read_risk
 from lib.endpoint import ATTEMPTS, GIVE_UP, MAX_WAIT, EndpointError
 from lib.files import DataError, ModelError
 from lib.frame import fill, frame_mark
