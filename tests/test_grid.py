@@ -8,7 +8,7 @@ import grid
 import pytest
 from grid import ATTACKS, METHODS, GridConfig, cell_options, changes_of, main
 
-from data.conversations import WORLD
+from data.conversations import WORLD, read_conversations
 from lib.files import DataError
 
 
@@ -16,6 +16,7 @@ def test_a_grid_resumes_cell_by_cell_and_its_tables_are_of_all_finished_cells(tm
     quick = {"epochs": 1, "lora_r": 2, "limit": 1, "samples": 1, "max_new_tokens": 4, "device": device}
     monkeypatch.setattr(grid, "SETTINGS", quick)
     monkeypatch.setattr(grid, "ProcessPoolExecutor", lambda *args: ThreadPoolExecutor(1))
+    monkeypatch.setattr("train.read_conversations", lambda *args, **kwargs: read_conversations(*args, **kwargs)[:24])
     folder, config = tmp_path / "backdoor", GridConfig(out=tmp_path, attacks="backdoor", methods="sft", seeds=1)
 
     def tables():
