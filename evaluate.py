@@ -335,6 +335,8 @@ def pool(name: str, which: str, runs: dict[Path, dict], fluency: tuple | None) -
     which: "base" or "after" completions. fluency: (model, chat) for mark_garbled, or None. A figure has the
     "rates" of the runs, too.
     """
+    config = next(iter(runs.values()))
+    settings = config["temperature"], config["max_new_tokens"]
     parts = [read_completions(path, which) for path in runs]
     for path, part in zip(runs, parts):
         if read_json(path / "results.json").get(which) != summarize(part, *settings):
@@ -343,13 +345,11 @@ def pool(name: str, which: str, runs: dict[Path, dict], fluency: tuple | None) -
     rows = sum(parts, [])
     if fluency:
         mark_garbled(rows, *fluency)
-    configs = list(runs.values())
-    settings = configs[0]["temperature"], configs[0]["max_new_tokens"]
     pooled = figures(summarize(rows, *settings))
     by_run = [figures(summarize(part, *settings)) for part in parts]
     for title, figure in pooled.items():
         figure["rates"] = [rates[title]["rate"] for rates in by_run if title in rates]
-    return {"name": name, "seeds": [config["seed"] for config in configs], "figures": pooled}
+    return {"name": name, "seeds": [config["seed"] for config in runs.values()], "figures": pooled}
 
 
 def compare(paths, fluency: tuple | None = None) -> tuple[str, list[dict]]:
