@@ -620,6 +620,6 @@ class TestScript:
         assert [row["valid"] for row in written] == [i != 7 for i in range(20)] and written[7]["score"] is None
         assert all(row["score"] == 1 + 4 * row["risk"] for row in written if row["valid"])
         data = read_conversations(config.data)
-        assert read_risk(config.out, data, encode_examples(Chat(WORLD / "model"), data, 999)) == [row["risk"] for row in written]
+        assert read_risk(config.out, encode_examples(Chat(WORLD / "model"), data, 999)) == [row["risk"] for row in written]
         with pytest.raises(DataError, match="--out: expected a new file"):
             main(config)
