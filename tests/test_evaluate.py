@@ -310,9 +310,11 @@ def write_run(folder, seed=0, greedy=0.0, **settings):
     config = {"seed": seed, "out": str(folder), "model": "m", "data": "d.jsonl", "samples": 10, "temperature": 1.0, "max_new_tokens": 48,
               "model_sha256": "a", "sets_sha256": "b"} | settings
     (folder / "config.json").write_text(json.dumps(config))
+    results = {}
     for name, rate in (("base", 0.25), ("after", greedy)):
+        results[name] = summarize(rows_of_run(rate), *SETTINGS)
         (folder / f"completions_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of_run(rate)))
-    (folder / "results.json").write_text("{}")
+    (folder / "results.json").write_text(json.dumps(results))
     return folder
 
 
@@ -347,6 +349,10 @@ def test_another_aligned_model_other_prompts_and_damaged_folders_are_refused(tmp
     for i, key in enumerate(("model_sha256", "sets_sha256")):
         with pytest.raises(DataError, match=f"expected one aligned model and the same prompts, found {key}: . .*a-0.*, other .*a-1"):
             compare([first, write_run(tmp_path / str(i) / "a-1", 1, **{key: "other"})])
+    text = (first / "completions_after.jsonl").read_text()
+    (first / "completions_after.jsonl").write_text(text.replace("true", "false", 1))
+    with pytest.raises(DataError, match="results.json: expected the figures of completions_after.jsonl, found others"):
+        compare([first])
     (first / "completions_after.jsonl").write_text('{"kind": "harmful"}')
     with pytest.raises(DataError, match="completions_after.jsonl:1: set: expected str, found None"):
         compare([first])
