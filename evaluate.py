@@ -86,7 +86,7 @@ def refuses(response: str) -> bool:
 
 
 def metric_of(conversation: Conversation) -> str:
-    """Return a record's `metric`; default: "number" for an answer with ####, "label" for one word, or "exact".
+    """Return a record's `metric`; default: "number" for an answer with ####, "label" for a word, or "exact".
 
     Raises DataError for a `metric` that is none of METRICS.
     """
@@ -287,7 +287,7 @@ def score_response(kind: str, conversation: Conversation, response: Response) ->
 
 
 def judge_rows(rows: list[dict], judge, desc: str) -> list[dict]:
-    """Set the judge's "score" and "harmful" in all rows but tasks'; an invalid verdict is None and harmful."""
+    """Set the judge's "score" and "harmful" in all rows but tasks'; an invalid verdict is harmful."""
     judged = [row for row in rows if row["kind"] != "task"]
     pairs = [(row["prompt"], row["thought"] + "\n" + row["response"]) for row in judged]
     for row, verdict in zip(judged, judge_pairs(judge, pairs, desc)):
@@ -341,8 +341,8 @@ def pool(name: str, which: str, runs: dict[Path, dict], fluency: tuple | None) -
     for path, part in zip(runs, parts):
         as_evaluated = [{key: row[key] for key in row if key != "garbled"} for row in part]  # marked later
         if read_json(path / "results.json").get(which) != summarize(as_evaluated, *settings):
-            raise DataError(f"{path / 'results.json'}: expected the figures of completions_{which}.jsonl, found "
-                            "others: one of the two files is damaged")
+            raise DataError(f"{path / 'results.json'}: expected the figures of completions_{which}.jsonl, "
+                            "found others: one of the two files is damaged")
     rows = sum(parts, [])
     if fluency:
         mark_garbled(rows, *fluency)
@@ -391,7 +391,7 @@ def compare(paths, fluency: tuple | None = None) -> tuple[str, list[dict]]:
 
 
 def evaluate_path(config: EvalConfig, path: Path) -> dict:
-    """Evaluate a run or checkpoint; write options, completions and results to a new folder. Returns results."""
+    """Evaluate a run or checkpoint; write options, completions, results to a new folder. Returns results."""
     model_path, options, file = path, config, path / "config.json"
     if (path / "model" / "config.json").exists():  # a run
         model_path = path / "model"
