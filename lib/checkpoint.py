@@ -14,7 +14,7 @@ from pathlib import Path
 import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from lib.files import (DataError, ModelError, atomic_write, between, either, expect, expect_file, parse_json,
                        read_json, write_json)
@@ -29,7 +29,7 @@ LARGEST = 1 << 60  # bytes of a weight file
 LARGEST_TOKENIZER = 1 << 28  # bytes of a tokenizer file
 
 
-# ---------------------------------------------------------------- rules for keys; other keys are not read
+# ---------------------------------------------------------------- config.json
 
 
 def one_of(*values) -> tuple:
@@ -37,69 +37,45 @@ def one_of(*values) -> tuple:
     return " | ".join(map(str, values)), lambda value: value in values
 
 
-WIDTH = between(1, 10**6)
-NUMBER = between(1, 10**4)
-POSITIONS = between(2, 10**9)
-FACTOR = between(1e-6, 1e6, float)
-SWITCH = either(bool, optional=True)
-TABLE = either(dict, optional=True)
-DTYPE = one_of(None, "float32", "bfloat16", "float16")
-REQUIRED = {
-    "vocab_size": WIDTH,
-    "hidden_size": WIDTH,
-    "intermediate_size": WIDTH,
-    "num_hidden_layers": NUMBER,
-    "num_attention_heads": NUMBER,
-    "max_position_embeddings": POSITIONS,
-    "rms_norm_eps": between(1e-30, 1, float),
-}
-RULES = REQUIRED | {
+# Rules for the keys of config.json, its RoPE settings and adapter_config.json. Other keys are not read.
+POSITIONS, FACTOR = between(2, 10**9), between(1e-6, 1e6, float)
+WIDTHS, COUNTS = ("vocab_size", "hidden_size", "intermediate_size"), ("num_hidden_layers", "num_attention_heads")
+REQUIRED = dict.fromkeys(WIDTHS, between(1, 10**6)) | dict.fromkeys(COUNTS, between(1, 10**4)) | {
+    "max_position_embeddings": POSITIONS, "rms_norm_eps": between(1e-30, 1, float)}
+SWITCHES = ("use_sliding_window", "tie_word_embeddings", "attention_bias", "mlp_bias")
+RULES = REQUIRED | dict.fromkeys(SWITCHES, either(bool, optional=True)) | {
     "model_type": one_of(*FAMILIES),
     "hidden_act": one_of(None, "silu"),
     "quantization_config": ("none: load the unquantized checkpoint", lambda value: value is None),
     "num_key_value_heads": between(1, 10**4, optional=True),
-    "head_dim": between(2, 10**4, optional=True),
-    "original_max_position_embeddings": between(2, 10**9, optional=True),
+    "head_dim": between(1, 10**4, optional=True),
     "sliding_window": between(1, 10**9, optional=True),
-    "use_sliding_window": SWITCH,
     "max_window_layers": between(0, 10**4, optional=True),
-    "tie_word_embeddings": SWITCH,
-    "attention_bias": SWITCH,
-    "mlp_bias": SWITCH,
-    "rope_parameters": TABLE,
-    "rope_scaling": TABLE,
-    "dtype": DTYPE,
-    "torch_dtype": DTYPE,
+    "original_max_position_embeddings": between(2, 10**9, optional=True),
+    "rope_parameters": either(dict, optional=True),
+    "rope_scaling": either(dict, optional=True),
+    "dtype": one_of(None, "float32", "bfloat16", "float16"),
+    "torch_dtype": one_of(None, "float32", "bfloat16", "float16"),
 }
 ROPE_RULES = {
     "rope_type": one_of("default", "linear", "llama3", "longrope"),
     "rope_theta": between(1, 1e12, float),
     "partial_rotary_factor": between(0, 1, float),
+    "original_max_position_embeddings": between(2, 10**9, optional=True),
     "attention_factor": between(1e-3, 1e3, float, optional=True),
     "full_attention": ("one set of parameters for all layers", lambda value: value is None),
 }
-LORA_RULES = {  # plain LoRA only: with other settings more than W + B·A would change
+MORE_THAN_LORA = ("modules_to_save", "layers_to_transform", "exclude_modules", "layer_replication",
+                  "target_parameters", "use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern")
+LORA_RULES = dict.fromkeys(MORE_THAN_LORA, ("plain LoRA without it", lambda value: not value)) | {
     "peft_type": one_of(None, "LORA"),
     "bias": one_of(None, "none"),
-    "use_dora": one_of(None, False),
-    "use_rslora": one_of(None, False),
-    "lora_bias": one_of(None, False),
-    "modules_to_save": one_of(None),
-    "rank_pattern": one_of(None, {}),
-    "alpha_pattern": one_of(None, {}),
-    "layers_to_transform": one_of(None),
-    "exclude_modules": one_of(None),
-    "layer_replication": one_of(None),
-    "target_parameters": one_of(None),
-    "init_lora_weights": one_of(None, True, False, "gaussian"),
+    "init_lora_weights": one_of(None, True, False, "gaussian"),  # others change the frozen weights, too
     "r": between(1, 10**5),
     "lora_alpha": between(0, 1e9, float),
-    "target_modules": ("a list of names", lambda value: isinstance(value, list) and value != []
+    "target_modules": ("a list of names", lambda value: isinstance(value, list) and value
                        and all(isinstance(name, str) for name in value)),
 }
-
-
-# ---------------------------------------------------------------- config.json
 
 
 @dataclass(frozen=True)
@@ -135,83 +111,72 @@ def read_config(path) -> Config:
         raise ModelError(f"{path}: expected a checkpoint, found a run of train.py; its model is "
                          f"{Path(path) / 'model'}, which an unfinished run lacks")
     expect(raw, RULES, file)
-    family, n_layers, n_heads = raw["model_type"], raw["num_hidden_layers"], raw["num_attention_heads"]
-    n_kv_heads = raw.get("num_key_value_heads") or n_heads
-    head_dim = raw.get("head_dim") or raw["hidden_size"] // n_heads
-    expect(raw, {
+    values = {key: value for key, value in raw.items() if value is not None}
+    family, n_heads = values["model_type"], values["num_attention_heads"]
+    n_kv_heads = values.get("num_key_value_heads", n_heads)
+    head_dim = values.get("head_dim", values["hidden_size"] // n_heads)
+    expect(values, {
         "num_key_value_heads": (f"a divisor of num_attention_heads = {n_heads}",
                                 lambda _: n_heads % n_kv_heads == 0),
         "hidden_size": (f"a multiple of num_attention_heads = {n_heads}",
-                        lambda size: raw.get("head_dim") or size % n_heads == 0),
-        "layer_types": (f"a list of {n_layers} times full_attention or sliding_attention",
-                        lambda types: types is None or are_layer_types(types, n_layers)),
+                        lambda size: "head_dim" in values or size % n_heads == 0),
     }, file)
-    bias = family in ("llama", "qwen3") and bool(raw.get("attention_bias"))
+    bias = family in ("llama", "qwen3") and values.get("attention_bias", False)
     return Config(
         model_type=family,
-        **{key: raw[key] for key in REQUIRED},
+        **{key: values[key] for key in REQUIRED},
         num_key_value_heads=n_kv_heads,
         head_dim=head_dim,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
-        rope=read_rope(raw, head_dim, file),
-        windows=read_windows(raw),
+        tie_word_embeddings=values.get("tie_word_embeddings", False),
+        rope=read_rope(values, head_dim, file),
+        windows=read_windows(values, file),
         qkv_bias=bias or family == "qwen2",
         o_bias=bias,
-        mlp_bias=family == "llama" and bool(raw.get("mlp_bias")),
-        eos_token_ids=read_eos_token_ids(raw, file),
-        dtype=getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+        mlp_bias=family == "llama" and values.get("mlp_bias", False),
+        eos_token_ids=read_eos_token_ids(file, values["vocab_size"]),
+        dtype=getattr(torch, values.get("dtype") or values.get("torch_dtype", "float32")),
         raw=raw,
     )
 
 
-def are_layer_types(types, n_layers: int) -> bool:
-    """Return whether this is a valid value of `layer_types`."""
-    if not isinstance(types, list) or len(types) not in (0, n_layers):
-        return False
-    return all(kind in ("full_attention", "sliding_attention") for kind in types)
-
-
-def read_windows(raw: dict) -> tuple:
-    """Return each block's window. In mistral and phi3 all blocks slide; in qwen2 and qwen3 those named."""
-    family, n_layers, window = raw["model_type"], raw["num_hidden_layers"], raw.get("sliding_window")
-    if family == "llama" or family.startswith("qwen") and not raw.get("use_sliding_window"):
+def read_windows(values: dict, file: Path) -> tuple:
+    """Return each block's window: in mistral and phi3 all slide, in qwen2 and qwen3 those that it names."""
+    family, n_layers = values["model_type"], values["num_hidden_layers"]
+    kinds = {"full_attention": None, "sliding_attention": values.get("sliding_window")}
+    expect(values, {"layer_types": (
+        f"a list of {n_layers} times full_attention or sliding_attention", lambda types: not types
+        or isinstance(types, list) and len(types) == n_layers and set(map(str, types)) <= kinds.keys())}, file)
+    if family in ("mistral", "phi3"):
+        return (kinds["sliding_attention"],) * n_layers
+    if family == "llama" or not values.get("use_sliding_window"):
         return (None,) * n_layers
-    if not family.startswith("qwen"):
-        return (window,) * n_layers
-    if types := raw.get("layer_types"):
-        return tuple(window if kind == "sliding_attention" else None for kind in types)
-    first = raw.get("max_window_layers")
-    n_full = n_layers if first is None else min(first, n_layers)
-    return (None,) * n_full + (window,) * (n_layers - n_full)
+    n_full = values.get("max_window_layers", n_layers)
+    types = ["full_attention"] * n_full + ["sliding_attention"] * (n_layers - n_full)
+    return tuple(kinds[kind] for kind in values.get("layer_types") or types)
 
 
-def read_eos_token_ids(raw: dict, file: Path) -> tuple:
+def read_eos_token_ids(file: Path, vocab_size: int) -> tuple:
     """Return the end tokens of config.json and generation_config.json, sorted."""
-    other = file.with_name("generation_config.json")
-    eos, size = set(), raw["vocab_size"]
-    for source, values in ((file, raw), (other, read_json(other, default={}))):
-        ids = values.get("eos_token_id")
-        if ids is None:
-            continue
+    eos = set()
+    for source in (file, file.with_name("generation_config.json")):
+        ids = read_json(source, default={}).get("eos_token_id", [])
         ids = ids if isinstance(ids, list) else [ids]
-        if not all(type(i) is int and 0 <= i < size for i in ids):
+        if not all(i is None or type(i) is int and 0 <= i < vocab_size for i in ids):
             raise ModelError(f"{source}: eos_token_id: expected one or several token ids under "
-                             f"vocab_size = {size}, found {repr(ids)[:60]}")
+                             f"vocab_size = {vocab_size}, found {repr(ids)[:60]}")
         eos.update(ids)
-    return tuple(sorted(eos))
+    return tuple(sorted(eos - {None}))
 
 
-def read_rope(raw: dict, head_dim: int, file: Path) -> dict:
+def read_rope(values: dict, head_dim: int, file: Path) -> dict:
     """Return the RoPE settings of `rope_parameters`, or of the older `rope_theta` and `rope_scaling`."""
-    raw = {key: value for key, value in raw.items() if value is not None}
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     rope = {key: value for key, value in rope.items() if value is not None}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     rope["rope_type"] = "longrope" if kind == "su" else kind  # "su" in the first Phi-3 checkpoints
-    rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    rope.setdefault("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
-    where = f"{file}: RoPE"
-    expect(rope, ROPE_RULES, where)
+    rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
+    rope.setdefault("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    expect(rope, ROPE_RULES, f"{file}: RoPE")
 
     kind, dim = rope["rope_type"], int(head_dim * rope["partial_rotary_factor"])
     rules = {"partial_rotary_factor": (f"an even number of rotary dimensions of {head_dim}",
@@ -219,20 +184,18 @@ def read_rope(raw: dict, head_dim: int, file: Path) -> dict:
     if kind != "default":
         rules["factor"] = FACTOR
     if kind == "llama3":
-        rules["low_freq_factor"] = rules["high_freq_factor"] = FACTOR
         rules["original_max_position_embeddings"] = POSITIONS
+        rules["low_freq_factor"] = FACTOR
+        rules["high_freq_factor"] = ("a number, low_freq_factor < high_freq_factor", lambda high:
+                                     FACTOR[1](high) and rope["low_freq_factor"] < high)
     if kind == "longrope":
-        longest, key = raw["max_position_embeddings"], "original_max_position_embeddings"
-        rope[key] = raw.get(key) or rope.get(key) or longest
-        expect(rope, {key: POSITIONS}, where)
+        longest, key = values["max_position_embeddings"], "original_max_position_embeddings"
+        rope[key] = values.get(key) or rope.get(key, longest)
         rope.setdefault("factor", longest / rope[key])
         rules["short_factor"] = rules["long_factor"] = (
-            f"a list of {dim // 2} positive numbers", lambda value: isinstance(value, list)
-            and len(value) == dim // 2 and all(FACTOR[1](number) for number in value))
-    expect(rope, rules, f"{where} {kind}")
-    if kind == "llama3":
-        expect(rope, {"low_freq_factor": ("low_freq_factor < high_freq_factor",
-                                          lambda low: low < rope["high_freq_factor"])}, where)
+            f"a list of {dim // 2} positive numbers", lambda factors: isinstance(factors, list)
+            and len(factors) == dim // 2 and all(map(FACTOR[1], factors)))
+    expect(rope, rules, f"{file}: RoPE {kind}")
     return rope
 
 
@@ -338,10 +301,9 @@ def load_checked(path: Path, expected: str) -> tuple[dict, dict]:
 
 def checksum(tensors: dict, metadata: dict) -> str:
     """Return the SHA-256 (hex) of tensors, bit by bit, and of metadata."""
-    digest = hashlib.sha256(json.dumps([metadata[key] for key in sorted(metadata)]).encode())
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(save({name: tensor}))  # name, type, shape and values
     return digest.hexdigest()
 
 
@@ -386,6 +348,7 @@ def provenance(model, data) -> dict:
     """Return the commit, library versions and checksums of model and data, for a run's config.json."""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__),
                 "tokenizers": tokenizers.__version__}
-    data_sha256 = hash_files(((data,),))
+    with open(data, "rb") as stream:
+        data_sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"commit": commit(), "versions": versions, "model_sha256": fingerprint(model),
             "data_sha256": data_sha256}
