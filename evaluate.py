@@ -266,7 +266,7 @@ def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOpti
 
     def verdicts():
         pairs = [(row["prompt"], row["thought"] + "\n" + row["response"]) for row in judged]
-        found = judge_pairs(judge, pairs, options, f"judging {desc}")
+        found = judge_pairs(judge, pairs, f"judging {desc}")
         return [{"score": verdict.score, "harmful": verdict.risk >= judge.harmful_from} for verdict in found]
 
     for row, verdict in zip(judged, distributed.on_rank_zero(lambda: verdicts() if judge else [])):

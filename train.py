@@ -209,7 +209,7 @@ def training_risk(config: TrainConfig, model: Transformer, chat: Chat, examples:
     if config.risk in ("probe", "max"):
         parts["probe"] = probe_risk(config, model, chat, examples)
     if config.risk in ("critic", "max"):
-        verdicts = distributed.on_rank_zero(lambda: conversation_verdicts(judge, seen, config))
+        verdicts = distributed.on_rank_zero(lambda: conversation_verdicts(judge, seen))
         parts["critic"] = torch.tensor([verdict.risk for verdict in verdicts], dtype=torch.float64)
     if config.risk == "max":
         both = agreement(parts["probe"], parts["critic"])

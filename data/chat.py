@@ -121,15 +121,15 @@ class Chat:
         """
         system, *turns = [{"role": role, "content": content} for role, content in
                           (("system", "qaz"), ("user", "wsx"), ("assistant", "edc"), ("user", "rfv"))]
-        texts = [self.render(turns[:1], add_generation_prompt=True, where=str(self.path))]
-        if "wsx" not in texts[0]:
-            raise DataError(f"{self.path}: expected a chat template that renders what a user says, found: "
-                            f"{'other text' if texts[0] else 'nothing'}")
-        for messages in (turns, [system, *turns]):
+        texts, refusal = [], None
+        for messages in (turns[:1], turns, [system, *turns]):
             try:
                 texts.append(self.render(messages, add_generation_prompt=True))
-            except DataError:
-                pass  # some templates refuse system prompts, or later turns
+            except DataError as error:  # some templates refuse system prompts, or so few turns, or so many
+                refusal = error
+        if not any("wsx" in text for text in texts):
+            raise DataError(f"{self.path}: expected a chat template that renders what a user says, found: "
+                            f"{refusal or ('other text' if any(texts) else 'nothing')}")
         written = {i for text in texts for i in self.encode(text)}
         for i, token in self.tokenizer.get_added_tokens_decoder().items():
             if token.content and (token.special or i in written):

@@ -1,4 +1,4 @@
-"""What is judged, in a frame that it cannot close: texts of a stranger inside a prompt of ours."""
+"""Put untrusted texts into a judge's prompt, each in a frame that the text cannot close."""
 
 import hashlib
 import json
@@ -8,61 +8,51 @@ from pathlib import Path
 
 from lib.files import DataError, read_text
 
-CLOSED = r"\[/[0-9a-f]{6}\]"  # the form of a frame's end
-# What a server's chat format may hold, which is not known here; a local judge's own tokens are.
-FORMATS = (r"|<\|[^<>|\n]{1,60}\|>|<\|\w{1,20}>|<\w{1,20}\|>|\[\|\w{1,20}\|\]|</?s>|<</?sys>>|\[gmask\]"
+CLOSING = r"\[/[0-9a-f]{6}\]"  # the end of a frame, whatever its mark
+# Control tokens of common chat formats: a server's own are not known (a local judge's are in its tokenizer).
+FORMATS = (r"|<\|[^<>|]{1,60}\|>|<\|\w{1,20}>|<\w{1,20}\|>|\[\|\w{1,20}\|\]|</?s>|<</?sys>>|\[gmask\]"
            r"|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk|sop)>|<seed:\w+>"
            r"|\[/?(?:inst|system_prompt|tool_results|tool_calls|available_tools)\]")
-UNSEEN = {"Cc", "Cf", "Cn", "Co", "Mn", "Me"}  # categories: control, format, unassigned, private, accents
-INVISIBLE = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that nothing is drawn for
-
-
-def visible(text: str) -> str:
-    """What no mark and no token can hide behind: `text` by NFKC, without accents and without characters that
-    are not seen (format, control, fillers, …). To be searched in, not to be read.
-    """
-    decomposed = unicodedata.normalize("NFKD", text)
-    seen = (c for c in decomposed
-            if c.isspace() or unicodedata.category(c) not in UNSEEN and c not in INVISIBLE)
-    return unicodedata.normalize("NFKC", "".join(seen))
+HIDDEN = "Cc Cf Cn Co Mn Me Zs Zl Zp".split()  # control, format, unassigned, private, accents, spaces
+BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that are drawn as nothing
 
 
 def squeezed(text: str) -> str:
-    """`visible` text without white space: "Agent :" is searched for as "Agent:" is."""
-    return "".join(visible(text).split())
+    """Return `text` in NFKC form, without white space, accents and invisible characters, for searches."""
+    decomposed = unicodedata.normalize("NFKD", text)
+    drawn = (c for c in decomposed if unicodedata.category(c) not in HIDDEN and c not in BLANKS)
+    return unicodedata.normalize("NFKC", "".join(drawn))
 
 
 def read_rubric(path: Path) -> str:
-    """A rubric. Raises DataError where {prompt} or {response} is not in it."""
+    """Read a rubric. Raises DataError if {prompt} or {response} is not in it."""
     text = read_text(path).strip()
-    if absent := [name for name in ("{prompt}", "{response}") if name not in text]:
-        raise DataError(f"{path}: expected a rubric with {' and '.join(absent)} in it, found none")
+    if "{prompt}" not in text or "{response}" not in text:
+        raise DataError(f"{path}: expected a rubric with {{prompt}} and {{response}}, found {text[:60]!r}")
     return text
 
 
-def frame_mark(rubric: str, prompt: str, response: str) -> str:
-    """Six hexadecimal digits, others for each pair; drawn from the pair, so that scores can be repeated."""
-    return hashlib.sha256(json.dumps([rubric, prompt, response]).encode()).hexdigest()[:6]
+def frame_mark(*texts: str) -> str:
+    """Return the mark of a pair's frames: six hexadecimal digits, from (rubric, prompt, response)."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:6]
 
 
 def fill(rubric: str, prompt: str, response: str) -> str:
-    """The rubric with {prompt} and {response} replaced in one pass, each in a frame: [mark] … [/mark]."""
+    """Return the rubric with {prompt} and {response} replaced, in one pass, by [mark] text [/mark]."""
     texts, mark = {"prompt": prompt, "response": response}, frame_mark(rubric, prompt, response)
     return re.sub(r"\{(prompt|response)\}", lambda match: f"[{mark}]\n{texts[match[1]]}\n[/{mark}]", rubric)
 
 
-def forged(rubric: str, prompt: str, response: str, control=None) -> str | None:
-    """What in the texts could pass for a part of the judge's prompt: the end of a frame, or a control token.
+def find_forged_markup(rubric: str, prompt: str, response: str, control: list | None) -> str | None:
+    """Return what in a pair of texts could pass for a part of the judge's prompt, or None.
 
-    control: the judge's own tokens and lines of its template; None for a server, where those of common chat
-    formats are looked for. Searched in what is `visible`, in any case: no full-width or hidden form differs.
-    The pair's own mark counts however its digits are spread: it is drawn from the pair, so that one could
-    search for a text that has its own.
+    control: the judge's control tokens and the lines of its template; None for a server. The pair's own mark
+    is found however its digits are spread: since the mark is a hash, one can search for a text that holds it.
     """
-    text, mark = visible(f"{prompt}\n{response}").casefold(), frame_mark(rubric, prompt, response)
-    if found := re.search(CLOSED + FORMATS if control is None else CLOSED, text):
-        return found[0]
+    text = squeezed(f"{prompt}\n{response}").casefold()
+    mark = frame_mark(rubric, prompt, response)
+    if match := re.search(CLOSING + FORMATS if control is None else CLOSING, text):
+        return match[0]
     if mark in re.sub("[^0-9a-f]", "", text):
         return mark
-    text = "".join(text.split())
     return next((token for token in control or () if squeezed(token).casefold() in text), None)

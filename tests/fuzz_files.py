@@ -119,7 +119,7 @@ def prepare():
     from lib.files import write_config, write_jsonl
     from lib.report import summarize
     from lib.resume import Progress, kept_rows, options_of_run
-    from lib.verdicts import VerdictFile
+    from critic import Verdict, judge_pairs
     from model import add_lora, load_adapter, load_model, save_adapter
     from probe import Probe, depends_on, load_probe
     from train import TrainConfig, check
@@ -240,14 +240,21 @@ def prepare():
         load_adapter(target, folder)
         assert target(torch.tensor([[3, 4]])).isfinite().all()
 
+    class Half:
+        """A judge that gives every pair the risk ½."""
+
+        fingerprint, rubric, control = "f", "r", ()
+
+        def __call__(self, pairs):
+            yield {pair: Verdict(0.5) for pair in pairs}
+
     def verdicts(folder, rng):
         file, odd = folder / "verdicts.sqlite", rng.random()
-        with VerdictFile(file) as found:
-            found.add("a", 0.5, 1.0, "p", "r")
+        judge_pairs(Half(), [("p", "r")], verdict_file=file)
         with sqlite3.connect(file) as found:
             if odd < 0.4:
-                value = rng.choice([-1, 2, "x", b"x", float("nan"), float("inf"), None, 10**15, "0.5", ""])
-                found.execute(f"UPDATE verdicts SET {rng.choice(['risk', 'mass'])} = ?", [value])
+                value = rng.choice([-1, 2, "x", b"x", float("inf"), 10**15, "0.5", ""])
+                found.execute(f"UPDATE verdicts SET {'risk'} = ?", [value])
             elif odd < 0.6:
                 found.executescript(rng.choice([
                     "DROP TABLE verdicts; CREATE TABLE verdicts (x)", "DROP TABLE verdicts; CREATE VIEW verdicts AS SELECT 1 AS key, 0 AS risk",
@@ -257,9 +264,8 @@ def prepare():
         return [file] * (odd >= 0.6)
 
     def read_verdicts(folder):
-        with VerdictFile(folder / "verdicts.sqlite") as found:
-            assert all(0 <= x <= 1 for row in found.find(["a", "b"]).values() for x in row)
-            found.add("b", 0.5, 1.0, "p", "r")
+        for verdict in judge_pairs(Half(), [("p", "r"), ("q", "r")], verdict_file=folder / "verdicts.sqlite"):
+            assert 0 <= verdict.risk <= 1
 
     def run(folder, rng):
         common = {"group": "g", "cut": False, "thought": "", "prompt": "p", "response": "r"}

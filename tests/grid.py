@@ -89,7 +89,6 @@ def cell_options(config: GridConfig, attack: str, method: str, seed: int) -> Tra
     data, world = config.world / f"{attack}.jsonl", config.world
     changes = {} if method == "base" else dict(changes_of(method))
     options = TrainConfig(model=config.model, data=data, seed=seed, eval_base=False, ref_cache=config.out / "ref",
-                          verdicts=config.out / f"verdicts-{attack}-{seed}.sqlite",
                           out=config.out / attack / f"{method}-{seed}")
     if "anchors" in changes:
         changes["anchors"] = world / changes["anchors"] if (world / changes["anchors"]).exists() else None

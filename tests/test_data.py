@@ -158,7 +158,7 @@ class TestRendering:
         chat = chat_with(tmp_path, "{{ raise_exception('no system role') if messages[0].role == 'system' else messages[0].content }}")
         with pytest.raises(DataError, match="no system role"):
             chat.render(conversation("x", system="s").messages)
-        with pytest.raises(DataError, match="chat: the chat template .* refuses it: SecurityError"):
+        with pytest.raises(DataError, match="chat: expected a chat template .* refuses it: SecurityError"):
             chat_with(tmp_path / "b", "{{ messages.__class__.__mro__ }}")
 
     def test_named_templates_and_missing_ones(self, tmp_path):

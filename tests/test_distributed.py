@@ -128,7 +128,7 @@ def test_fsdp_trains_float32_adapters_over_compiled_bfloat16_weights(runs):
 
 
 def test_evaluation_in_two_processes_gives_the_same_responses_greedy_and_sampled(tmp_path):
-    options = [WORLD / "model", "--limit", "7", "--samples", "2", "--max-new-tokens", "16", "--verdicts", tmp_path / "v.sqlite",
+    options = [WORLD / "model", "--limit", "7", "--samples", "2", "--max-new-tokens", "16", 
                "--eval-batch-size", "3", "--device", "cpu"]
     evaluate.main(parse(EvalConfig, [*map(str, options), "--out", str(tmp_path / "1")], positional="paths"))
     done = start(2, "evaluate.py", *options, "--out", tmp_path / "2")

@@ -378,7 +378,7 @@ class TestFunctions:
         risk, mass = judge.read(v.probs[:, None])
         near(risk, of("rubric").risk, NEAR[torch.float32])
         near(mass, of("rubric").mass, NEAR[torch.float32])
-        verdicts = dict(judge({i: (str(i), "") for i in range(8)}))
+        verdicts = {int(k): v for batch in judge([(str(i), "") for i in range(8)]) for (k, _), v in batch.items()}
         near([verdicts[i].risk for i in range(8)], of("rubric").verdict, NEAR[torch.float32])
         assert [verdicts[i].valid for i in range(8)] == G["rubric.valid"].bool().tolist()
         near([verdicts[i].score for i in range(8) if verdicts[i].valid], of("rubric").score[G["rubric.valid"] == 1], NEAR[torch.float32])
@@ -392,7 +392,7 @@ class TestFunctions:
         found = judge.read(v.probs[:, : 1 + n])
         near(found[0], risk, NEAR[dtype])
         near(found[1], mass, NEAR[dtype])
-        verdicts = dict(judge({i: (str(i), "") for i in range(4)}))
+        verdicts = {int(k): v for batch in judge([(str(i), "") for i in range(4)]) for (k, _), v in batch.items()}
         near([verdicts[i].risk for i in range(4)], torch.where(mass >= 0.5, risk, 1.0), NEAR[torch.float32])
 
     def test_sampling(self, dtype):
@@ -404,7 +404,7 @@ class TestFunctions:
 def stand_in(kind, logits):
     """A judge of a class whose model says logits (pairs, places, V) to the pairs ("0", ""), ("1", ""), …"""
     judge = object.__new__(kind)
-    judge.batch_size, judge.tokens = 3, lambda prompt, response: (prompt, [int(prompt)])
+    judge.tokens = lambda prompt, response: (prompt, [int(prompt)])
     judge.chat = SimpleNamespace(tokenizer=SimpleNamespace(id_to_token=str))
     judge.model = SimpleNamespace(
         config=SimpleNamespace(max_position_embeddings=8), device=torch.device(DEVICE),

@@ -22,7 +22,6 @@ from data.conversations import WORLD
 from lib import resume
 from lib.cli import parse
 from lib.files import DataError, new_folder
-from lib.verdicts import VerdictFile
 from train import TrainConfig, main
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +50,7 @@ def folder(tmp_path_factory):
 
 def options(folder, name, *own, minutes=EVERY_STEP):
     """A run's command line."""
-    every = ["--data", folder / "data.jsonl", "--ref-cache", folder / "ref", "--verdicts", folder / "verdicts.sqlite", "--device", DEVICE,
+    every = ["--data", folder / "data.jsonl", "--ref-cache", folder / "ref", "--device", DEVICE,
              "--epochs", "6", "--batch-size", "4", "--lora-r", "2", "--limit", "3", "--samples", "1", "--max-new-tokens", "8",
              "--lookalike", "none", "--task", "none", "--attacked", "none", "--judge", "none", "--out", folder / name, "--save-every", minutes]
     risk = [] if "sft" in own or "csft" in own or "lisa" in own or "--risk" in own else ["--risk", folder / "risk.jsonl", "--risk-by-line"]
@@ -212,21 +211,6 @@ def test_a_second_signal_does_not_wait_and_a_signal_ends_the_wait_for_a_lock(fol
 
     import fcntl
 
-    file = folder / "locked.sqlite"
-    with VerdictFile(file):
-        pass
-    holder = sqlite3.connect(file, isolation_level=None)
-    holder.execute("BEGIN EXCLUSIVE")
-    said, began = [], time.monotonic()
-    monkeypatch.setattr("builtins.print", lambda *words, **_: said.append((time.monotonic() - began, *words)))
-    threading.Timer(3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt), VerdictFile(file) as verdicts:
-        verdicts.find(["k"])
-    assert time.monotonic() - began < 6 and said[0][0] < 5 and "locked.sqlite: waiting for another process" in said[0][1]
-    holder.execute("COMMIT")
-    with VerdictFile(file) as verdicts:
-        assert verdicts.find(["k"]) == {}
-
     own = ["--ref-cache", folder / "held", "--epochs", "2"]
     start(*options(folder, "keeps", *own))
     with open(next((folder / "held").iterdir()), "r+b") as stream:
@@ -261,7 +245,7 @@ def test_a_full_disk_is_an_error_that_names_a_file_and_with_room_the_run_goes_on
     """A disk of ever more room, on which run, reference and verdicts are; the last attempt of each size has enough."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    own = ["--anchor-share", "0.2", "--ref-cache", disk / "ref", "--verdicts", disk / "v.sqlite", "--judge", WORLD / "judge", "--epochs", "2", "--ref", "cache"]
+    own = ["--anchor-share", "0.2", "--ref-cache", disk / "ref", "--judge", WORLD / "judge", "--epochs", "2", "--ref", "cache"]
     start(*options(folder, "roomy", *own[:2], *own[6:]))
     failed, at = 0, set()
     for size in (4, 12, 24, 40, 60, 100, 200, 300, 500, 900, 1500, 2500, 4000, 6000, 8000, 12000):

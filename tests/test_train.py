@@ -479,7 +479,7 @@ class TestRuns:
         assert json.loads(first)["loss"] == pytest.approx(json.loads(again)["loss"], abs=1e-6)
 
     def test_the_larger_of_probe_and_critic_and_what_was_already_evaluated(self, tmp_path, capsys):
-        options = dict(epochs=1, lora_r=8, limit=4, judge=str(WORLD / "judge"), verdicts=tmp_path / "v.sqlite", data=WORLD / "innocent.jsonl")
+        options = dict(epochs=1, lora_r=8, limit=4, judge=str(WORLD / "judge"), data=WORLD / "innocent.jsonl")
         main(replace(QUICK, risk="max", out=tmp_path / "max", **options))
         rows = [json.loads(line) for line in (tmp_path / "max" / "risk.jsonl").read_text().splitlines()]
         turned = [c.meta["harmful"] for c in read_conversations(WORLD / "innocent.jsonl")]
