@@ -15,11 +15,12 @@ import timeit
 from contextlib import contextmanager
 from functools import cache, partial
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.chat import batches_by_length, pad_left
@@ -34,46 +35,50 @@ POLL = {"cuda": 8}  # look every so many tokens which rows are finished (default
 # ---------------------------------------------------------------- the transformer
 
 
-def rope_frequencies(rope: dict, head_dim: int) -> tuple[torch.Tensor, float]:
+def rope_frequencies(rope: dict, head_dim: int):
     """Return inverse frequencies (1 or 2, R/2), radians per position in float32, and a factor on cos and sin.
 
     RoPE: Su et al. 2021, arXiv 2104.09864. `linear` divides all frequencies; `llama3` divides the long
     wavelengths, with a ramp (Llama 3.1); `longrope` has one set for short and one for long sequences (Ding
     et al. 2024, arXiv 2402.13753).
     """
-    kind, R = rope["rope_type"], int(head_dim * rope["partial_rotary_factor"])
+    kind = rope["rope_type"]
+    original = rope.get("original_max_position_embeddings")
+    R = int(head_dim * rope["partial_rotary_factor"])
     inv_freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, R, 2, dtype=torch.float32) / R)  # (R/2,)
     if kind == "linear":
         inv_freq = inv_freq / rope["factor"]
-    elif kind == "llama3":
-        turns = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)  # in the original context
+    if kind == "llama3":
+        turns = original * inv_freq / (2 * math.pi)  # in the original context
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         ramp = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short wavelength, unchanged; 0: long, divided
         inv_freq = ramp * inv_freq + (1 - ramp) * inv_freq / rope["factor"]
-    elif kind == "longrope":
+    if kind == "longrope":
         factors = torch.tensor([rope["short_factor"], rope["long_factor"]], dtype=torch.float32)  # (2, R/2)
-        growth = math.log(max(rope["factor"], 1)) / math.log(rope["original_max_position_embeddings"])
+        growth = math.log(max(rope["factor"], 1)) / math.log(original)
         return inv_freq / factors, rope.get("attention_factor") or math.sqrt(1 + growth)
     return inv_freq[None], 1.0
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor):
     """Rotate the first R of D dimensions of x (…, heads, D) by the angles of cos, sin (…, 1, R)."""
     R = cos.shape[-1]
     rotary, rest = x[..., :R], x[..., R:]
-    first, second = rotary.chunk(2, dim=-1)
-    rotated = rotary * cos + torch.cat((-second, first), -1) * sin
-    return torch.cat((rotated, rest), -1)
+    first, second = rotary.chunk(2, -1)
+    turned = torch.cat((-second, first), -1)
+    return torch.cat((rotary * cos + turned * sin, rest), -1)
 
 
-def attention_masks(attention_mask, windows, slots: torch.Tensor, S: int) -> dict:
+def attention_masks(attention_mask, windows, slots: Tensor, S: int) -> dict:
     """Return {window: mask (B or 1, 1, T, S), True at the keys to attend to, or None for a causal mask}.
 
     `attention_mask` (B, S) is True at real tokens, or None if all are; `slots` (T,) are the indices of the
     queries among the S keys. A padding query attends to itself, so that no row is empty.
     """
-    masks, T = {}, len(slots)
-    query, key = slots[:, None], torch.arange(S, device=slots.device)[None]
+    masks = {}
+    T = len(slots)
+    query = slots[:, None]
+    key = torch.arange(S, device=slots.device)
     for window in set(windows):
         if attention_mask is None and S == T and (window is None or T <= window):
             masks[window] = None
@@ -82,31 +87,35 @@ def attention_masks(attention_mask, windows, slots: torch.Tensor, S: int) -> dic
         if window is not None:
             mask = mask & (query - key < window)
         if attention_mask is not None:
-            mask = mask & attention_mask[:, None, None, :].bool()  # (B, 1, T, S)
+            mask = mask & attention_mask[:, None, None].bool()  # (B, 1, T, S)
         masks[window] = (mask | (key == query)).reshape(-1, 1, T, S)
     return masks
 
 
-def attend(q, k, v, mask, group: int) -> torch.Tensor:
+def attend(q, k, v, mask, group: int):
     """Return softmax(q kᵀ / √D) v for q (B, N, T, D) and k, v (B, K, S, D), shape (B, T, N·D).
 
     Each key/value head serves a group of N / K query heads. mask None: causal. `group` is passed, since
     torch.compile would make a symbol of a comparison of shapes.
     """
-    (B, N, T, D), dtype = q.shape, q.dtype
+    B, N, T, D = q.shape
+    dtype = q.dtype
     if group > 1 and T == 1:  # the group's heads have the same keys: one head with as many queries
-        q, group = q.reshape(B, N // group, group, D), 1
-    elif group > 1 and (mask is not None or q.is_cuda and dtype == torch.float32):
-        # CUDA's kernels for masks and for float32 know no groups; the fallback would hold (N, T, S) scores.
-        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+        q = q.reshape(B, N // group, group, D)
+        group = 1
+    # CUDA's kernels for masks and for float32 know no groups; the fallback would hold (N, T, S) scores.
+    if group > 1 and (mask is not None or q.is_cuda and dtype == torch.float32):
+        k = k.repeat_interleave(group, 1)
+        v = v.repeat_interleave(group, 1)
+        group = 1
     if dtype == torch.bfloat16 and not q.is_cuda and torch.is_grad_enabled():
         q, k, v = q.float(), k.float(), v.float()  # the CPU's backward pass takes half the time
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=group > 1)
     return y.to(dtype).reshape(B, N, T, D).transpose(1, 2).flatten(2)
 
 
-def insert_padding(x: torch.Tensor, shape: tuple, rows: torch.Tensor) -> torch.Tensor:
-    """Return tokens x (n, heads, D) at their indices `rows` (n,) in a batch of `shape` (B, T), zeros elsewhere."""
+def insert_padding(x: Tensor, shape: tuple, rows: Tensor):
+    """Return tokens x (n, heads, D) at their indices `rows` (n,) in a batch of `shape` (B, T), else zeros."""
     padded = x.new_zeros(math.prod(shape), *x.shape[1:])
     return padded.index_copy(0, rows, x).unflatten(0, shape)
 
@@ -118,10 +127,10 @@ class Linear(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
-        super().__init__(in_features, out_features, bias=bias)
-        self.register_parameter("lora_A", None)
-        self.register_parameter("lora_B", None)
-        self.scaling, self.adapter_on = 0.0, True
+        super().__init__(in_features, out_features, bias)
+        self.lora_A = self.lora_B = None
+        self.scaling = 0.0  # alpha / r
+        self.adapter_on = True
 
     def forward(self, x):
         """Return y (…, out) for x (…, in)."""
@@ -132,10 +141,10 @@ class Linear(nn.Linear):
         B = self.lora_B.to(x.dtype)
         return torch.addmm(y.flatten(0, -2), low, B.t(), alpha=self.scaling).view_as(y)
 
-    def merged_weight(self) -> torch.Tensor:
-        """Return W + (alpha/r) B A (out, in), summed in float32, in W's dtype; W alone with adapters off."""
+    def merged_weight(self):
+        """Return W + (alpha/r) B A (out, in), summed in float32, in W's dtype."""
         weight = full_tensor(self.weight)
-        if self.lora_A is None or not self.adapter_on:
+        if self.lora_A is None:
             return weight
         update = self.scaling * full_tensor(self.lora_B).float() @ full_tensor(self.lora_A).float()
         return (weight.float() + update).to(weight.dtype)
@@ -146,7 +155,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
     def forward(self, x):
         """Normalize the last dimension."""
@@ -158,22 +168,23 @@ class RMSNorm(nn.Module):
 class KVCache:
     """Hold keys and values of the `length` tokens so far, preallocated: per block (2, B, K, capacity, D)."""
 
-    def __init__(self, config: Config, batch: int, capacity: int, device, dtype):
+    def __init__(self, model, batch: int, capacity: int):
+        config = model.config
         shape = (2, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.blocks = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.blocks = [model.lm_head.weight.new_zeros(shape) for _ in config.windows]
         self.length = 0
 
     def append(self, block: int, k, v):
         """Write k, v (B, K, T, D) after the previous tokens. Returns all keys and values (B, K, S, D)."""
-        keys, values = self.blocks[block]
         end = self.length + k.shape[2]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        keys, values = self.blocks[block][..., :end, :]
+        keys[:, :, self.length :] = k
+        values[:, :, self.length :] = v
+        return keys, values
 
-    def select(self, rows: torch.Tensor) -> None:
+    def select(self, rows: Tensor) -> None:
         """Replace the batch by these of its rows, in this order; a row may come several times."""
-        self.blocks = [tensor[:, rows] for tensor in self.blocks]
+        self.blocks = [block[:, rows] for block in self.blocks]
 
 
 class Attention(nn.Module):
@@ -181,28 +192,31 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, block: int):
         super().__init__()
-        N, K, D, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
-        self.block, self.window, self.head_dim, self.group = block, config.windows[block], D, N // K
-        self.fused, self.qk_norm = config.model_type == "phi3", config.model_type == "qwen3"
-        self.sizes = (N * D, K * D, K * D)
+        N, K = config.num_attention_heads, config.num_key_value_heads
+        D, H = config.head_dim, config.hidden_size
+        self.block = block
+        self.window = config.windows[block]
+        self.head_dim, self.group = D, N // K
+        self.sizes = [N * D, K * D, K * D]
+        self.fused = config.model_type == "phi3"
         if self.fused:
             self.qkv_proj = Linear(H, sum(self.sizes), config.qkv_bias)
         else:
             self.q_proj, self.k_proj, self.v_proj = (Linear(H, size, config.qkv_bias) for size in self.sizes)
         self.o_proj = Linear(N * D, H, config.o_bias)
-        if self.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
+        norm = RMSNorm if config.model_type == "qwen3" else nn.Identity
+        self.q_norm = norm(D, config.rms_norm_eps)
+        self.k_norm = norm(D, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, masks, cache, grid):
-        """Return the output (B, T, H) for x (B, T, H), or (n, H) for x (n, H) if `grid` = ((B, T), rows (n,))."""
+        """Return the output (B, T, H) for x (B, T, H), or (n, H) for (n, H) if grid = ((B, T), rows (n,))."""
         if self.fused:
             q, k, v = self.qkv_proj(x).split(self.sizes, -1)
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (B, T, heads, D) or (n, heads, D)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = rotate(self.q_norm(q), cos, sin)
+        k = rotate(self.k_norm(k), cos, sin)
         if grid is not None:
             q, k, v = (insert_padding(t, *grid) for t in (q, k, v))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
@@ -224,7 +238,8 @@ class MLP(nn.Module):
         if self.fused:
             self.gate_up_proj = Linear(H, 2 * inner, bias)
         else:
-            self.gate_proj, self.up_proj = Linear(H, inner, bias), Linear(H, inner, bias)
+            self.gate_proj = Linear(H, inner, bias)
+            self.up_proj = Linear(H, inner, bias)
         self.down_proj = Linear(inner, H, bias)
 
     def forward(self, x):
@@ -246,9 +261,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, masks, cache, grid):
-        """Return the residual stream after this block, shaped as x."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, masks, cache, grid)
+    def forward(self, x, *context):
+        """Return the residual stream after this block, shaped as x. `context`: see Attention.forward."""
+        x = x + self.self_attn(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -257,14 +272,15 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.gradient_checkpointing = config, False
+        self.config = config
+        self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         with torch.device("cpu"):  # not on meta; and no buffer, so that no cast rounds it
             self.inv_freq, self.rope_scaling = rope_frequencies(config.rope, config.head_dim)
 
-    def rotary_embedding(self, real: torch.Tensor, slots: torch.Tensor, dtype) -> tuple:
+    def rotary_embedding(self, real: Tensor, slots: Tensor, dtype):
         """Return cos and sin (B, T, 1, R) at the tokens `slots` (T,) of `real` (B, S), True at real tokens."""
         positions = (real.cumsum(-1) - 1).clamp_min(0)[:, slots]  # (B, T), padded on either side
         self.inv_freq = inv_freq = self.inv_freq.to(real.device)
@@ -276,31 +292,33 @@ class Decoder(nn.Module):
         return (angles.cos() * self.rope_scaling).to(dtype), (angles.sin() * self.rope_scaling).to(dtype)
 
     def forward(self, input_ids, attention_mask=None, cache=None, layers=(), pool=lambda x: x, rows=None):
-        """Return final states after the norm (B, T, H), and [pool(residual stream after block i) for i in layers].
+        """Return states after the final norm (B, T, H), and [pool(residual stream after block i) for i in layers].
 
         rows (n,): indices of the real tokens among the B·T. Then only attention computes padding, and states
         are (n, H). Layer 0 is the embeddings.
         """
-        (B, T), start, grid = input_ids.shape, cache.length if cache else 0, None
+        B, T = input_ids.shape
+        start = cache.length if cache else 0
         x = self.embed_tokens(input_ids)  # (B, T, H)
         real = torch.ones(B, start + T, device=x.device, dtype=torch.bool)
         if attention_mask is not None:
             real = attention_mask.bool()
         slots = torch.arange(start, start + T, device=x.device)  # (T,)
         cos, sin = self.rotary_embedding(real, slots, x.dtype)
-        if rows is not None:
-            x, cos, sin = (t.flatten(0, 1)[rows] for t in (x, cos, sin))  # (n, H), (n, 1, R)
-            grid = (B, T), rows
         masks = attention_masks(attention_mask, self.config.windows, slots, start + T)
+        grid = None
+        if rows is not None:
+            grid = (B, T), rows
+            x, cos, sin = (t.flatten(0, 1)[rows] for t in (x, cos, sin))  # (n, H), (n, 1, R)
         states = {0: pool(x)} if 0 in layers else {}
-        for i, block in enumerate(self.layers, start=1):
+        for i, block in enumerate(self.layers, 1):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 block = partial(checkpoint, block, use_reentrant=False)
             x = block(x, cos, sin, masks, cache, grid)
             if i in layers:
                 states[i] = pool(x)
         if cache:
-            cache.length = start + T
+            cache.length += T
         return self.norm(x), [states[i] for i in layers]
 
 
@@ -309,7 +327,9 @@ class Transformer(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.path, self.lora = config, None, None
+        self.config = config
+        self.path = None
+        self.lora = None  # the adapters' settings in PEFT's names
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.tie_weights()
@@ -320,37 +340,35 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @property
-    def device(self) -> torch.device:
+    def device(self):
         """The device of the head, hence of the logits."""
         return self.lm_head.weight.device
 
-    def linears(self) -> dict[str, Linear]:
-        """Return {name: layer} of all linear layers."""
-        return {name: module for name, module in self.named_modules() if isinstance(module, Linear)}
-
-    def forward(self, input_ids, attention_mask=None) -> torch.Tensor:
+    def forward(self, input_ids, attention_mask=None):
         """Return logits (B, T, V) in the model's dtype. `attention_mask` (B, T): True or 1 at real tokens."""
         return self.lm_head(self.model(input_ids, attention_mask)[0])
 
-    def hidden_states(self, input_ids, attention_mask=None, layers=None) -> torch.Tensor:
+    def hidden_states(self, input_ids, attention_mask=None, layers=None):
         """Return the residual stream (len(layers), B, T, H), not normed; layers None: all L + 1."""
-        layers = range(self.config.num_hidden_layers + 1) if layers is None else layers
-        return torch.stack(self.model(input_ids, attention_mask, layers=tuple(layers))[1])
+        layers = range(len(self.model.layers) + 1) if layers is None else layers
+        return torch.stack(self.model(input_ids, attention_mask, layers=layers)[1])
 
     @contextmanager
     def adapters_off(self):
         """Make the model the reference policy (arXiv 2602.17546), its frozen weights alone. Can be nested."""
-        before = self.lm_head.adapter_on
+        active = [layer for layer in linears(self).values() if layer.adapter_on]
+        for layer in active:
+            layer.adapter_on = False
         try:
-            self.switch_adapters(False)
-            yield self
+            yield
         finally:
-            self.switch_adapters(before)
+            for layer in active:
+                layer.adapter_on = True
 
-    def switch_adapters(self, on: bool) -> None:
-        """Switch all adapters on or off."""
-        for linear in self.linears().values():
-            linear.adapter_on = on
+
+def linears(model: nn.Module) -> dict:
+    """Return {name: layer} of all linear layers."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
 
 
 def compile_blocks(model: Transformer, when: str = "on", backend: str = "inductor") -> None:
@@ -362,8 +380,8 @@ def compile_blocks(model: Transformer, when: str = "on", backend: str = "inducto
     """
     device = model.device.type
     if when == "auto":
-        n_parameters = sum(parameter.numel() for parameter in model.parameters())
-        when = "on" if device == "cuda" and n_parameters > 100e6 else "off"
+        large = sum(parameter.numel() for parameter in model.parameters()) > 100e6
+        when = "on" if large and device == "cuda" else "off"
     if when == "on" and can_compile(device, backend):
         for block in model.model.layers:
             block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
@@ -387,8 +405,8 @@ def can_compile(device: str, backend: str) -> bool:
 def working_dtype(path, device, dtype: str = "auto") -> torch.dtype:
     """Return the dtype to compute the checkpoint `path` in: `dtype`, or for "auto" the faster one.
 
-    That is bfloat16 on CUDA cards that have it. On the CPU it is measured, except for small models, which gain
-    nothing, and for several processes, which have to agree: these use float32.
+    That is bfloat16 on CUDA cards that have it. On the CPU it is measured, except for small models, which
+    gain nothing, and for several processes, which have to agree: these use float32.
     """
     if dtype != "auto":
         return getattr(torch, dtype)
@@ -396,8 +414,8 @@ def working_dtype(path, device, dtype: str = "auto") -> torch.dtype:
         fast = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         config = read_config(path)
-        fast = (config.hidden_size >= 512 and world_size() == 1
-                and bfloat16_speedup(config.hidden_size, config.intermediate_size) > 1.25)
+        small = config.hidden_size < 512 or world_size() > 1
+        fast = not small and bfloat16_speedup(config.hidden_size, config.intermediate_size) > 1.25
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -406,8 +424,9 @@ def bfloat16_speedup(H: int, inner: int) -> float:
     """Measure products (512, H) × (H, inner) on the CPU: seconds in float32 / seconds in bfloat16."""
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
-        factors = {"a": torch.ones(512, H, dtype=dtype), "b": torch.ones(H, inner, dtype=dtype)}
-        seconds.append(min(timeit.repeat("a @ b", globals=factors, number=1, repeat=5)))
+        a = torch.ones(512, H, dtype=dtype)
+        b = torch.ones(H, inner, dtype=dtype)
+        seconds.append(min(timeit.repeat(lambda: a @ b, number=1)))
     speedup = seconds[0] / seconds[1]
     print(f"bfloat16 has {speedup:.2f} times the speed of float32 here; from 1.25 it is used (--dtype)")
     return speedup
@@ -427,23 +446,22 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> Transfor
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"device: expected one that this machine has, found {device!r} ({reason})") from None
+    tokenizer_files(path)
     files = checkpoint_files(path)
     stored = read_headers(files)
-    tokenizer_files(path)
     blocks = {key.split(".")[2] for key in stored if key.startswith("model.layers.")}
-    if len(blocks) != config.num_hidden_layers:  # before a model with an absurd number of blocks is built
-        raise ModelError(f"{path}/config.json: num_hidden_layers: expected {len(blocks)}, as the weights have, "
-                         f"found {config.num_hidden_layers}")
+    same_number = f"{len(blocks)}, as the weights have", lambda n: n == len(blocks)
+    expect(config.raw, {"num_hidden_layers": same_number}, path)  # before an absurd number of blocks is built
     with torch.device("meta"):
         model = Transformer(config).requires_grad_(False)
-    shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     for key in list(stored):  # some checkpoints store what is derived here
         if key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight" and config.tie_word_embeddings:
             del stored[key]
-    expect_tensors(stored, shapes, path)
+    expect_tensors(stored, parameters, path)
     for file in files:
         with open_safetensors(file, device) as tensors:
-            keys = shapes.keys() & tensors.keys()
+            keys = parameters.keys() & tensors.keys()
             shard = {key: tensors.get_tensor(key).to(dtype or config.dtype) for key in keys}
         model.load_state_dict(shard, assign=True, strict=False)
     model.tie_weights()
@@ -456,19 +474,20 @@ def save_model(model: Transformer, path) -> None:
 
     All processes call it. The write is atomic. Raises FileExistsError for a `path` that exists.
     """
-    linears, tensors = model.linears(), {}
+    layers, tensors = linears(model), {}
     for name, parameter in model.named_parameters():
-        layer, _, kind = name.rpartition(".")
-        if kind in ("lora_A", "lora_B"):
+        if ".lora_" in name:
             continue
-        merged = kind == "weight" and layer in linears
-        tensor = linears[layer].merged_weight() if merged else full_tensor(parameter)
-        tensors[name] = tensor.detach().cpu().contiguous() if rank() == 0 else None
-    raw = model.config.raw
-    dtype_key = "dtype" if "dtype" in raw else "torch_dtype"
-    raw = raw | {dtype_key: str(model.lm_head.weight.dtype).removeprefix("torch.")}
-    on_rank_zero(lambda: write_folder(Path(path), tensors, raw,
-                                      copies=tokenizer_files(model.path) if model.path else ()))
+        layer, _, kind = name.rpartition(".")
+        merged = kind == "weight" and layer in layers
+        tensor = layers[layer].merged_weight() if merged else full_tensor(parameter)
+        if rank() == 0:
+            tensors[name] = tensor.detach().cpu().contiguous()
+    config = model.config.raw
+    dtype_key = "dtype" if "dtype" in config else "torch_dtype"
+    config = config | {dtype_key: str(model.lm_head.weight.dtype).removeprefix("torch.")}
+    files = tokenizer_files(model.path) if model.path else []
+    on_rank_zero(lambda: write_folder(Path(path), tensors, config, copies=files))
 
 
 # ---------------------------------------------------------------- LoRA
@@ -478,31 +497,31 @@ def add_lora(model: Transformer, r: int, alpha: float, targets=None, seed: int =
     """Put adapters (float32, A random as in PEFT, B zero) into every linear in `targets`. Returns their names.
 
     The update is (alpha/r) B A of rank r (Hu et al. 2021, arXiv 2106.09685). `targets` None: every linear
-    but the head. Raises ModelError for a name that matches no linear, for a tied head, or r < 1.
+    but the head. Raises ModelError for a name that matches no linear, and for a tied head.
     """
-    linears = {name: (name.rpartition(".")[2], linear) for name, linear in model.linears().items()}
-    names = sorted({kind for kind, _ in linears.values()})
-    targets = list(targets or [name for name in names if name != "lm_head"])
-    if unknown := sorted(set(targets) - set(names)):
-        raise ModelError(f"LoRA targets: expected some of {', '.join(names)}, found {', '.join(unknown)}")
+    layers = linears(model)
+    names = {name.rpartition(".")[2] for name in layers}
+    targets = sorted(targets or names - {"lm_head"})
+    if unknown := set(targets) - names:
+        raise ModelError(f"LoRA targets: expected some of {', '.join(sorted(names))}, "
+                         f"found {', '.join(sorted(unknown))}")
     if "lm_head" in targets and model.config.tie_word_embeddings:
         raise ModelError("LoRA targets: lm_head shares its weight with the embeddings here, "
                          "and cannot be adapted alone")
-    if r < 1:
-        raise ModelError(f"LoRA rank: expected at least 1, found {r}")
     generator = torch.Generator().manual_seed(seed)
-    for kind, linear in linears.values():
-        if kind in targets:
-            bound, device = linear.in_features**-0.5, linear.weight.device  # Kaiming-uniform with a = √5
-            A = (torch.rand(r, linear.in_features, generator=generator) * 2 - 1) * bound
-            linear.lora_A = nn.Parameter(A.to(device))
-            linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, device=device))
-            linear.scaling = alpha / r
-    model.lora = {"r": r, "lora_alpha": alpha, "target_modules": sorted(targets)}
+    for name, layer in layers.items():
+        if name.rpartition(".")[2] not in targets:
+            continue
+        bound = layer.in_features**-0.5  # Kaiming-uniform with a = √5
+        A = (torch.rand(r, layer.in_features, generator=generator) * 2 - 1) * bound
+        layer.lora_A = nn.Parameter(A.to(model.device))
+        layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, r, device=model.device))
+        layer.scaling = alpha / r
+    model.lora = {"r": r, "lora_alpha": alpha, "target_modules": targets}
     return targets
 
 
-def adapter_parameters(model: Transformer) -> dict[str, nn.Parameter]:
+def adapter_parameters(model: Transformer) -> dict:
     """Return the adapters' parameters by their names in PEFT's format."""
     return {f"base_model.model.{name}.weight": parameter for name, parameter in model.named_parameters()
             if ".lora_" in name}
@@ -510,30 +529,27 @@ def adapter_parameters(model: Transformer) -> dict[str, nn.Parameter]:
 
 def save_adapter(model: Transformer, path) -> None:
     """Write the adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
-    if not model.lora:
-        raise ModelError("save_adapter: expected a model with LoRA adapters, found none")
-    config = model.lora | {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "lora_dropout": 0.0, "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True,
-        "base_model_name_or_path": str(model.path.resolve()) if model.path else ""}
-    tensors = {key: full_tensor(parameter).detach().cpu() for key, parameter in adapter_parameters(model).items()}
+    base = str(model.path.resolve()) if model.path else ""
+    config = model.lora | {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    tensors = {}
+    for key, parameter in adapter_parameters(model).items():
+        tensors[key] = full_tensor(parameter).detach().cpu()
     on_rank_zero(lambda: write_folder(Path(path), tensors, config, "adapter_"))
 
 
 def load_adapter(model: Transformer, path) -> None:
     """Add the adapters of a folder in PEFT's format, such as a run's. Raises ModelError if they do not fit."""
-    file, weights = Path(path) / "adapter_config.json", Path(path) / "adapter_model.safetensors"
-    config, stored = read_json(file), read_headers([weights])
+    file = Path(path) / "adapter_config.json"
+    weights = file.with_name("adapter_model.safetensors")
+    config = read_json(file)
     expect(config, LORA_RULES, file)
+    stored = read_headers([weights])
     ranks = {shape[:1] for key, (shape, _) in stored.items() if ".lora_A." in key}
     if ranks != {(config["r"],)}:  # before adapters of an absurd rank are made
         raise ModelError(f"{weights}: expected adapters of rank r = {config['r']}, found {sorted(ranks)}")
-    try:
-        add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])
-    except ModelError as error:
-        raise ModelError(f"{file}: {error}") from None
+    add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])
     parameters = adapter_parameters(model)
-    expect_tensors(stored, {key: tuple(parameter.shape) for key, parameter in parameters.items()}, weights)
+    expect_tensors(stored, parameters, weights)
     with open_safetensors(weights) as tensors, torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(tensors.get_tensor(key))
@@ -544,7 +560,7 @@ def load_adapter(model: Transformer, path) -> None:
 # ---------------------------------------------------------------- generation
 
 
-def sample(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> torch.Tensor:
+def sample(logits: Tensor, temperature: float, u: Tensor):
     """Return next tokens (B,): argmax of logits (B, V) at temperature 0, else drawn from softmax(logits / T).
 
     By inversion: the first token at which the cumulative probability exceeds u (B, 1), uniform in [0, 1).
@@ -552,7 +568,8 @@ def sample(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> torch.T
     if temperature == 0:
         return logits.argmax(-1)
     total = (logits.double() / temperature).softmax(-1).cumsum(-1)
-    return torch.searchsorted(total, u * total[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    tokens = torch.searchsorted(total, u * total[:, -1:], right=True)[:, 0]
+    return tokens.clamp(max=logits.shape[1] - 1)
 
 
 def sample_seed(seed: int, prompt: list[int], k: int) -> int:
@@ -562,8 +579,7 @@ def sample_seed(seed: int, prompt: list[int], k: int) -> int:
 
 @torch.no_grad()
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
-             seeds: list[int] | None = None, batch_size: int = 64,
-             progress=lambda n: None) -> list[list[int]]:
+             seeds=None, batch_size: int = 64, progress=lambda n: None) -> list[list[int]]:
     """Complete prompts (token ids). Returns the new tokens of each, without the end token.
 
     A completion of max_new_tokens has no end token: it was cut. `seeds` (default: 0, 1, …), one per prompt:
@@ -571,13 +587,15 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     call it, with equally many prompts each. Raises ValueError for no or an empty prompt, and if a sequence
     exceeds `max_position_embeddings`.
     """
-    lengths, limit = [len(prompt) for prompt in prompts], model.config.max_position_embeddings
-    if not prompts or min(lengths) == 0:
+    lengths = [len(prompt) for prompt in prompts]
+    limit = model.config.max_position_embeddings
+    if min(lengths, default=0) == 0:
         raise ValueError("generate: expected at least one prompt, each of at least one token")
     if max(lengths) + max_new_tokens > limit:
         raise ValueError(f"generate: {max(lengths)} prompt tokens + {max_new_tokens} new ones exceed "
                          f"max_position_embeddings = {limit}")
-    seeds, completions = seeds or range(len(prompts)), [[]] * len(prompts)
+    seeds = seeds or range(len(prompts))
+    completions = [[]] * len(prompts)
     for batch in batches_by_length(lengths, batch_size):
         u = []
         for i in batch:
@@ -590,31 +608,32 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     return completions
 
 
-def complete(model, prompts: list[list[int]], max_new_tokens: int, temperature: float,
-             u: torch.Tensor) -> list[list[int]]:
+def complete(model: Transformer, prompts: list, max_new_tokens: int, temperature: float, u: Tensor) -> list:
     """Complete one batch with a cache of keys and values; finished rows are dropped on the way.
 
     u (B, max_new_tokens): a random number for each row and new token.
     """
-    config, device = model.config, model.device
-    stop, poll = torch.tensor(config.eos_token_ids, device=device, dtype=torch.long), POLL.get(device.type, 1)
-    switch = math.inf  # the length at which longrope changes its frequencies, and cached keys are outdated
-    if config.rope["rope_type"] == "longrope":
-        switch = config.rope["original_max_position_embeddings"]
+    device, eos = model.device, model.config.eos_token_ids
+    stop = torch.tensor(eos, device=device, dtype=torch.long)
+    poll = POLL.get(device.type, 1)
+    rope = model.config.rope
+    is_longrope = rope["rope_type"] == "longrope"
 
     # Several samples of one prompt share the computation of its keys and values.
-    unique = list(dict.fromkeys(map(tuple, prompts)))
-    which = torch.tensor([unique.index(tuple(prompt)) for prompt in prompts], device=device)
-    ids, real = pad_left([list(prompt) for prompt in unique], device)  # (unique prompts, T)
-    (n_unique, T), end = ids.shape, ids.shape[1] + max_new_tokens
-    cache = KVCache(config, n_unique, end, device, model.lm_head.weight.dtype)
+    unique = [prompt for i, prompt in enumerate(prompts) if prompt not in prompts[:i]]
+    which = torch.tensor([unique.index(prompt) for prompt in prompts], device=device)
+    ids, real = pad_left(unique, device)  # (unique prompts, T)
+    T = ids.shape[1]
+    end = T + max_new_tokens
+    cache = KVCache(model, len(unique), end)
     logits = next_logits(model, ids, real, cache)[which]  # (B, V)
     cache.select(which)
     ids = F.pad(ids[which], (0, max_new_tokens))  # (B, end)
     real = F.pad(real[which], (0, max_new_tokens), value=True)
 
-    u, live = u.to(device), torch.arange(len(prompts), device=device)  # the rows that are not dropped
-    done = torch.zeros(len(prompts), device=device, dtype=torch.bool)
+    live = torch.arange(len(prompts), device=device)  # the rows that are not dropped
+    done = torch.zeros_like(live, dtype=torch.bool)
+    u = u.to(device)
     for t in range(T, end):  # the index of the new token
         new = sample(logits, temperature, u[live, t - T, None])  # (rows,)
         ids[live, t] = new
@@ -626,21 +645,18 @@ def complete(model, prompts: list[list[int]], max_new_tokens: int, temperature: 
                 break
             if len(done) / 4 <= done.sum() < len(done):  # it copies the cache: worth it for a quarter of the rows
                 cache.select(~done)
-                live, real, new, done = live[~done], real[~done], new[~done], done[~done]
-        if any(len(prompt) + t - T == switch for prompt in prompts):
-            cache.length = 0
-            logits = next_logits(model, ids[live, : t + 1], real[:, : t + 1], cache)
+                live, real, new, done = (rows[~done] for rows in (live, real, new, done))
+        lengths = {len(prompt) + t - T for prompt in prompts}
+        if is_longrope and rope["original_max_position_embeddings"] in lengths:
+            cache.length = 0  # the frequencies change: cached keys are outdated
+            new = ids[live, : t + 1]
         else:
-            logits = model.lm_head(model.model(new[:, None], real[:, : t + 1], cache)[0][:, -1])
-
-    completions = []
-    for row in ids[:, T:].tolist():
-        ends = [i for i, token in enumerate(row) if token in config.eos_token_ids]
-        completions.append(row[: ends[0]] if ends else row)
-    return completions
+            new = new[:, None]
+        logits = next_logits(model, new, real[:, : t + 1], cache)
+    return [list(takewhile(lambda token: token not in eos, row)) for row in ids[:, T:].tolist()]
 
 
-def next_logits(model, tokens: torch.Tensor, real: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Return logits (B, V) of the token after each left-padded row of tokens (B, T), and fill the cache."""
-    hidden, _ = model.model(tokens, real, cache, rows=real.flatten().nonzero()[:, 0])  # (n, H)
-    return model.lm_head(hidden[real.sum(-1).cumsum(0) - 1])
+def next_logits(model: Transformer, ids: Tensor, real: Tensor, cache: KVCache):
+    """Return logits (B, V) of the token after each row of ids (B, T), and add these tokens to the cache."""
+    hidden, _ = model.model(ids, real, cache)
+    return model.lm_head(hidden[:, -1])

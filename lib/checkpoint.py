@@ -242,19 +242,18 @@ def read_headers(files: list[Path]) -> dict[str, tuple]:
     return stored
 
 
-def expect_tensors(stored: dict[str, tuple], shapes: dict[str, tuple], where) -> None:
+def expect_tensors(stored: dict[str, tuple], parameters: dict, where) -> None:
     """Raise ModelError that lists every missing, unexpected and misshapen key.
 
-    `stored`: {key: (shape, dtype)} as read_headers returns it; `shapes`: {key: shape} as expected.
+    `stored`: {key: (shape, dtype)} as read_headers returns it; `parameters`: {key: parameter} of the model.
     """
-    problems = [f"missing {key}" for key in sorted(shapes.keys() - stored.keys())]
-    problems += [f"unexpected {key}" for key in sorted(stored.keys() - shapes.keys())]
-    for key in sorted(shapes.keys() & stored.keys()):
+    problems = [f"missing {key}" for key in sorted(parameters.keys() - stored.keys())]
+    problems += [f"unexpected {key}" for key in sorted(stored.keys() - parameters.keys())]
+    for key in sorted(parameters.keys() & stored.keys()):
         shape, dtype = stored[key]
-        if shape != shapes[key]:
-            problems.append(f"{key}: expected shape {shapes[key]}, found {shape}")
-        if dtype not in FLOATS:
-            problems.append(f"{key}: expected one of {', '.join(FLOATS)}, found {dtype}")
+        expected = tuple(parameters[key].shape)
+        if shape != expected or dtype not in FLOATS:
+            problems.append(f"{key}: expected shape {expected} of floats, found {shape} of {dtype}")
     if problems:
         raise ModelError("\n  ".join([f"{where}: the tensors do not match the configuration:", *problems]))
 
