@@ -214,7 +214,7 @@ class Attention(nn.Module):
             q, k, v = self.qkv_proj(x).split(self.sizes, -1)
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (B, T, heads, D) or (n, heads, D)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # ([B, T] or n, heads, D)
         q = rotate(self.q_norm(q), cos, sin)
         k = rotate(self.k_norm(k), cos, sin)
         if grid is not None:
@@ -281,7 +281,7 @@ class Decoder(nn.Module):
             self.inv_freq, self.rope_scaling = rope_frequencies(config.rope, config.head_dim)
 
     def rotary_embedding(self, real: Tensor, slots: Tensor, dtype):
-        """Return cos and sin (B, T, 1, R) at the tokens `slots` (T,) of `real` (B, S), True at real tokens."""
+        """Return cos and sin (B, T, 1, R) at the slots (T,) of `real` (B, S), which is True at real tokens."""
         positions = (real.cumsum(-1) - 1).clamp_min(0)[:, slots]  # (B, T), padded on either side
         self.inv_freq = inv_freq = self.inv_freq.to(real.device)
         if len(inv_freq) == 2:  # longrope: chosen for each row by its own length, not by the batch's
@@ -292,7 +292,7 @@ class Decoder(nn.Module):
         return (angles.cos() * self.rope_scaling).to(dtype), (angles.sin() * self.rope_scaling).to(dtype)
 
     def forward(self, input_ids, attention_mask=None, cache=None, layers=(), pool=lambda x: x, rows=None):
-        """Return states after the final norm (B, T, H), and [pool(residual stream after block i) for i in layers].
+        """Return the normed states (B, T, H), and [pool(residual stream after block i) for i in layers].
 
         rows (n,): indices of the real tokens among the B·T. Then only attention computes padding, and states
         are (n, H). Layer 0 is the embeddings.
@@ -494,7 +494,7 @@ def save_model(model: Transformer, path) -> None:
 
 
 def add_lora(model: Transformer, r: int, alpha: float, targets=None, seed: int = 0) -> list[str]:
-    """Put adapters (float32, A random as in PEFT, B zero) into every linear in `targets`. Returns their names.
+    """Put adapters (float32, A random as in PEFT, B zero) into every linear in `targets`. Returns the names.
 
     The update is (alpha/r) B A of rank r (Hu et al. 2021, arXiv 2106.09685). `targets` None: every linear
     but the head. Raises ModelError for a name that matches no linear, and for a tied head.
@@ -538,7 +538,7 @@ def save_adapter(model: Transformer, path) -> None:
 
 
 def load_adapter(model: Transformer, path) -> None:
-    """Add the adapters of a folder in PEFT's format, such as a run's. Raises ModelError if they do not fit."""
+    """Add the adapters of a folder in PEFT's format, for example a run's. Raises ModelError."""
     file = Path(path) / "adapter_config.json"
     weights = file.with_name("adapter_model.safetensors")
     config = read_json(file)
@@ -643,7 +643,7 @@ def complete(model: Transformer, prompts: list, max_new_tokens: int, temperature
         if (t - T) % poll == poll - 1:
             if all_true(done.all()):
                 break
-            if len(done) / 4 <= done.sum() < len(done):  # it copies the cache: worth it for a quarter of the rows
+            if len(done) / 4 <= done.sum() < len(done):  # selecting copies the cache
                 cache.select(~done)
                 live, real, new, done = (rows[~done] for rows in (live, real, new, done))
         lengths = {len(prompt) + t - T for prompt in prompts}

@@ -37,11 +37,23 @@ def one_of(*values) -> tuple:
     return " | ".join(map(str, values)), lambda value: value in values
 
 
+def are_names(value) -> bool:
+    """Return whether this is a list of str."""
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 # Rules for the keys of config.json, its RoPE settings and adapter_config.json. Other keys are not read.
-POSITIONS, FACTOR = between(2, 10**9), between(1e-6, 1e6, float)
-WIDTHS, COUNTS = ("vocab_size", "hidden_size", "intermediate_size"), ("num_hidden_layers", "num_attention_heads")
-REQUIRED = dict.fromkeys(WIDTHS, between(1, 10**6)) | dict.fromkeys(COUNTS, between(1, 10**4)) | {
-    "max_position_embeddings": POSITIONS, "rms_norm_eps": between(1e-30, 1, float)}
+POSITIONS = between(2, 10**9)
+FACTOR = between(1e-6, 1e6, float)
+REQUIRED = {
+    "vocab_size": between(1, 10**7),
+    "hidden_size": between(1, 10**6),
+    "intermediate_size": between(1, 10**6),
+    "num_hidden_layers": between(1, 10**4),
+    "num_attention_heads": between(1, 10**4),
+    "max_position_embeddings": POSITIONS,
+    "rms_norm_eps": between(1e-30, 1, float),
+}
 SWITCHES = ("use_sliding_window", "tie_word_embeddings", "attention_bias", "mlp_bias")
 RULES = REQUIRED | dict.fromkeys(SWITCHES, either(bool, optional=True)) | {
     "model_type": one_of(*FAMILIES),
@@ -51,6 +63,7 @@ RULES = REQUIRED | dict.fromkeys(SWITCHES, either(bool, optional=True)) | {
     "head_dim": between(1, 10**4, optional=True),
     "sliding_window": between(1, 10**9, optional=True),
     "max_window_layers": between(0, 10**4, optional=True),
+    "layer_types": ("a list of names", lambda types: types is None or are_names(types)),
     "original_max_position_embeddings": between(2, 10**9, optional=True),
     "rope_parameters": either(dict, optional=True),
     "rope_scaling": either(dict, optional=True),
@@ -73,8 +86,7 @@ LORA_RULES = dict.fromkeys(MORE_THAN_LORA, ("plain LoRA without it", lambda valu
     "init_lora_weights": one_of(None, True, False, "gaussian"),  # others change the frozen weights, too
     "r": between(1, 10**5),
     "lora_alpha": between(0, 1e9, float),
-    "target_modules": ("a list of names", lambda value: isinstance(value, list) and value
-                       and all(isinstance(name, str) for name in value)),
+    "target_modules": ("a list of names", lambda names: names and are_names(names)),
 }
 
 
@@ -104,7 +116,7 @@ class Config:
 
 
 def read_config(path) -> Config:
-    """Read config.json and the end tokens of generation_config.json. Raises ModelError naming file and key."""
+    """Read config.json and the end tokens of generation_config.json. Raises ModelError with file and key."""
     file = Path(path) / "config.json"
     raw = read_json(file)
     if "model_type" not in raw and "method" in raw:
@@ -142,17 +154,18 @@ def read_config(path) -> Config:
 def read_windows(values: dict, file: Path) -> tuple:
     """Return each block's window: in mistral and phi3 all slide, in qwen2 and qwen3 those that it names."""
     family, n_layers = values["model_type"], values["num_hidden_layers"]
-    kinds = {"full_attention": None, "sliding_attention": values.get("sliding_window")}
-    expect(values, {"layer_types": (
-        f"a list of {n_layers} times full_attention or sliding_attention", lambda types: not types
-        or isinstance(types, list) and len(types) == n_layers and set(map(str, types)) <= kinds.keys())}, file)
+    window, types = values.get("sliding_window"), values.get("layer_types", [])
+    kinds = {"full_attention": None, "sliding_attention": window}
+    expect(values, {"layer_types": (f"a list of {n_layers} times {' or '.join(kinds)}", lambda _:
+                                    len(types) in (0, n_layers) and kinds.keys() >= set(types))}, file)
     if family in ("mistral", "phi3"):
-        return (kinds["sliding_attention"],) * n_layers
+        return (window,) * n_layers
     if family == "llama" or not values.get("use_sliding_window"):
         return (None,) * n_layers
+    if types:
+        return tuple(kinds[kind] for kind in types)
     n_full = values.get("max_window_layers", n_layers)
-    types = ["full_attention"] * n_full + ["sliding_attention"] * (n_layers - n_full)
-    return tuple(kinds[kind] for kind in values.get("layer_types") or types)
+    return tuple(window if i >= n_full else None for i in range(n_layers))
 
 
 def read_eos_token_ids(file: Path, vocab_size: int) -> tuple:
@@ -321,8 +334,7 @@ def hash_files(files: tuple) -> str:
     digest = hashlib.sha256()
     for path, *_ in files:
         with open(path, "rb") as stream:
-            while chunk := stream.read(1 << 24):
-                digest.update(chunk)
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
 
 
