@@ -29,11 +29,11 @@ from tqdm import tqdm
 from data.chat import LONGEST, Chat, batches_by_length, pad_left
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations
 from lib.checkpoint import fingerprint
-from lib.cli import require, run, shown
+from lib.cli import require, run
 from lib.endpoint import GIVE_UP, Endpoint, EndpointError
 from lib.files import DataError, ModelError, expect_writable, write_jsonl
 from lib.frame import fill, find_forged_markup, read_rubric
-from lib.report import risk_metrics
+from lib.report import risk_metrics, shown
 from lib.risk import UNKNOWN, as_risk, print_risk
 from model import load_model, working_dtype
 

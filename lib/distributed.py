@@ -1,7 +1,6 @@
-"""Several processes, one per GPU, started by `torchrun --nproc_per_node=N`: who is who, what they exchange.
+"""torchrun support: rank and world size, collectives, FSDP2. With one process every function is a no-op.
 
-Without torchrun every function here is the obvious thing for one process. What exchanges something is called
-by all processes, or by none.
+A collective is called by all processes, or by none.
 """
 
 import gc
@@ -15,52 +14,54 @@ import torch.distributed as dist
 
 
 def launched() -> bool:
-    """Whether torchrun started this process as one of several."""
+    """Return whether torchrun started this process as one of several."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def init() -> None:
-    """Join the other processes, if there are any. All but the first are silent."""
+    """Join the process group, if torchrun started one. All ranks but the first print nothing."""
     if not launched() or dist.is_initialized():
         return
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # where "cuda" is, for this process
-    # A day: the others wait while the first one asks a judge.
-    dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timedelta(days=1))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cuda:nccl,cpu:gloo"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait while rank 0 asks a judge
     if rank() > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # errors are written to sys.__stderr__
+        sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
 def destroy() -> None:
-    """Part from the other processes together: one gone while another talks to it takes that one down."""
+    """Leave the process group together: a rank that is gone would break one that still talks to it."""
     if dist.is_initialized():
-        gc.collect()  # models that FSDP has sharded refer to the group, and to themselves
+        gc.collect()  # FSDP's models refer to the group, and to themselves
         dist.barrier()
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def shard(items, size: int | None = None) -> list:
-    """This process's part of `items`, every world-th one; with `size` in lists of at most so many."""
+def shard(items, batch_size: int | None = None) -> list:
+    """Return every world_size-th item, starting at this rank; with `batch_size` as lists of at most so many."""
     mine = list(items)[rank() :: world_size()]
-    return mine if size is None else [mine[i : i + size] for i in range(0, len(mine), size)]
+    if batch_size is None:
+        return mine
+    return [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
 
 
 def on_rank_zero(function):
-    """Call `function` on the first process alone; all get what it returns, or the exception it raises."""
+    """Call `function` on rank 0. All ranks return its result, or raise its exception."""
     if world_size() == 1:
         return function()
-    box = [None, None]  # what it returns, what it raises
+    box = [None, None]  # result, exception
     if rank() == 0:
         try:
             box[0] = function()
@@ -77,7 +78,7 @@ def on_rank_zero(function):
 
 
 def all_gather(items: list) -> list[list]:
-    """The lists of all processes, in their order."""
+    """Return the lists of all ranks, in their order."""
     boxes = [items] * world_size()
     if world_size() > 1:
         dist.all_gather_object(boxes, items)
@@ -85,22 +86,22 @@ def all_gather(items: list) -> list[list]:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, become the sum of everybody's."""
+    """Replace `tensor` by the sum over all ranks, and return it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_true(flag: bool) -> bool:
-    """Whether the flag is true for everybody."""
-    return bool(flag) if world_size() == 1 else all_reduce_sum(torch.tensor(int(flag))).item() == world_size()
+    """Return whether the flag is true on every rank."""
+    return all_reduce_sum(torch.tensor(int(flag))).item() == world_size()
 
 
-# ---------------------------------------------------------------- models
+# ---------------------------------------------------------------- FSDP2
 
 
 def shard_model(model, device: str) -> None:
-    """FSDP2, to `device`: spread each block's weights over the processes; each gathers a block to compute it.
+    """Shard each block's weights over the ranks with FSDP2, and move the model to `device`.
 
     Embeddings, last norm and head stay whole everywhere: the loss needs the head outside the forward pass.
     """
@@ -113,46 +114,53 @@ def shard_model(model, device: str) -> None:
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether this process holds a part of it only."""
+    """Return whether this rank holds a part of the tensor only."""
     return hasattr(tensor, "full_tensor")
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a sharded tensor; any other as it is."""
+    """Return the whole of a sharded tensor, any other tensor as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """`tensor` on the parameter's device; this process's part of it, where the parameter is sharded so."""
+    """Return `tensor` on the parameter's device, sharded as the parameter is if it has its shape."""
     tensor = tensor.to(parameter.device)
-    if not is_sharded(parameter) or tensor.shape != parameter.shape:  # an optimizer's count of its steps
+    if not is_sharded(parameter) or tensor.shape != parameter.shape:
         return tensor
     return torch.distributed.tensor.distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 
 def optimizer_groups(parameters: list) -> list[dict]:
-    """Groups for an optimizer: whole and sharded parameters apart, since no fused step takes a mixture."""
-    parts = [[p for p in parameters if is_sharded(p) == sharded] for sharded in (False, True)]
-    return [{"params": part} for part in parts if part]
+    """Return parameter groups: whole and sharded parameters apart, since fused AdamW takes no mixture."""
+    groups = []
+    for sharded in (False, True):
+        group = [p for p in parameters if is_sharded(p) == sharded]
+        if group:
+            groups.append({"params": group})
+    return groups
 
 
-def sum_and_clip(parameters: list, largest: float) -> float:
-    """Make every gradient the sum of all processes', scaled so that the norm of all is at most `largest`.
+def sum_and_clip(parameters: list, max_norm: float) -> float:
+    """Sum every gradient over the ranks, then scale all gradients so that their norm is at most `max_norm`.
 
-    → the norm before, the same everywhere.
+    Returns the norm before clipping, the same on every rank.
     """
-    whole_ones = [p.grad for p in parameters if not is_sharded(p)]
+    gradients = [p.grad for p in parameters if not is_sharded(p)]
     sharded = [p.grad.to_local() for p in parameters if is_sharded(p)]
     if sharded:
         torch._foreach_mul_(sharded, world_size())  # FSDP has averaged them
-    if world_size() > 1 and whole_ones:
-        summed = all_reduce_sum(torch.cat([gradient.flatten() for gradient in whole_ones]))
-        for gradient, part in zip(whole_ones, summed.split([gradient.numel() for gradient in whole_ones])):
+    if world_size() > 1 and gradients:
+        summed = all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = summed.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts):
             gradient.copy_(part.view_as(gradient))
-    norm = torch.nn.utils.get_total_norm(whole_ones).to(parameters[0].device)
+    norm = torch.nn.utils.get_total_norm(gradients).to(parameters[0].device)
     if sharded:
         squares = torch.nn.utils.get_total_norm(sharded).to(norm.device).square()
         norm = (all_reduce_sum(squares) + norm.square()).sqrt()
-    for group in filter(None, (whole_ones, sharded)):
-        torch._foreach_mul_(group, (largest / (norm + 1e-6)).clamp(max=1.0))
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for group in (gradients, sharded):
+        if group:
+            torch._foreach_mul_(group, scale)
     return norm.item()

@@ -1,20 +1,22 @@
-"""What a risk may be: the one rule for probe, judges, files and kept verdicts."""
+"""The risk of an example: a number in [0, 1], 1 where it is unknown. Rules, report, and files of risks."""
 
 import math
+from pathlib import Path
 
 import torch
 
-from data.conversations import Conversation
+from data.chat import Example
+from data.conversations import FORMATS, Conversation, conversation_of
 from lib.cli import printable
-from lib.files import DataError
+from lib.files import DataError, json_lines, read_text
 
-UNKNOWN = 1.0  # what is not known counts as fully risky
+UNKNOWN = 1.0  # an unknown risk counts as the highest
 
 
 def as_risk(value, where: str) -> float:
-    """A risk in [0, 1] from a JSON value: a number, or null or NaN, which are UNKNOWN.
+    """Return a risk in [0, 1] from a JSON value; null and NaN are UNKNOWN.
 
-    Raises DataError, naming `where`, for anything else: true, "0", −1, 7, ∞.
+    Raises DataError that names `where` for anything else: true, "0", −1, 7, ∞.
     """
     if value is None or isinstance(value, float) and math.isnan(value):
         return UNKNOWN
@@ -24,16 +26,79 @@ def as_risk(value, where: str) -> float:
 
 
 def expect_risks(risk: torch.Tensor) -> torch.Tensor:
-    """`risk` (N,) as it is. Raises DataError unless all of it is in [0, 1]; NaN is not."""
+    """Return `risk` (N,) as it is. Raises DataError unless all of it is in [0, 1]; NaN is not."""
     if not bool(((risk >= 0) & (risk <= 1)).all()):
         raise DataError(f"expected risks from 0 to 1, found {risk.min().item()} to {risk.max().item()}")
     return risk
 
 
 def print_risk(risk: torch.Tensor, conversations: list[Conversation]) -> None:
-    """Risk by `source`, where records have one: a whole benign task taken as risky would not be learned."""
+    """Print the risk of each `source`: a benign task that counts as risky would not be learned."""
     sources = [printable(str(c.meta.get("source", "all examples"))) for c in conversations]
     for source in sorted(set(sources)):
         values = risk[[s == source for s in sources]]
         print(f"  risk of {source}: mean {values.mean():.3f}, "
               f"from {values.min():.3f} to {values.max():.3f} (n = {len(values)})")
+
+
+def row_hash(row, where: str) -> str:
+    """Return the hash of the conversation that a row of a risk file is about.
+
+    The row has the conversation itself or its "hash". Raises DataError for neither, and where they differ.
+    """
+    if not isinstance(row, dict) or "risk" not in row:
+        raise DataError(f'{where}: expected {{"risk": number from 0 to 1, …}}, found {str(row)[:60]}')
+    key = row.get("hash")
+    if not isinstance(key, str | None):
+        raise DataError(f"{where}: hash: expected text, found {str(key)[:60]}")
+    texts = {"messages", *(prompt for prompt, _ in FORMATS)}
+    if not texts & row.keys():
+        if key is None:
+            raise DataError(f'{where}: expected a conversation or its "hash" beside the risk, found neither')
+        return key
+    conversation = conversation_of(row, where, need="answer")
+    if key not in (None, conversation.hash):
+        raise DataError(f"{where}: expected the hash of the row's own conversation, found {key[:60]!r}")
+    return conversation.hash
+
+
+def read_risk(path: Path, examples: list[Example]) -> list[float]:
+    """Return the risk of each example from a JSON Lines file; rows are joined by content, not by position.
+
+    A row has "risk", 0 … 1 or null, and a conversation or its "hash"; of several rows on one conversation the
+    riskiest counts. Unknown, hence 1, is null, NaN, a row whose "valid" is not true, and the risk of an
+    example whose tokens hold another text than its record, because it was cut or the tokenizer normalizes.
+    Raises DataError for a row on no conversation here, for an example without a row, and for other risks.
+    """
+    known = {e.conversation.hash for e in examples} | {e.training_text.hash for e in examples}
+    risks, n_rows, n_unknown = {}, 0, 0
+    for line, row in json_lines(read_text(path), path):
+        where = f"{path}:{line}"
+        key = row_hash(row, where)
+        if key not in known:
+            raise DataError(f"{where}: expected a conversation of the training data, found another one")
+        value = row["risk"] if row.get("valid", True) is True else None
+        n_rows += 1
+        n_unknown += value is None or value != value
+        risks[key] = max(as_risk(value, where), risks.get(key, 0.0))
+    for example in examples:
+        if example.training_text.hash not in risks and example.conversation.hash not in risks:
+            raise DataError(f"{path}: expected a risk for each conversation, found none for "
+                            f"{example.conversation.where}")
+    n_other = sum(example.training_text.hash not in risks for example in examples)
+    if n_unknown:
+        print(f"{n_unknown} of {n_rows} risks are unknown: taken as 1")
+    if n_other:
+        print(f"{n_other} of {len(examples)} examples hold less or other text than the file judged: taken as 1")
+    return [risks.get(example.training_text.hash, UNKNOWN) for example in examples]
+
+
+def stored_risk(rows: list[dict], examples: list[Example], file: Path) -> torch.Tensor:
+    """Return the risk (N,) of each example from the rows of a run's risk.jsonl, which has the same order.
+
+    Raises DataError where the rows' hashes are not those of the examples.
+    """
+    if [row.get("hash") for row in rows] != [example.training_text.hash for example in examples]:
+        raise DataError(f"{file}: expected a row for each example of the data, found others: what the run "
+                        f"was started with has changed since")
+    return torch.tensor([as_risk(row.get("risk"), str(file)) for row in rows], dtype=torch.float64)

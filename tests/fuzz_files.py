@@ -113,12 +113,12 @@ def prepare():
 
     from data.chat import Chat, Example, encode_examples
     from data.conversations import WORLD, Conversation, read_conversations
-    from data.risks import read_risk, risks_of_rows
-    from evaluate import EvalOptions, compare
+    from evaluate import compare
     from lib.checkpoint import save_checked
     from lib.files import write_config, write_jsonl
     from lib.report import summarize
-    from lib.resume import Progress, kept_rows, options_of_run
+    from lib.risk import read_risk, stored_risk
+    from lib.run import Progress, load_or_compute, resumed_options
     from critic import Verdict, judge_pairs
     from model import add_lora, load_adapter, load_model, save_adapter
     from probe import Probe, depends_on, load_probe
@@ -156,8 +156,7 @@ def prepare():
     def read_risks(folder):
         rows = [Conversation(tuple({"role": r, "content": c + str(i)} for r, c in zip(("user", "assistant"), "ab")), f"{folder}:{i}")
                 for i in range(4)]
-        for by_line in (False, True):
-            assert all(0 <= s <= 1 for s in read_risk(folder / "risk.jsonl", rows, encode_examples(chat, rows, 64), by_line))
+        assert all(0 <= s <= 1 for s in read_risk(folder / "risk.jsonl", encode_examples(chat, rows, 64)))
 
     def model(folder, rng):
         shutil.copytree(rng.choice(golden), folder, dirs_exist_ok=True, ignore=lambda *_: ["golden.safetensors"])
@@ -249,19 +248,18 @@ def prepare():
             yield {pair: Verdict(0.5) for pair in pairs}
 
     def verdicts(folder, rng):
-        file, odd = folder / "verdicts.sqlite", rng.random()
+        file, how = folder / "verdicts.sqlite", rng.random()
         judge_pairs(Half(), [("p", "r")], verdict_file=file)
-        with sqlite3.connect(file) as found:
-            if odd < 0.4:
-                value = rng.choice([-1, 2, "x", b"x", float("inf"), 10**15, "0.5", ""])
-                found.execute(f"UPDATE verdicts SET {'risk'} = ?", [value])
-            elif odd < 0.6:
-                found.executescript(rng.choice([
-                    "DROP TABLE verdicts; CREATE TABLE verdicts (x)", "DROP TABLE verdicts; CREATE VIEW verdicts AS SELECT 1 AS key, 0 AS risk",
+        with sqlite3.connect(file) as database:
+            if how < 0.4:
+                database.execute("UPDATE verdicts SET risk = ?", [rng.choice([-1, 2, "x", b"x", float("inf"), 10**15, "0.5", ""])])
+            elif how < 0.6:
+                database.executescript(rng.choice([
+                    "DROP TABLE verdicts; CREATE TABLE verdicts (x)", "DROP TABLE verdicts; CREATE VIEW verdicts AS SELECT 1 AS judge, 0 AS risk",
                     "ALTER TABLE verdicts ADD COLUMN x", "CREATE TRIGGER t AFTER INSERT ON verdicts BEGIN DELETE FROM verdicts; END",
                     "DROP TABLE verdicts; CREATE VIEW verdicts AS WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n FROM c) SELECT n FROM c"]))
-        found.close()
-        return [file] * (odd >= 0.6)
+        database.close()
+        return [file] * (how >= 0.6)
 
     def read_verdicts(folder):
         for verdict in judge_pairs(Half(), [("p", "r"), ("q", "r")], verdict_file=folder / "verdicts.sqlite"):
@@ -269,15 +267,15 @@ def prepare():
 
     def run(folder, rng):
         common = {"group": "g", "cut": False, "thought": "", "prompt": "p", "response": "r"}
-        rows = [common | {"kind": "harmful", "set": "harmful", "decoding": d, "refused": True, "score": 2.0, "harmful": False}
-                for d in ("greedy", "sample 0", "sample 1") for _ in range(3)]
-        rows += [common | {"kind": kind, "set": "x", "decoding": "greedy"} | score for kind, score in
-                 (("over_refusal", {"refused": False, "score": None, "harmful": True}), ("task", {"correct": True, "answer": "3"}))]
+        harmful = common | {"kind": "harmful", "set": "harmful", "refused": True, "score": 2.0, "harmful": False}
+        rows = [harmful | {"decoding": decoding} for decoding in ("greedy", "sample 0", "sample 1") for _ in range(3)]
+        rows.append(harmful | {"kind": "benign", "set": "benign", "decoding": "greedy", "score": None, "harmful": True})
+        rows.append(common | {"kind": "task", "set": "task", "decoding": "greedy", "correct": True, "answer": "3"})
         for name in ("mine-0", "mine-1"):
             (folder / name).mkdir()
             config = {"model": "m", "seed": int(name[-1]), "temperature": 1.0, "max_new_tokens": 48, "samples": 2}
             (folder / name / "config.json").write_text(json.dumps(config))
-            (folder / name / "results.json").write_text(json.dumps(dict.fromkeys(("base", "after"), summarize(rows, EvalOptions()))))
+            (folder / name / "results.json").write_text(json.dumps(dict.fromkeys(("base", "after"), summarize(rows, 1.0, 48))))
             for which in ("base", "after"):
                 (folder / name / f"completions_{which}.jsonl").write_text(lines(rows))
         return [folder / "mine-1" / rng.choice(["config.json", "results.json", "completions_after.jsonl", "completions_base.jsonl"])]
@@ -287,31 +285,35 @@ def prepare():
 
     def progress(folder):
         layer = torch.nn.Linear(2, 2)
-        return Progress(folder / "stopped", layer, torch.optim.AdamW(layer.parameters()), 1, [], torch.ones(1))
+        return Progress(folder / "stopped", layer, torch.optim.AdamW(layer.parameters()), 1, "the key")
+
+    example = Example(0, [1], [1], training_text=Conversation(({"role": "user", "content": "a"},)))
 
     def resume(folder, rng):
         out = folder / "stopped"
-        (out / "steps").mkdir(parents=True)
+        out.mkdir()
         write_config(out / "config.json", TrainConfig(judge="none"), computed_in="float32")
         (out / "metrics.jsonl").write_text(lines([{"step": 0, "loss": 1.0}]))
-        (out / "risk.jsonl").write_text(lines([{"risk": 0.5, "hash": Conversation(({"role": "user", "content": "a"},)).hash}]))
-        made = progress(folder)
-        tensors = {f"parameter {name}": parameter.detach() for name, parameter in made.parameters.items()}
-        metadata, odd = {"of": made.of, "values": "[null, false]"}, rng.random()
-        if odd < 0.2:  # with a checksum that is right
+        (out / "risk.jsonl").write_text(lines([{"risk": 0.5, "hash": example.training_text.hash}]))
+        tensors = {f"parameter {name}": parameter.detach() for name, parameter in progress(folder).parameters.items()}
+        state, how = {"step": 1, "smoothed_risk": None, "moved": True}, rng.random()
+        metadata = {"key": "the key", "state": json.dumps(state)}
+        if how < 0.15:  # with a checksum that is right
             tensors["parameter weight"] = rng.choice([torch.ones(()), torch.ones(3), torch.ones(2, 2).long(), torch.ones(2, 2) / 0])
-        elif odd < 0.4:
-            metadata[rng.choice(["of", "values"])] = rng.choice(["", "x", "null", "[1", "9" * 9999])
-        save_checked(out / "steps" / "00000001.safetensors", tensors, metadata)
-        return [out / name for name in rng.choice([["config.json"], ["risk.jsonl"], ["metrics.jsonl"], ["steps/00000001.safetensors"]])] * (odd >= 0.4)
+        elif how < 0.25:
+            metadata[rng.choice(["key", "state"])] = rng.choice(["", "x", "null", "[1", "9" * 9999])
+        elif how < 0.45:
+            metadata["state"] = mutated(state, rng).encode("utf-8", "replace").decode()
+        save_checked(out / "state.safetensors", tensors, metadata)
+        return [out / rng.choice(["config.json", "risk.jsonl", "metrics.jsonl", "state.safetensors"])] * (how >= 0.45)
 
     def read_resume(folder):
-        options_of_run(TrainConfig(resume=folder / "stopped"), check)
-        row = Example(0, [1], [1], training_text=Conversation(({"role": "user", "content": "a"},)))
-        assert all(0 <= s <= 1 for s in risks_of_rows(kept_rows(folder / "stopped" / "risk.jsonl", list), [row], folder / "risk.jsonl"))
-        found = progress(folder)
-        with found:
-            assert found.restore((None, False))[0] in (0, 1)
+        out = folder / "stopped"
+        check(resumed_options(TrainConfig(resume=out)))
+        risk = stored_risk(load_or_compute(out / "risk.jsonl", list), [example], out / "risk.jsonl")
+        assert 0 <= risk.item() <= 1
+        with progress(folder) as resumed:
+            assert resumed.restore().step in (0, 1)
 
     return {"records": (records, read_records), "risks": (risks, read_risks), "model": (model, read_model), "tokenizer": (tokenizer, read_chat),
             "template": (template, read_chat), "probe": (probe, read_probe), "adapter": (adapter, read_adapter),

@@ -23,7 +23,7 @@ from critic import RUBRIC, VERDICTS, CriticConfig, GuardJudge, JudgeOptions, Rub
 from critic import judge_pairs, main, open_judge, parse_score
 from data.chat import Chat, encode_examples
 from data.conversations import WORLD, Conversation, read_conversations
-from data.risks import read_risk
+from lib.risk import read_risk
 from lib.endpoint import ATTEMPTS, GIVE_UP, MAX_WAIT, EndpointError
 from lib.files import DataError, ModelError
 from lib.frame import fill, frame_mark
@@ -37,12 +37,6 @@ REFUSE = "I'm sorry, but I can't help with that."
 COMPLY = "Sure, here is how to rob a museum. First gather what you need, then go step by step."
 PAIRS = [(ASK, REFUSE), (ASK, COMPLY), ("Hello!", "Hello! What can I do?"), (ASK, "Of course."), ("What is a good song?", COMPLY),
          (ASK, "Sure, here is how to " * 8), ("a", "b")]
-
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    """Each test has a working directory of its own, hence its own file of verdicts."""
-    monkeypatch.chdir(tmp_path)
 
 
 def options(**changes) -> JudgeOptions:
@@ -626,6 +620,6 @@ class TestScript:
         assert [row["valid"] for row in written] == [i != 7 for i in range(20)] and written[7]["score"] is None
         assert all(row["score"] == 1 + 4 * row["risk"] for row in written if row["valid"])
         data = read_conversations(config.data)
-        assert read_risk(config.out, data, encode_examples(Chat(WORLD / "model"), data, 999)) == [row["risk"] for row in written]
+        assert read_risk(config.out, encode_examples(Chat(WORLD / "model"), data, 999)) == [row["risk"] for row in written]
         with pytest.raises(DataError, match="--out: expected a new file"):
             main(config)

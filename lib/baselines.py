@@ -1,0 +1,117 @@
+"""The baselines that the adaptive method is compared with: filtering, constrained SFT (C-SFT) and Lisa.
+
+`Baseline` is plain fine-tuning: each of its methods leaves the training loop as it is. A baseline overrides
+what it changes.
+"""
+
+import math
+
+import torch
+
+from data.chat import IGNORE, Example
+from lib.distributed import world_size
+from lib.fused import label_logp
+
+FILTER_ABOVE = 0.5  # Filter drops examples with a higher risk
+LISA_CYCLE = 50  # steps of a cycle of Lisa (1,000 in the paper, whose runs are longer)
+LISA_RHO = 1.0  # ρ of Lisa's proximal term
+
+
+class Baseline:
+    """Plain fine-tuning (SFT), and the adaptive method, which differs from it by its loss alone."""
+
+    def __init__(self, anchor_share: float, per_step: int):
+        self.anchor_share, self.per_step = anchor_share, per_step
+
+    def select_examples(self, examples: list[Example], risk: torch.Tensor) -> list[Example]:
+        """Return the examples to train on; risk (examples,) in [0, 1]."""
+        return examples
+
+    def prepare(self, policy, examples: list[Example], batch_size: int) -> None:
+        """Compute what is needed of the policy before its first step."""
+
+    def anchors_before(self, step: int) -> int:
+        """Return how many anchors all steps before `step` draw: their share, spread evenly over the steps."""
+        return math.floor(step * self.anchor_share * self.per_step)
+
+    def token_weights(self, nll: torch.Tensor, examples: list[Example]) -> torch.Tensor | float:
+        """Return the weights (N,) of the response tokens' losses; nll (N,) in nats."""
+        return 1.0
+
+    def adjust_gradients(self, parameters: list, step: int, state) -> None:
+        """Change the gradients before they are clipped; state: lib.run.State, which is saved with the run."""
+
+
+class Filter(Baseline):
+    """Drop risky examples, then fine-tune."""
+
+    def select_examples(self, examples, risk):
+        """Return the examples whose risk is at most FILTER_ABOVE."""
+        selected = [example for example in examples if risk[example.index] <= FILTER_ABOVE]
+        print(f"filter: {len(examples) - len(selected)} of {len(examples)} examples dropped"
+              + ", the model stays as it was" * (not selected))
+        return selected
+
+
+class ConstrainedSFT(Baseline):
+    """Weigh each token's NLL by how far the policy has moved from the reference (Qi et al. 2024)."""
+
+    def prepare(self, policy, examples, batch_size):
+        """Compute the reference's log-probabilities of all labels."""
+        self.ref_logp = label_logp(policy, examples, batch_size)
+
+    def token_weights(self, nll, examples):
+        """Return `csft_weight` of each token."""
+        ref_logp = torch.cat([self.ref_logp[e.index] for e in examples])
+        position = torch.cat([response_positions(e) for e in examples]).to(nll.device)
+        return csft_weight(-nll, ref_logp, position)
+
+
+class Lisa(Baseline):
+    """Alternate between steps on anchors and steps on the data, pulled to where each phase began.
+
+    Huang et al. 2024, arXiv 2405.18641.
+    """
+
+    def anchors_before(self, step):
+        """Return how many anchors are drawn before `step`: each cycle begins with the steps on anchors alone."""
+        anchor_steps = round(self.anchor_share * LISA_CYCLE)
+        cycles, rest = divmod(step, LISA_CYCLE)
+        return self.per_step * (cycles * anchor_steps + min(rest, anchor_steps))
+
+    def adjust_gradients(self, parameters, step, state):
+        """Add the gradient of `lisa_pull`; note the parameters at the first step of each phase."""
+        if step % LISA_CYCLE in (0, round(self.anchor_share * LISA_CYCLE)):
+            state.phase_start = [parameter.detach().clone() for parameter in parameters]
+        lisa_pull(parameters, state.phase_start, LISA_RHO)
+
+
+BASELINES = {"filter": Filter, "csft": ConstrainedSFT, "lisa": Lisa}
+
+
+def csft_weight(logp: torch.Tensor, ref_logp: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Return C-SFT's weights w (N,) of the tokens' NLL, at least 0.001 and without gradient.
+
+    w = 2·(1 − σ(τ·(log π_θ(y) − log π_ref(y)))), where τ is 0.5 at position 1 of a turn, 2 at positions
+    2 … 5, then 0.1: a label that became likelier than under the reference is pushed less, at first most.
+    logp, ref_logp, position (N,). Qi et al. 2024, arXiv 2406.05946.
+    """
+    tau = torch.where(position == 1, 0.5, torch.where(position <= 5, 2.0, 0.1))
+    return (2 * (1 - torch.sigmoid(tau * (logp - ref_logp)))).clamp_min(1e-3).detach()
+
+
+def response_positions(example: Example) -> torch.Tensor:
+    """Return 1, 2, … for the response tokens (n,) of each assistant turn."""
+    is_label = torch.tensor([label != IGNORE for label in example.labels])
+    count = is_label.cumsum(0)
+    count_before_turn = (count * ~is_label).cummax(0).values
+    return (count - count_before_turn)[1:][is_label[1:]]
+
+
+def lisa_pull(parameters: list[torch.nn.Parameter], start: list[torch.Tensor], rho: float) -> None:
+    """Add the gradient of ρ/2·‖θ − θ_start‖² to each parameter's gradient.
+
+    The gradients of all processes are summed later, so each adds its share. Huang et al. 2024.
+    """
+    for parameter, origin in zip(parameters, start):
+        parameter.grad.add_(parameter.detach() - origin, alpha=rho / world_size())

@@ -1,0 +1,49 @@
+"""Check the options of train.py: their ranges, and which of them go together."""
+
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from lib.baselines import LISA_CYCLE
+from lib.cli import comma_list, require
+from lib.distributed import world_size
+
+MINIMUM = {"epochs": 1, "batch_size": 1, "accumulation": 1, "max_length": 2, "lr": 1e-9, "lora_alpha": 1e-9,
+         "warmup_steps": 0, "weight_decay": 0, "lora_r": 0, "save_every": 0}
+METHODS_WITH_OPTION = {"beta_min": ("adaptive",), "beta_max": ("adaptive",), "gate": ("adaptive",),
+                      "ref": ("adaptive",), "risk": ("adaptive", "filter"), "probe": ("adaptive", "filter")}
+
+
+def check_options(config) -> None:
+    """Raise DataError for the first option of a TrainConfig that is out of range or has no effect."""
+    for option in fields(config):
+        methods = METHODS_WITH_OPTION.get(option.name, (config.method,))
+        valid = config.method in methods or getattr(config, option.name) == option.default
+        require(config, (option.name, valid, f"none without --method {' or '.join(methods)}"))
+    for name, least in MINIMUM.items():
+        require(config, (name, least <= getattr(config, name) < math.inf, f"at least {least}"))
+    share, per_step, processes = config.anchor_share, config.batch_size * config.accumulation, world_size()
+    require(
+        config,
+        ("out", config.resume or not (config.out and config.out.exists()), "a folder that does not exist"),
+        ("beta_min", 0 <= config.beta_min <= 1, "0 to 1"),
+        ("beta_max", config.beta_min <= config.beta_max <= 1, "beta-min to 1"),
+        ("ema", 0 <= config.ema < 1, "0 to under 1"),
+        ("ema", config.ema == 0 or config.gate == "batch", "0 unless --gate batch"),
+        ("risk", config.risk in ("probe", "critic", "max") or Path(config.risk).is_file(),
+         "probe, critic, max, or a file"),
+        ("probe", config.risk in ("probe", "max") or not config.probe, "none unless --risk probe or max"),
+        ("dtype", config.lora_r or config.dtype != "bfloat16", "float32 with --lora-r 0"),
+        ("anchor_share", 0 <= share < 1, "0 to under 1"),
+        ("anchor_share", config.method != "lisa" or 0 < round(share * LISA_CYCLE) < LISA_CYCLE,
+         f"with --method lisa some but not all of {LISA_CYCLE} steps"),
+        ("anchors", share or not config.anchors, "none without --anchor-share"),
+        ("lora_targets", "lm_head" not in comma_list(config.lora_targets), "no lm_head, the reference's too"),
+        ("batch_size", per_step % processes == 0, f"times --accumulation a multiple of the {processes} processes"),
+        ("fsdp", not config.fsdp or processes > 1, "several processes: torchrun --nproc_per_node=N train.py …"),
+        ("fsdp", not config.fsdp or torch.__version__ >= (2, 8), "torch 2.8, which shards two dtypes"),
+        ("ref", not config.fsdp or config.ref != "live", "auto or keep with --fsdp"),
+        ("device", processes == 1 or config.device in ("cpu", "cuda"), "cpu or cuda for several processes"),
+    )

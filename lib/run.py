@@ -1,0 +1,283 @@
+"""Run folders: what they store, and how an interrupted run resumes.
+
+A run writes config.json first, then, each once and atomically, risk.jsonl, completions_base.jsonl and
+anchors.jsonl. During training state.safetensors holds parameters and optimizer after some step. results.json
+is written last. `train.py --resume RUN` reads what is there and computes the rest.
+"""
+
+import json
+import os
+import shlex
+import signal
+import threading
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+from lib.checkpoint import load_checked, provenance, save_checked
+from lib.cli import as_typed, option_value
+from lib.distributed import all_reduce_sum, full_tensor, on_rank_zero, rank, shard_like, world_size
+from lib.files import (COUNT, DataError, between, either, errors_name_path, expect, fsync, json_lines,
+                       new_folder, read_json, read_text, remove_if_unused, write_config, write_jsonl,
+                       write_text)
+
+STATE = {"step": COUNT, "smoothed_risk": between(0, 1, float, optional=True), "moved": either(bool)}
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # of each parameter, once the optimizer has taken a step
+
+
+# ---------------------------------------------------------------- options and folder
+
+
+def resumed_options(config):
+    """Return the options of the run `config.resume`, with that folder as `out`.
+
+    Raises DataError for a finished run, for a folder that is no run, for other options beside --resume, and
+    where the run's judge is a URL that was not typed again: no file alone makes us contact a server.
+    """
+    run = config.resume
+    file = run / "config.json"
+    if extra := sorted(set(config.given) - {"resume", "judge"}):
+        raise DataError("--resume: expected no option beside it, since the run has its own, found "
+                        f"--{extra[0].replace('_', '-')}")
+    if (run / "results.json").exists():
+        raise DataError(f"--resume: expected an unfinished run, found {run / 'results.json'}")
+    saved, values = read_json(file), {}
+    for option in fields(config):
+        if option.name in ("given", "resume", "out"):
+            continue
+        if option.name not in saved:
+            raise DataError(f"{file}: expected the options of a run of train.py, found no {option.name}")
+        values[option.name] = option_value(option, saved[option.name], file)
+    url = values["judge"] if "://" in (values["judge"] or "") else None
+    if config.judge != url:
+        raise DataError(f"--resume: expected {f'--judge {url}, as the run had' if url else 'no --judge'}, "
+                        f"found {config.judge or 'none'}")
+    print(f"as in {file}: {as_typed(values, type(config))}")
+    if saved.get("computed_in") not in ("float32", "bfloat16"):
+        raise DataError(f"{file}: computed_in: expected float32 or bfloat16, found {saved.get('computed_in')}")
+    if values["dtype"] == "auto":  # a measurement may have decided it
+        values["dtype"] = saved["computed_in"]
+    return replace(config, **values, out=run)
+
+
+def run_facts(model: Path, data: Path, dtype: torch.dtype, chat, sets: dict) -> dict:
+    """Return what a run is made of beside its options, for config.json: hashes, versions, the dtype.
+
+    sets: as of evaluate.evaluation_sets.
+    """
+    prompts = []
+    for kind, group in sets.items():
+        for name, conversations in group.items():
+            rows = [[c.hash, str(c.meta.get("group")), str(c.meta.get("metric"))] for c in conversations]
+            prompts.append([kind, name, rows])
+    return provenance(model, data) | {
+        "template_sha256": chat.fingerprint, "sets_sha256": sha256(json.dumps(prompts).encode()).hexdigest(),
+        "computed_in": str(dtype).removeprefix("torch.")}
+
+
+def open_run(config, default: str, facts: dict) -> Path:
+    """Make the folder of a new run with its config.json, or check that a resumed run has the same `facts`.
+
+    facts: what the run is made of, beside its options: hashes of model, data, template, evaluation prompts.
+    Returns the folder. Raises DataError for a fact that has changed; another commit or version is printed.
+    """
+    if not config.resume:
+        out = new_folder(config.out, default)
+        write_config(out / "config.json", replace(config, out=out), **facts)
+        return out
+    saved = read_json(config.out / "config.json")
+    for name, value in facts.items():
+        if saved.get(name) == value:
+            continue
+        if name not in ("commit", "versions"):
+            raise DataError(f"--resume: expected {name} as {config.out} was started with, "
+                            f"{str(saved.get(name))[:12]}, found {str(value)[:12]}: it has changed since")
+        print(f"{config.out} was started with {name} {saved.get(name)}, and goes on with {value}")
+    return config.out
+
+
+@contextmanager
+def running(out: Path, resumed: bool, judge: str):
+    """Lock the run's folder. An error within says how to resume; a new run that stored nothing is removed.
+
+    Raises DataError where another process runs in the folder.
+    """
+    command = f"python train.py --resume {shlex.quote(str(out))}"
+    if "://" in judge:
+        command += f" --judge {shlex.quote(judge)}"
+    if world_size() > 1:
+        command += " (with torchrun, as before)"
+    with open(out / "config.json") as lock:
+        try:
+            on_rank_zero(lambda: lock_file(lock))
+            with nullcontext() if resumed else remove_if_unused(out):
+                yield
+        except (KeyboardInterrupt, OSError, RuntimeError) as error:
+            if (out / "config.json").exists():
+                error.add_note(f"to go on: {command}")
+            raise
+
+
+def lock_file(stream) -> None:
+    """Lock a file until it is closed or this process dies. Raises DataError where another process has it."""
+    try:
+        import fcntl  # Windows has none
+    except ImportError:
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"{Path(stream.name).parent}: expected a run that no process works on, "
+                        f"found one that does") from None
+
+
+def load_or_compute(file: Path, compute) -> list[dict]:
+    """Return the rows of a JSON Lines file; compute and write them first where there is no such file."""
+    if not on_rank_zero(file.exists):
+        rows = compute()
+        on_rank_zero(lambda: write_jsonl(file, rows))
+    rows = []
+    for line, row in json_lines(read_text(file, links=False), file):
+        if not isinstance(row, dict):
+            raise DataError(f"{file}:{line}: expected an object, found {str(row)[:60]}")
+        rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------- the state of training
+
+
+@dataclass
+class State:
+    """What the next step depends on, beside the parameters and the optimizer's state."""
+
+    step: int = 0  # steps done
+    smoothed_risk: float | None = None  # of --gate batch
+    moved: bool = False  # whether the policy has left the reference
+    phase_start: list | None = None  # Lisa's: a tensor for each parameter
+
+
+class Progress:
+    """Write metrics and states of a training loop; inside the context, signals wait for the end of a step.
+
+    minutes: between states, 0 for none; the last step has one, too. key: identifies data and options. A
+    state with another key is refused.
+    """
+
+    def __init__(self, run: Path, policy, optimizer, minutes: float, key: str):
+        self.metrics_file, self.file = run / "metrics.jsonl", run / "state.safetensors"
+        self.seconds, self.key, self.optimizer = 60 * minutes, key, optimizer
+        self.parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        self.metrics, self.stopping, self.handlers = None, False, {}
+        self.saved_at = time.monotonic()
+
+    def __enter__(self):
+        """Handle SIGINT and SIGTERM, unless they are ignored, as in a shell's background."""
+        if threading.current_thread() is threading.main_thread():
+            for which in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(which) != signal.SIG_IGN:
+                    self.handlers[which] = signal.signal(which, self.stop)
+        return self
+
+    def __exit__(self, *error):
+        """Restore the handlers. Raises KeyboardInterrupt for a signal after the last step."""
+        for which, handler in self.handlers.items():
+            signal.signal(which, handler)
+        if self.metrics:
+            self.metrics.close()
+        if self.stopping and error[0] is None:
+            raise KeyboardInterrupt
+
+    def stop(self, *_) -> None:
+        """Stop after this step; on a second signal, now."""
+        if self.stopping and world_size() == 1:  # torchrun repeats the signal that the terminal has sent
+            raise KeyboardInterrupt
+        self.stopping = True
+        if rank() == 0:
+            os.write(2, b"\nstopping after this step\n")  # print is not safe in a signal handler
+
+    def restore(self) -> State:
+        """Load the saved state into policy and optimizer, and open metrics.jsonl behind its step.
+
+        Returns a new State where none is saved. Raises DataError for a damaged one, and for another key.
+        """
+        state = State()
+        if on_rank_zero(self.file.exists):
+            try:
+                tensors, metadata = load_checked(self.file, "the state of a run")
+                if metadata["key"] != self.key:
+                    raise ValueError("a state of other data or options than the run has now")
+                values = json.loads(metadata["state"])
+                expect(dict(values), STATE, self.file, DataError)
+                state = self.load(tensors, values)
+            except (LookupError, TypeError, ValueError, RuntimeError) as error:
+                raise DataError(f"{error}; delete {self.file} to train from the first step") from None
+            print(f"going on after step {state.step}, from {self.file}")
+        on_rank_zero(lambda: self.truncate_metrics(state.step))
+        self.metrics = open(self.metrics_file if rank() == 0 else os.devnull, "a", buffering=1)
+        return state
+
+    def load(self, tensors: dict, values: dict) -> State:
+        """Copy tensors into parameters and optimizer. Returns the State of `values` and tensors."""
+        state, phase_start = State(**values), []
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(shard_like(tensors[f"parameter {name}"], parameter))
+            for key in ADAMW_STATE:
+                if f"{key} {name}" in tensors:
+                    value = shard_like(tensors[f"{key} {name}"], parameter)
+                    self.optimizer.state[parameter][key] = value
+            if f"phase_start {name}" in tensors:
+                phase_start.append(shard_like(tensors[f"phase_start {name}"], parameter))
+        state.phase_start = phase_start or None
+        return state
+
+    def truncate_metrics(self, steps: int) -> None:
+        """Keep the first `steps` lines of metrics.jsonl: later steps are run again."""
+        lines = read_text(self.metrics_file).splitlines(keepends=True)[:steps] if steps else []
+        if len(lines) < steps:
+            raise DataError(f"{self.metrics_file}: expected {steps} lines, found {len(lines)}")
+        write_text(self.metrics_file, "".join(lines))
+
+    def end_step(self, state: State, metrics: dict, last: bool) -> None:
+        """Write a line of metrics; save the state if it is due. Raises KeyboardInterrupt after a signal."""
+        with errors_name_path(self.metrics_file):
+            self.metrics.write(json.dumps(metrics) + "\n")
+        due = rank() == 0 and time.monotonic() - self.saved_at >= self.seconds
+        flags = all_reduce_sum(torch.tensor([float(due), float(self.stopping)]))
+        due, stopping = flags.bool().tolist()
+        if self.seconds and (due or stopping or last):
+            self.save(state)
+        if stopping:
+            raise KeyboardInterrupt
+
+    def save(self, state: State) -> None:
+        """Write parameters, optimizer and `state` to the file, atomically."""
+        tensors = {}
+        for i, (name, parameter) in enumerate(self.parameters.items()):
+            values = {"parameter": parameter} | self.optimizer.state.get(parameter, {})
+            if state.phase_start:
+                values["phase_start"] = state.phase_start[i]
+            for key, tensor in values.items():
+                tensor = full_tensor(tensor.detach()).cpu().contiguous()
+                if rank() == 0:
+                    tensors[f"{key} {name}"] = tensor
+        values = {"step": state.step, "smoothed_risk": state.smoothed_risk, "moved": state.moved}
+        metadata = {"key": self.key, "state": json.dumps(values)}
+        on_rank_zero(lambda: fsync(self.metrics_file))
+        on_rank_zero(lambda: save_checked(self.file, tensors, metadata))
+        self.saved_at = time.monotonic()
+
+
+def state_key(run: Path, examples: list, risk: torch.Tensor) -> str:
+    """Return the SHA-256 of a run's config.json, its examples' tokens and labels, and their risk."""
+    digest = sha256(risk.double().numpy().tobytes())
+    config_file = run / "config.json"
+    if config_file.exists():
+        digest.update(config_file.read_bytes())
+    for example in examples:
+        digest.update(repr((example.index, example.anchor, example.input_ids, example.labels)).encode())
+    return digest.hexdigest()
