@@ -52,12 +52,12 @@ from lib import distributed, fused
 from lib.baselines import BASELINES, Baseline
 from lib.cli import comma_list, require, run
 from lib.files import DataError, remove, write_json
-from lib.options import check_options
+from lib.options import check_options, leak_line
 from lib.reference import KeptReference, live_reference
 from lib.report import agreement, figures, lines_below, read_completions, summarize, table
 from lib.risk import expect_risks, print_risk, read_risk, stored_risk
-from lib.run import (Progress, State, load_or_compute, open_run, resumed_options, run_facts, running,
-                     state_key)
+from lib.run import (Progress, State, check_step, load_or_compute, open_run, resumed_options, run_facts,
+                     running, state_key, step_metrics)
 from model import Transformer, add_lora, compile_blocks, load_model, save_adapter, save_model, working_dtype
 from probe import conversation_risk, load_or_fit
 
@@ -166,21 +166,24 @@ def token_loss(hidden, weight, labels, alpha, beta, ref_hidden) -> tuple:
 
 def micro_batch_loss(policy: Transformer, reference, examples: list[Example], alpha: torch.Tensor,
                      beta: torch.Tensor, n_tokens: int, token_weights=None) -> tuple:
-    """Return (loss, Σ NLL, Σ KL) of some examples with weights alpha, beta (B,), on the CPU.
+    """Return (loss, NLL (B,), KL (B,)) of B examples with weights alpha, beta (B,), on the CPU.
 
-    n_tokens: response tokens of the whole step. reference(examples with β > 0) returns `reference_terms` of
-    their response tokens. token_weights(nll, examples): a baseline's weights of the tokens' losses.
+    NLL and KL are summed over each example's response tokens; KL is 0 where β = 0. n_tokens: response tokens of
+    the whole step. reference(examples with β > 0) returns `reference_terms` of their response tokens.
+    token_weights(nll, examples): a baseline's weights of the tokens' losses.
     """
     order = (beta == 0).to(torch.int8).argsort(stable=True)  # examples with β > 0 first
     examples, alpha, beta = [examples[i] for i in order], alpha[order], beta[order]
     pulled = examples[: int((beta > 0).sum())]
     hidden, labels, row = fused.response_states(policy, examples)
+    position = order[row].to(policy.device)  # of each token's example
     alpha, beta = alpha[row].to(policy.device), beta[row].to(policy.device)  # of each token
     terms = reference(pulled) if pulled else (hidden[:0].detach(), alpha[:0])
     loss, nll, kl = fused.token_loss(hidden, policy.lm_head.weight, labels, alpha, beta, terms)
     if token_weights:
         loss = loss * token_weights(nll, examples)
-    return loss.sum() / n_tokens, nll.sum(), kl.sum()
+    zeros = nll.new_zeros(len(examples))
+    return loss.sum() / n_tokens, zeros.index_add(0, position, nll), zeros.index_add(0, position, kl)
 
 
 # ---------------------------------------------------------------- the risk of the data
@@ -281,15 +284,6 @@ def lr_at(step: int, n_steps: int, warmup_steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, n_steps - warmup_steps)))
 
 
-def check_step(step: int, loss: float, grad_norm: float, kl: float | None, max_kl: float) -> None:
-    """Raise FloatingPointError for a gradient that is not finite, DataError for a KL above `max_kl`."""
-    if not math.isfinite(grad_norm):
-        raise FloatingPointError(f"step {step}: gradient {grad_norm}, loss {loss}; no model is saved")
-    if kl is not None and not abs(kl) < max_kl:
-        raise DataError(f"step {step}: expected KL 0 before the policy moves, found {kl:.2g} a token: the "
-                        "reference is not the model's; delete the run's reference.bin, or use --ref live")
-
-
 def train(config: TrainConfig, policy: Transformer, reference, examples: list[Example], risk: torch.Tensor,
           out: Path) -> None:
     """Train `policy` in place, from the run's saved state on; out/metrics.jsonl gains a line per step.
@@ -315,19 +309,17 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
             n_tokens = sum(example.n_labels for example in drawn)
             s, alpha, beta = step_weights(config, drawn, risk, state)
 
-            sums = torch.zeros(3, device=policy.device)  # loss, Σ NLL, Σ KL
+            sums = torch.zeros(3, per_step, device=policy.device)  # loss of each batch; NLL, KL of each example
             for batch in distributed.shard(range(per_step), config.batch_size):
                 loss, nll, kl = micro_batch_loss(policy, reference, [drawn[i] for i in batch], alpha[batch],
                                                  beta[batch], n_tokens, method.token_weights)
                 loss.backward()
-                sums += torch.stack((loss.detach(), nll, kl))
-            loss, nll, kl = distributed.all_reduce_sum(sums).tolist()
-            n_pulled = sum(example.n_labels for example, b in zip(drawn, beta) if b > 0)
-            kl = kl / n_pulled if n_pulled else None  # of other tokens it is not computed
-
+                sums[0, batch[0]], sums[1, batch], sums[2, batch] = loss.detach(), nll, kl
             method.adjust_gradients(parameters, step, state)
             grad_norm = distributed.sum_and_clip(parameters, MAX_GRADIENT_NORM)
-            check_step(step, loss, grad_norm, kl, math.inf if state.moved else max_kl_at_start)
+            row = step_metrics(drawn, s, alpha, beta, *distributed.all_reduce_sum(sums).cpu())
+            row |= {"step": step, "grad_norm": grad_norm}
+            check_step(row, math.inf if state.moved else max_kl_at_start)
             lr = lr_at(step, n_steps, config.warmup_steps, config.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -338,12 +330,10 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
             optimizer.zero_grad(set_to_none=True)
 
             state.step = step + 1
-            row = {"step": step, "loss": loss, "nll": nll / n_tokens, "kl": kl,  # KL of tokens with β > 0
-                   "risk": s.mean().item() if config.method == "adaptive" else None, "lr": lr,
-                   "alpha": alpha.mean().item(), "beta": beta.mean().item(), "grad_norm": grad_norm,
-                   "tokens_per_s": sum(len(e.input_ids) for e in drawn) / (time.perf_counter() - started)}
+            n_input = sum(len(example.input_ids) for example in drawn)
+            row |= {"lr": lr, "tokens_per_s": n_input / (time.perf_counter() - started)}
             progress.end_step(state, row, last=state.step == n_steps)
-            bar.set_postfix(loss=f"{loss:.3f}", nll=f"{row['nll']:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", nll=f"{row['nll']:.3f}", refresh=False)
 
 
 # ---------------------------------------------------------------- the run
@@ -398,16 +388,6 @@ def open_reference(config: TrainConfig, policy: Transformer, examples: list[Exam
         return kept.terms
     print("the reference runs in every step")
     return live_reference(policy if config.lora_r else open_model(config, config.model))
-
-
-def leak_line(config: TrainConfig) -> str:
-    """Return a line on what a gate that is not closed lets through, "" where nothing leaks."""
-    if config.method != "adaptive" or config.gate == "example" and config.beta_max == 1:
-        return ""
-    if config.gate == "batch":
-        return "\nthe gate leaks: a risky example has its batch's mean risk; --gate example closes it"
-    return (f"\nthe gate leaks: a first token at risk 1 keeps probability {1 - config.beta_max:.2g};\n"
-            "  to seal it: --beta-min 0.02 --beta-max 1 --anchor-share 0.1")
 
 
 def main(config: TrainConfig) -> None:

@@ -47,3 +47,13 @@ def check_options(config) -> None:
         ("ref", not config.fsdp or config.ref != "live", "auto or keep with --fsdp"),
         ("device", processes == 1 or config.device in ("cpu", "cuda"), "cpu or cuda for several processes"),
     )
+
+
+def leak_line(config) -> str:
+    """Return a line on what a gate that is not closed lets through, "" where nothing leaks."""
+    if config.method != "adaptive" or config.gate == "example" and config.beta_max == 1:
+        return ""
+    if config.gate == "batch":
+        return "\nthe gate leaks: a risky example has its batch's mean risk; --gate example closes it"
+    return (f"\nthe gate leaks: a first token at risk 1 keeps probability {1 - config.beta_max:.2g};\n"
+            "  to seal it: --beta-min 0.02 --beta-max 1 --anchor-share 0.1")
