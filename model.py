@@ -547,7 +547,10 @@ def load_adapter(model: Transformer, path) -> None:
     ranks = {shape[:1] for key, (shape, _) in stored.items() if ".lora_A." in key}
     if ranks != {(config["r"],)}:  # before adapters of an absurd rank are made
         raise ModelError(f"{weights}: expected adapters of rank r = {config['r']}, found {sorted(ranks)}")
-    add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])
+    try:
+        add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])
+    except ModelError as error:
+        raise ModelError(f"{file}: {error}") from None
     parameters = adapter_parameters(model)
     expect_tensors(stored, parameters, weights)
     with open_safetensors(weights) as tensors, torch.no_grad():
