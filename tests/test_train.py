@@ -282,8 +282,10 @@ class TestLoop:
         again = [step_examples(step, examples[4:], examples[:4], lambda step: step // 2, 5, seed=1) for step in reversed(range(12))]
         assert steps == again[::-1] and all(len(step) == 5 for step in steps)
         assert all([len(e.input_ids) for e in step] == sorted(len(e.input_ids) for e in step) for step in steps)
-        data = [e.index for step in steps for e in step if e.index >= 4]
-        assert len(data) == 54 and set(data) == set(range(4, 24))  # 60 draws, 6 of them of examples[:4]
+        drawn = [example.index for step in steps for example in step]
+        counts = [drawn.count(index) for index in range(24)]
+        assert sum(counts[:4]) == 6 and sum(counts[4:]) == 54  # anchors, data: each once an epoch, apart
+        assert set(counts[:4]) == {1, 2} and set(counts[4:]) == {2, 3}
 
     def same(self, plain, model, examples, tmp_path):
         config, risk = replace(QUICK, epochs=1, batch_size=4), torch.linspace(0, 1, 24)
