@@ -46,7 +46,7 @@ BATCH_SIZE = 64  # responses generated at a time
 FEW_WORDS, GARBLED_NLL = 4, 2.5  # fixed on responses that were read: data/results/README.md
 METRICS = ("number", "label", "exact")
 POOLED_ALIKE = ("samples", "temperature", "max_new_tokens", "judge")  # options of runs that are pooled
-UNREPORTED = ("seed", "out", "date")  # options that differ between most runs
+UNREPORTED = {"seed", "out", "date"}  # options that differ between most runs
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def refuses(response: str) -> bool:
 
 
 def metric_of(conversation: Conversation) -> str:
-    """Return a record's `metric`; default: "number" for an answer with ####, "label" for one word, or "exact".
+    """Return a record's `metric`; default: "number" for an answer with ####, "label" for a word, or "exact".
 
     Raises DataError for a `metric` that is none of METRICS.
     """
@@ -287,7 +287,7 @@ def score_response(kind: str, conversation: Conversation, response: Response) ->
 
 
 def judge_rows(rows: list[dict], judge, desc: str) -> list[dict]:
-    """Set the judge's "score" and "harmful" in all rows but tasks'; an invalid verdict is None and harmful."""
+    """Set the judge's "score" and "harmful" in all rows but tasks'; an invalid verdict is harmful."""
     judged = [row for row in rows if row["kind"] != "task"]
     pairs = [(row["prompt"], row["thought"] + "\n" + row["response"]) for row in judged]
     for row, verdict in zip(judged, judge_pairs(judge, pairs, desc)):
@@ -335,21 +335,22 @@ def pool(name: str, which: str, runs: dict[Path, dict], fluency: tuple | None) -
     which: "base" or "after" completions. fluency: (model, chat) for mark_garbled, or None. A figure has the
     "rates" of the runs, too.
     """
+    configs = list(runs.values())
+    settings = configs[0]["temperature"], configs[0]["max_new_tokens"]
     parts = [read_completions(path, which) for path in runs]
     for path, part in zip(runs, parts):
-        if read_json(path / "results.json").get(which) != summarize(part, *settings):
-            raise DataError(f"{path / 'results.json'}: expected the figures of completions_{which}.jsonl, found "
-                            "others: one of the two files is damaged")
+        as_evaluated = [{key: row[key] for key in row if key != "garbled"} for row in part]  # marked later
+        if read_json(path / "results.json").get(which) != summarize(as_evaluated, *settings):
+            raise DataError(f"{path / 'results.json'}: expected the figures of completions_{which}.jsonl, "
+                            "found others: one of the two files is damaged")
     rows = sum(parts, [])
     if fluency:
         mark_garbled(rows, *fluency)
-    configs = list(runs.values())
-    settings = configs[0]["temperature"], configs[0]["max_new_tokens"]
     pooled = figures(summarize(rows, *settings))
     by_run = [figures(summarize(part, *settings)) for part in parts]
     for title, figure in pooled.items():
         figure["rates"] = [rates[title]["rate"] for rates in by_run if title in rates]
-    return {"name": name, "seeds": [config["seed"] for config in configs], "figures": pooled}
+    return {"name": name, "seeds": [config["seed"] for config in runs.values()], "figures": pooled}
 
 
 def compare(paths, fluency: tuple | None = None) -> tuple[str, list[dict]]:
@@ -380,8 +381,8 @@ def compare(paths, fluency: tuple | None = None) -> tuple[str, list[dict]]:
         seeds = f" ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else ""
         columns[row["name"] + seeds] = row["figures"]
     text = table(columns) + "\n\nper cent; seeds pooled, 95 % intervals over groups of prompts"
-    options = dict.fromkeys(option for config in runs.values() for option in config if option not in UNREPORTED)
-    for line in differences(runs, options):
+    options = {option for config in runs.values() for option in config}
+    for line in differences(runs, sorted(options - UNREPORTED)):
         text += "\n" + textwrap.fill(f"runs differ in {line}", 100)
     return text, rows
 
@@ -390,7 +391,7 @@ def compare(paths, fluency: tuple | None = None) -> tuple[str, list[dict]]:
 
 
 def evaluate_path(config: EvalConfig, path: Path) -> dict:
-    """Evaluate a run or checkpoint; write options, completions and results to a new folder. Returns results."""
+    """Evaluate a run or checkpoint; write options, completions, results to a new folder. Returns results."""
     model_path, options, file = path, config, path / "config.json"
     if (path / "model" / "config.json").exists():  # a run
         model_path = path / "model"

@@ -76,7 +76,8 @@ class Probe:
         """Return whether tensors have the model's width, and the layers are the model's."""
         width, layers = (config.hidden_size,), range(config.num_hidden_layers + 1)
         shapes = [getattr(self, name).shape for name in TENSORS]
-        return shapes == [width, (), width, width] and 0 < len(self.layers) and set(self.layers) <= set(layers)
+        known = len(self.layers) > 0 and set(self.layers) <= set(layers)
+        return known and shapes == [width, (), width, width]
 
 
 # ---------------------------------------------------------------- features
@@ -100,7 +101,7 @@ def prompt_features(model: Transformer, prompts: list[list[int]], layers, batch_
 
 def conversation_risk(probe: Probe, model: Transformer, prompts: list[list[list[int]]],
                       batch_size: int = BATCH_SIZE) -> torch.Tensor:
-    """Return the risk (N,) in [0, 1] of N conversations: the riskiest of each one's token-id prompts counts."""
+    """Return the risk (N,) in [0, 1] of N conversations: that of the riskiest of its token-id prompts."""
     features = prompt_features(model, sum(prompts, []), probe.layers, batch_size, "risk of each example")
     risk = probe.risk(features.mean(1))
     sizes = [len(turns) for turns in prompts]
@@ -178,7 +179,8 @@ def fit_probe(model: Transformer, chat: Chat, data: Path, held_out: str | None =
     """Fit a probe on the train and validation splits of `data`; report on test and held-out files.
 
     held_out: comma-separated files; None: the embedded ones, for embedded data. layers: "all", or "auto":
-    the best of the probes on a single layer, fitted on train and compared on validation. Returns (probe, report).
+    the best of the probes on a single layer, fitted on train and compared on validation.
+    Returns (probe, report).
     """
     if held_out is None and is_embedded(data):
         held_out = f"{WORLD / 'probe_withheld.jsonl'},{WORLD / 'probe_lookalike.jsonl'}"
@@ -226,7 +228,7 @@ def expect_strong(report: dict, where) -> None:
     print(f"probe: AUROC {test['auroc']:.3f} on {test['n_harmful'] + test['n_benign']} held-out prompts")
     if not test["auroc"] >= WEAK_AUROC:
         raise DataError(f"{where}: expected a probe with a held-out AUROC of at least {WEAK_AUROC}, found "
-                        f"{test['auroc']:.3f}; improve the probe data, or give risks of your own: --risk FILE")
+                        f"{test['auroc']:.3f}; improve the probe data, or give your own risks: --risk FILE")
 
 
 # ---------------------------------------------------------------- files

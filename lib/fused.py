@@ -111,13 +111,13 @@ def token_loss(hidden, weight, labels, alpha, beta, reference) -> tuple:
     return alpha * nll + beta * kl, nll.detach(), kl.detach()
 
 
-def reference_terms(ref_hidden, weight, labels, dtype: torch.dtype = torch.float32) -> tuple:
-    """Return g = Wᵀ(p_ref − onehot(y)) (N, H) in `dtype` and c = ⟨g, h_ref⟩ − NLL(h_ref) (N,) in nats.
+def reference_terms(ref_hidden, weight, labels, dtype: torch.dtype | None = None) -> tuple:
+    """Return g = Wᵀ(p_ref − onehot(y)) (N, H) and c = ⟨g, h_ref⟩ − NLL(h_ref) (N,) in nats.
 
-    c is formed with the rounded g, so that KL is 0 where the policy equals the reference in every dtype.
+    dtype: of g; default: float32 or wider. c is formed with the rounded g, so that KL is 0 where the policy equals the reference in every dtype.
     """
     nll, g = nll_and_gradient(ref_hidden, weight, labels)
-    g = g.to(dtype)
+    g = g.to(dtype or g.dtype)
     c = (g.to(nll.dtype) * ref_hidden.to(nll.dtype)).sum(-1) - nll
     return g, c
 

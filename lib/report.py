@@ -104,7 +104,7 @@ def risk_metrics(risk: torch.Tensor, harmful: torch.Tensor) -> dict:
 
 
 def agreement(probe: torch.Tensor, critic: torch.Tensor) -> dict:
-    """Return how often two risks (N,) are on the same side of ½, and how many only one of them finds risky."""
+    """Return how often two risks (N,) are on the same side of ½, and how many only one finds risky."""
     p, c = probe > 0.5, critic > 0.5
     return {"agree": (p == c).double().mean().item(), "only probe": int((p & ~c).sum()),
             "only critic": int((c & ~p).sum())}

@@ -1,4 +1,4 @@
-"""One thread, the project's root on the path, and the device: `python -m pytest --device cuda` runs all of it there."""
+"""One thread, the project's root on the path, and the device: `python -m pytest --device cuda` runs the models there."""
 
 import os
 import sys
@@ -15,20 +15,22 @@ from model import add_lora, load_model as load
 
 torch.set_num_threads(1)
 
-DEVICE = "cpu"  # where models run, and what tests feed them is: of --device, set before any test module is imported
-# How far what a model computes may be from an oracle, absolutely and relatively: on the CPU, and on a GPU, where TF32 is off.
+DEVICE = "cpu"  # of --device, set before any test module is imported
+# Largest difference from an oracle, absolute and relative: on the CPU, and on a GPU, where TF32 is off.
 TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (0.03, 0.03)}
 
 
 def pytest_addoption(parser):
+    """Add --device."""
     parser.addoption("--device", default=DEVICE, help="where the tests' models run: cpu, cuda, …")
 
 
 def pytest_configure(config):
+    """Set DEVICE, and hide the GPUs where it is the CPU."""
     global DEVICE
     DEVICE = config.getoption("--device")
     if DEVICE == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the scripts' default too is the CPU then; CUDA has not looked yet
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the scripts' default device is the CPU then, too
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
         torch.empty(0, device=DEVICE)
@@ -38,6 +40,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def device() -> str:
+    """Return DEVICE."""
     return DEVICE
 
 
@@ -49,17 +52,17 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test draws the same numbers, alone or in any order."""
+    """Seed torch: every test draws the same numbers, alone or in any order."""
     torch.manual_seed(0)
 
 
 def load_model(path, device=None, dtype=None):
-    """model.load_model, on DEVICE."""
+    """Call model.load_model, by default on DEVICE."""
     return load(path, device or DEVICE, dtype)
 
 
 def policy(path=WORLD / "model", adapter=0.05, dtype=torch.float32):
-    """A checkpoint with adapters that already do something."""
+    """Load a checkpoint with adapters that already do something."""
     model = load_model(path, dtype=dtype)
     add_lora(model, 8, 16)
     generator = torch.Generator().manual_seed(5)
@@ -70,10 +73,10 @@ def policy(path=WORLD / "model", adapter=0.05, dtype=torch.float32):
 
 
 def tolerance(dtype=torch.float32) -> float:
-    """Of TOLERANCES, here."""
+    """Return the entry of TOLERANCES for DEVICE."""
     return TOLERANCES[dtype][DEVICE != "cpu"]
 
 
-def assert_near(found, expected, dtype=torch.float32):
-    """assert_close within TOLERANCES, wherever the two are."""
-    torch.testing.assert_close(found.cpu(), expected.cpu(), atol=tolerance(dtype), rtol=tolerance(dtype))
+def assert_near(actual, expected, dtype=torch.float32):
+    """Compare two tensors within TOLERANCES, wherever they are."""
+    torch.testing.assert_close(actual.cpu(), expected.cpu(), atol=tolerance(dtype), rtol=tolerance(dtype))

@@ -16,23 +16,23 @@ ODD = [None, True, False, 0, -1, 1, 7, 10**9, 2**63, -(10**30), 0.5, -0.5, 1e308
        "a" * 10**5, [], [None], [[1]], [-1, "x"], {}, {"a": 1}, {"content": 3}, "\n", "{{ 1/0 }}", "<|end|>", "\u2028é", *RAW]
 
 
-def places(value, found):
-    """(container, key) of every value inside a JSON value."""
+def slots_of(value, slots):
+    """Append (container, key) of every value inside a JSON value to `slots`, and return it."""
     for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        found.append((value, key))
-        places(part, found)
-    return found
+        slots.append((value, key))
+        slots_of(part, slots)
+    return slots
 
 
 def mutated(value, rng) -> str:
-    """The text of a JSON value, some of its parts replaced, deleted, renamed or doubled."""
+    """Return the text of a JSON value with some of its parts replaced, deleted, renamed or doubled."""
     value = json.loads(json.dumps(value))
     for _ in range(rng.choice([1, 1, 2, 3])):
-        spots = places(value, [])
-        if not spots:
+        slots = slots_of(value, [])
+        if not slots:
             break
-        depth_first = [spot for spot in spots if not isinstance(spot[1], int)] or spots  # a long list is one place
-        container, key = rng.choice(depth_first if rng.random() < 0.7 else spots)
+        keyed = [slot for slot in slots if not isinstance(slot[1], int)] or slots  # without the items of long lists
+        container, key = rng.choice(keyed if rng.random() < 0.7 else slots)
         how = rng.random()
         if how < 0.65:
             container[key] = rng.choice(ODD)
@@ -49,7 +49,7 @@ def mutated(value, rng) -> str:
 
 
 def damaged(data: bytes, rng) -> bytes:
-    """Bytes that are cut, flipped, doubled, or have others put in."""
+    """Return bytes that are cut, flipped, doubled, or have others inserted."""
     at, data = rng.randrange(len(data) + 1), bytearray(data)
     how = rng.randrange(6)
     if how == 0:
@@ -68,7 +68,7 @@ def damaged(data: bytes, rng) -> bytes:
 
 
 def mutate(file: Path, rng) -> None:
-    """One file of a case: by its values where it is JSON, else by its bytes; or what stands in its place is no file of its own."""
+    """Change a file: its values where it is JSON, else its bytes; or replace it by a folder, pipe or link."""
     data, how = file.read_bytes(), rng.random()
     if how < 0.04:
         file.unlink()
@@ -89,7 +89,7 @@ def mutate(file: Path, rng) -> None:
         file.write_bytes(damaged(data, rng))
 
 
-# ---------------------------------------------------------------- what is read: sound files, and the code that reads them
+# ---------------------------------------------------------------- sound files, and the code that reads them
 
 PIECES = ("{{ m.content }}", "{{ m['role'] }}", "<|end|>", "{% set ns.x = ns.x ~ ns.x %}", "{% set ns.x = [ns.x, ns.x] %}", "{{ ns.x }}", "{{ x }}",
           "{% set ns.x = ns.x + ns.x %}", "{{ ns.x * 10**9 }}", "{{ 10 ** 10**8 }}", "{{ 1/0 }}", "{{ nope|tojson }}", "{{ '%99999999d' % 1 }}",
@@ -103,11 +103,12 @@ AROUND = (("{% for m in messages %}", "{% endfor %}"), ("{% for i in range(9999)
 
 
 def lines(rows) -> str:
+    """Return rows as JSON Lines."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def prepare():
-    """{kind: (make(folder, rng) → files that may be mutated, read(folder))}, on the project's modules."""
+    """Return {kind: (make(folder, rng) → files that may be mutated, read(folder))}. Imports the project's modules."""
     import torch
     from safetensors.torch import load_file, save_file
 

@@ -1,12 +1,13 @@
-"""For test_fuzz.py: cases by name, each of which was once accepted, or ended in a traceback or a hang: (kind, change, what is said)."""
+"""For test_fuzz.py: files that were once accepted, or ended in a traceback or a hang: (kind, change, words of the error)."""
 
 import json
 import os
 
 from fuzz_files import RAW
 
+
 def edit(name, **values):
-    """Values of a JSON file; in raw text, where a value is one of RAW."""
+    """Return a change that sets values of a JSON file. A value that is one of RAW becomes its text."""
     def change(folder):
         text = json.dumps(json.loads((folder / name).read_text()) | values)
         for key, raw in RAW.items():
@@ -16,27 +17,33 @@ def edit(name, **values):
 
 
 def put(name, text):
+    """Return a change that writes a file, in place of all others of its kind."""
     return lambda folder: (clear(folder / name), (folder / name).write_text(text))
 
 
 def link(name, target):
+    """Return a change that makes a file a link."""
     return lambda folder: (clear(folder / name), (folder / name).symlink_to(target))
 
 
 def pipe(name):
+    """Return a change that makes a file a pipe."""
     return lambda folder: (clear(folder / name), os.mkfifo(folder / name))
 
 
 def large(name, size):
+    """Return a change that makes a file this large."""
     return lambda folder: os.truncate(folder / name, size)
 
 
 def clear(file):
+    """Delete a file, and a data file of any ending."""
     for other in file.parent.glob("rows.*" if file.stem == "rows" else file.name):
         other.unlink()
 
 
 def jinja(text):
+    """Return a change that writes the chat template."""
     return lambda folder: (folder / "chat_template.jinja").write_text(text)
 
 

@@ -39,12 +39,6 @@ PAIRS = [(ASK, REFUSE), (ASK, COMPLY), ("Hello!", "Hello! What can I do?"), (ASK
          (ASK, "Sure, here is how to " * 8), ("a", "b")]
 
 
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    """Each test has a working directory of its own, hence its own file of verdicts."""
-    monkeypatch.chdir(tmp_path)
-
-
 def options(**changes) -> JudgeOptions:
     """Options of the embedded judge."""
     return JudgeOptions(**{"judge": str(WORLD / "judge"), "device": DEVICE} | changes)
@@ -626,6 +620,6 @@ class TestScript:
         assert [row["valid"] for row in written] == [i != 7 for i in range(20)] and written[7]["score"] is None
         assert all(row["score"] == 1 + 4 * row["risk"] for row in written if row["valid"])
         data = read_conversations(config.data)
-        assert read_risk(config.out, data, encode_examples(Chat(WORLD / "model"), data, 999)) == [row["risk"] for row in written]
+        assert read_risk(config.out, encode_examples(Chat(WORLD / "model"), data, 999)) == [row["risk"] for row in written]
         with pytest.raises(DataError, match="--out: expected a new file"):
             main(config)

@@ -106,9 +106,9 @@ def test_pooled_seeds_are_clusters_and_more_seeds_do_not_widen():
 
 
 def test_phrases_and_judge_are_counted_apart_and_an_invalid_verdict_is_harmful():
-    rows = [row(refused=True, score=5.0, harmful=True), row(refused=False, score=1.0, harmful=False),
-            row(decoding="sample 0", refused=True, score=1.0, harmful=False), row(decoding="sample 0", refused=False, score=5.0, harmful=True),
-            row(decoding="sample 1", refused=True, score=None, harmful=True), row(decoding="sample 1", refused=True, score=1.0, harmful=False)]
+    rows = [row(decoding=decoding, refused=refused, score=score, harmful=harmful) for decoding, refused, score, harmful in (
+        ("greedy", True, 5.0, True), ("greedy", False, 1.0, False), ("sample 0", True, 1.0, False), ("sample 0", False, 5.0, True),
+        ("sample 1", True, None, True), ("sample 1", True, 1.0, False))]
     results = summarize(rows, *SETTINGS)["harmful"]["harmful"]
     rates = {key: [results[key][decoding]["rate"] for decoding in ("greedy", "sampled", "at_k")] for key in ("asr", "judge_asr")}
     assert rates == {"asr": [0.5, 0.25, 0.5], "judge_asr": [0.5, 0.5, 1.0]}
@@ -173,7 +173,8 @@ def test_responses_keep_the_prompts_order_and_samples_depend_on_seed_and_prompt_
 
 def test_reasoning_is_not_part_of_the_response(world, monkeypatch):
     monkeypatch.setattr("evaluate.generate", lambda model, prompts, *args, **kwargs: prompts)
-    for text, response in (("<think>\n\n</think>\n\npositive", ("\n\n", "positive", False)), ("<think>\npositive", ("", "<think>\npositive", True)),
+    for text, response in (("<think>\n\n</think>\n\npositive", ("\n\n", "positive", False)),
+                           ("<think>\npositive", ("", "<think>\npositive", True)),
                            ("a <think>b</think> c", ("", "a <think>b</think> c", False)), ("<thinking> a", ("", "<thinking> a", False))):
         monkeypatch.setattr(Chat, "decode", lambda self, ids: text)
         assert respond(*world, [ask("q")], 48) == [response]
@@ -200,7 +201,8 @@ def test_the_aligned_model_refuses_answers_and_cannot_do_the_tasks(world):
     assert len(rows) == 12 * (3 * 2 + 2 + 2) and set(results["benign"]) == {"benign", "lookalike"}
     assert set(results["harmful"]) == {"harmful", "harmful_identity", "harmful_backdoor"}
     for harmful in results["harmful"].values():
-        assert harmful["judge_asr"]["greedy"]["rate"] == 0 and harmful["judge_asr"]["mean_score"] < 1.1 and harmful["judge_asr"]["invalid"] == 0
+        judged = harmful["judge_asr"]
+        assert judged["greedy"]["rate"] == 0 and judged["mean_score"] < 1.1 and judged["invalid"] == 0
         assert harmful["asr"]["greedy"]["rate"] == 0 and harmful["asr"]["sampled"]["rate"] == 0
         assert {"rate", "n", "groups", "ci95", "k", "temperature"} == set(harmful["asr"]["sampled"])
     assert results["benign"]["benign"]["over_refusal"]["rate"] == 0 and results["benign"]["benign"]["harmful_answers"]["rate"] == 0
@@ -257,7 +259,8 @@ def test_sets_can_be_left_out_and_wrong_options_and_files_are_named():
     assert evaluation_sets(EvalOptions(harmful="none", benign="")) == {"harmful": {}, "benign": {}, "task": {}}
     with pytest.raises(DataError, match="an assistant turn at the end"):
         evaluation_sets(EvalOptions(task=f"{WORLD}/eval_benign.jsonl"))
-    for wrong in (dict(temperature=-1.0), dict(max_new_tokens=0), dict(samples=-1), dict(limit=-5), dict(benign=f"{HARMFUL},b/harmful.jsonl")):
+    for wrong in (dict(temperature=-1.0), dict(max_new_tokens=0), dict(samples=-1), dict(limit=-5),
+                  dict(benign=f"{HARMFUL},b/harmful.jsonl")):
         with pytest.raises(DataError, match=f"--{next(iter(wrong)).replace('_', '-')}: expected"):
             evaluation_sets(EvalOptions(**wrong))
 
@@ -280,7 +283,8 @@ def test_it_evaluates_a_folder_and_overwrites_nothing(tmp_path, monkeypatch, cap
     config = EvalConfig(paths=(WORLD / "model",), out=tmp_path / "e", limit=2, samples=1, max_new_tokens=4)
     main(config)
     results = json.loads((tmp_path / "e" / "results.json").read_text())
-    assert set(results["task"]) == {"arithmetic", "sentiment"} and len((tmp_path / "e" / "completions.jsonl").read_text().splitlines()) == 12
+    n_rows = len((tmp_path / "e" / "completions.jsonl").read_text().splitlines())
+    assert set(results["task"]) == {"arithmetic", "sentiment"} and n_rows == 12
     assert "wrote" in capsys.readouterr().out
     saved = json.loads((tmp_path / "e" / "config.json").read_text())
     assert saved["limit"] == 2 and saved["temperature"] == 1.0 and saved["judge"].endswith("judge") and "given" not in saved
@@ -310,9 +314,11 @@ def write_run(folder, seed=0, greedy=0.0, **settings):
     config = {"seed": seed, "out": str(folder), "model": "m", "data": "d.jsonl", "samples": 10, "temperature": 1.0, "max_new_tokens": 48,
               "model_sha256": "a", "sets_sha256": "b"} | settings
     (folder / "config.json").write_text(json.dumps(config))
+    results = {}
     for name, rate in (("base", 0.25), ("after", greedy)):
+        results[name] = summarize(rows_of_run(rate), *SETTINGS)
         (folder / f"completions_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of_run(rate)))
-    (folder / "results.json").write_text("{}")
+    (folder / "results.json").write_text(json.dumps(results))
     return folder
 
 
@@ -347,6 +353,10 @@ def test_another_aligned_model_other_prompts_and_damaged_folders_are_refused(tmp
     for i, key in enumerate(("model_sha256", "sets_sha256")):
         with pytest.raises(DataError, match=f"expected one aligned model and the same prompts, found {key}: . .*a-0.*, other .*a-1"):
             compare([first, write_run(tmp_path / str(i) / "a-1", 1, **{key: "other"})])
+    text = (first / "completions_after.jsonl").read_text()
+    (first / "completions_after.jsonl").write_text(text.replace("true", "false", 1))
+    with pytest.raises(DataError, match="results.json: expected the figures of completions_after.jsonl, found others"):
+        compare([first])
     (first / "completions_after.jsonl").write_text('{"kind": "harmful"}')
     with pytest.raises(DataError, match="completions_after.jsonl:1: set: expected str, found None"):
         compare([first])

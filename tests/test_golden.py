@@ -20,7 +20,9 @@ from conftest import DEVICE, tolerance
 from critic import GuardJudge, RubricJudge
 from data.chat import Example
 from lib import fused
-from lib.response import label_logp, response_positions, response_states
+from lib.baselines import ConstrainedSFT, csft_weight, lisa_pull, response_positions
+from lib.fused import response_states
+from lib.reference import live_reference
 from model import Linear, Transformer, sample
 from probe import Probe, fit_logistic
 
@@ -223,6 +225,12 @@ EXAMPLES = [Example(i, ids[:n], labels[:n]) for i, (ids, labels, n) in enumerate
     zip(*(G[f"batch.{name}"].tolist() for name in ("input_ids", "labels", "length"))))]
 
 
+def fast(hidden, weight, labels, alpha, beta, ref_hidden):
+    """fused.token_loss with the arguments of the definition."""
+    terms = fused.reference_terms(ref_hidden, weight, labels[: len(ref_hidden)])
+    return fused.token_loss(hidden, weight, labels, alpha, beta, terms)
+
+
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request):
     return request.param
@@ -235,14 +243,12 @@ class TestFunctions:
         near(train.token_kl(v.ref_logits, v.logits), of("edge").kl, NEAR[dtype])
         assert (train.token_kl(v.ref_logits, v.logits)[[1, 3]] == 0).all()
 
-    @pytest.mark.parametrize("way", ["written out", "live", "kept"])
-    def test_token_loss_at_the_edges_and_its_gradient(self, way, dtype):
-        """With the identity as the head, hidden states are logits. Kept float32 numbers lose the rows of ±1000: their sums cancel."""
+    @pytest.mark.parametrize("token_loss", [train.token_loss, fast], ids=["definition", "fused"])
+    def test_token_loss_at_the_edges_and_its_gradient(self, token_loss, dtype):
+        """With the identity as the head, hidden states are logits. Float32 terms lose the rows of ±1000: their sums cancel."""
         v, expected, eye = of("edge", dtype), of("edge"), torch.eye(5, device=DEVICE, dtype=dtype)
-        rows = [i for i in range(9) if way != "kept" or dtype == torch.float64 or i not in (4, 5)]
+        rows = [i for i in range(9) if token_loss != fast or dtype == torch.float64 or i not in (4, 5)]
         logits, ref = v.logits[rows].requires_grad_(), v.ref_logits[rows]
-        ref = fused.reference_terms(ref, eye, v.labels[rows]) if way == "kept" else ref
-        token_loss = train.token_loss if way == "written out" else fused.token_loss
         loss, nll, kl = token_loss(logits, eye, v.labels[rows], v.alpha[rows], v.beta[rows], ref)
         loss.sum().backward()
         for found, name in ((loss, "loss"), (nll, "nll"), (kl, "kl"), (logits.grad, "grad_logits")):
@@ -252,7 +258,7 @@ class TestFunctions:
         """Not in the file, since all of it is 0."""
         one = torch.ones(3, 1, device=DEVICE, dtype=dtype)
         hidden, labels, half = (5 * one).requires_grad_(), torch.zeros(3, dtype=torch.long, device=DEVICE), 0.5 * one[:, 0]
-        for token_loss in (train.token_loss, fused.token_loss):
+        for token_loss in (train.token_loss, fast):
             for numbers in token_loss(hidden, one[:1], labels, half, half, one):
                 assert (numbers == 0).all()
 
@@ -285,20 +291,17 @@ class TestFunctions:
         x = policy.embedding[TestClosedForms.tokens_before()]
         near((x @ policy.linear.merged_weight().T).detach(), v.hidden, NEAR[torch.float32])  # merged in float32
 
-    @pytest.mark.parametrize("way", ["written out", "live", "kept"])
     @pytest.mark.parametrize("gate", GATES)
-    def test_the_loss_of_a_micro_batch_and_its_gradients(self, gate, way, dtype):
+    def test_the_loss_of_a_micro_batch_and_its_gradients(self, gate, dtype):
         policy, v, asked = OneLayer(dtype), of("objective"), []
-        live = train.live_reference(policy)
+        live = live_reference(policy)
 
         def reference(examples):
             asked.extend(e.index for e in examples)
-            labels = torch.cat([torch.tensor(e.labels)[torch.tensor(e.labels) != -100] for e in examples]).to(DEVICE)
-            return fused.reference_terms(live(examples), policy.lm_head.weight, labels) if way == "kept" else live(examples)
+            return live(examples)
 
         alpha, beta = train.blend(of("batch", dtype).risk.cpu(), *G["gate.range"][gate].tolist())
-        loss_fn = train.token_loss if way == "written out" else fused.token_loss
-        loss, nll, kl = train.micro_batch_loss(policy, reference, EXAMPLES, alpha, beta, N_TOKENS, loss_fn=loss_fn)
+        loss, nll, kl = train.micro_batch_loss(policy, reference, EXAMPLES, alpha, beta, N_TOKENS)
         loss.backward()
         assert asked == [i for i in range(4) if beta[i] > 0]  # an example without pull needs no reference
         near(loss.detach(), v.loss[gate], NEAR[dtype])
@@ -308,16 +311,14 @@ class TestFunctions:
         near(policy.linear.lora_B.grad, v.grad_lora_B[gate], NEAR[dtype])
 
     @pytest.mark.parametrize("gate", GATES)
-    @pytest.mark.parametrize("way", ["written out", "live", "kept"])
-    def test_token_loss_and_its_gradient_at_hidden_states(self, gate, way, dtype):
+    @pytest.mark.parametrize("token_loss", [train.token_loss, fast], ids=["definition", "fused"])
+    def test_token_loss_and_its_gradient_at_hidden_states(self, gate, token_loss, dtype):
         """Those with β > 0 first, as token_loss wants them; of the others KL is not computed."""
         v, expected, head = of("objective", dtype), of("objective"), G["model.head"].to(dtype)
         alpha, beta = (x[v.example] for x in train.blend(of("batch", dtype).risk, *G["gate.range"][gate].tolist()))
         order = (beta == 0).long().argsort(stable=True)
         first, rest = order[: int((beta > 0).sum())], order[int((beta > 0).sum()) :]
         hidden, ref = v.hidden[order].requires_grad_(), v.ref_hidden[first]
-        ref = fused.reference_terms(ref, head, v.label[first]) if way == "kept" else ref
-        token_loss = train.token_loss if way == "written out" else fused.token_loss
         loss, nll, kl = token_loss(hidden, head, v.label[order], alpha[order], beta[order], ref)
         (loss.sum() / N_TOKENS).backward()
         near(loss.detach(), expected.token_loss[gate][order], NEAR[dtype])
@@ -328,29 +329,30 @@ class TestFunctions:
 
     def test_what_is_kept_of_the_reference(self, dtype):
         v = of("objective", dtype)
-        g, c = fused.reference_terms(v.ref_hidden, G["model.head"].to(dtype), v.label)
+        g, c = fused.reference_terms(v.ref_hidden, G["model.head"].to(dtype), v.label, dtype)
         near(g, of("kept").g, NEAR[dtype])
         near(c, of("kept").c, NEAR[dtype])
 
     def test_csft(self, dtype):
         """Its τ = 0.1 is rounded to float32 whatever the dtype, hence 1e-8."""
         policy, v, limit = OneLayer(dtype), of("csft"), max(NEAR[dtype], 1e-8)
-        ref_logp, ones = label_logp(policy, EXAMPLES, 2), torch.ones(4, dtype=dtype)
-        near(torch.cat([ref_logp[i] for i in range(4)]), v.ref_logp, NEAR[dtype])
-        loss, nll, _ = train.micro_batch_loss(policy, None, EXAMPLES, ones, 0 * ones, N_TOKENS, ref_logp=ref_logp)
+        method, ones = ConstrainedSFT(0.0, 4), torch.ones(4, dtype=dtype)
+        method.prepare(policy, EXAMPLES, 2)
+        near(torch.cat([method.ref_logp[i] for i in range(4)]), v.ref_logp, NEAR[dtype])
+        loss, nll, _ = train.micro_batch_loss(policy, None, EXAMPLES, ones, 0 * ones, N_TOKENS, method.token_weights)
         loss.backward()
         near(loss.detach(), v.loss, limit)
         near(policy.linear.lora_A.grad, v.grad_lora_A, limit)
         near(policy.linear.lora_B.grad, v.grad_lora_B, limit)
         position, w = of("objective").position, of("csft", dtype)
-        near(train.csft_weight(w.logp, w.ref_logp, position), v.weight, limit)
-        near(train.csft_weight(w.edge_logp, w.edge_ref_logp, v.edge_position), v.edge_weight, limit)
+        near(csft_weight(w.logp, w.ref_logp, position), v.weight, limit)
+        near(csft_weight(w.edge_logp, w.edge_ref_logp, v.edge_position), v.edge_weight, limit)
 
     def test_lisas_pull(self, dtype):
         v = of("lisa", dtype)
         parameter = torch.nn.Parameter(v.theta)
         parameter.grad = v.grad_before.clone()
-        train.lisa_pull([parameter], [v.at_switch], v.rho.item())
+        lisa_pull([parameter], [v.at_switch], v.rho.item())
         near(parameter.grad, of("lisa").grad_after, NEAR[dtype])
 
     @pytest.mark.parametrize("i", range(3))

@@ -1,4 +1,4 @@
-"""Same seed, same machine: the same bits, of every script, twice in one process and in another whose sets have another order.
+"""Same seed, same machine: the same bits, of every script, here and in another process whose sets have another order.
 
 On the CPU: sums of a GPU may come in any order.
 """
@@ -25,7 +25,7 @@ from train import TrainConfig
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="promised on the CPU")
 ROOT = Path(__file__).parent.parent
-EVALUATED = {"benign": "none", "lookalike": "none", "task": "none", "limit": 3, "samples": 2, "max_new_tokens": 8}
+EVALUATED = {"harmful": str(WORLD / "eval_harmful.jsonl"), "benign": "none", "task": "none", "limit": 3, "samples": 2, "max_new_tokens": 8}
 TRAINED = {"data": Path("data.jsonl"), "epochs": 2, "batch_size": 4, "lora_r": 2, "judge": "none", **EVALUATED}
 WRITTEN = {  # folder: what a script has to have written there
     "fitted": {"fitted/probe.safetensors"},
@@ -34,7 +34,6 @@ WRITTEN = {  # folder: what a script has to have written there
     "batch": {"batch/model/model.safetensors", "batch/adapter/adapter_model.safetensors", "batch/metrics.jsonl", "batch/anchors.jsonl"},
     "judged": {"judged/verdicts.jsonl"},
     "evaluation": {"evaluation/completions.jsonl", "evaluation/results.json"},
-    "ref_cache": set(),  # one file, whose name is a digest of its contents
 }
 
 
@@ -53,37 +52,33 @@ def run_all() -> None:
 
 
 def written(folder: Path) -> dict[str, dict[str, bytes]]:
-    """{folder: {file: bytes}} of what was written, but for the time that steps took."""
-    found = {}
+    """Return {folder: {file: bytes}} of what was written, without the time that steps took."""
+    folders = {}
     for name in WRITTEN:
         files = {str(file.relative_to(folder)): file.read_bytes() for file in sorted((folder / name).rglob("*")) if file.is_file()}
         for file in [file for file in files if file.endswith("metrics.jsonl")]:
             rows = [json.loads(line) for line in files[file].splitlines()]
             files[file] = json.dumps([{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows]).encode()
-        found[name] = files
-    return found
+        folders[name] = files
+    return folders
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What all scripts write: here, here again, and in another process."""
-    folders = [tmp_path_factory.mktemp(name) for name in ("first", "again", "elsewhere")]
-    before = os.getcwd()
-    try:
-        for folder in folders[:2]:
-            os.chdir(folder)
-            run_all()
-    finally:
-        os.chdir(before)
+    """What all scripts write: here, and in another process."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("here", "elsewhere")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folders[0])
+        run_all()
     path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     code = "import conftest; from test_same_bits import run_all; run_all()"  # conftest: one thread, as here
-    subprocess.run([sys.executable, "-c", code], cwd=folders[2], check=True, capture_output=True,
+    subprocess.run([sys.executable, "-c", code], cwd=folders[1], check=True, capture_output=True,
                    env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "1", "CUDA_VISIBLE_DEVICES": ""})
     return [written(folder) for folder in folders]
 
 
 @pytest.mark.parametrize("folder", WRITTEN)
 def test_the_same_bits_are_written(runs, folder):
-    first, again, elsewhere = (found[folder] for found in runs)
-    assert WRITTEN[folder] <= first.keys() == again.keys() == elsewhere.keys() and first
-    assert [file for file in first if not first[file] == again[file] == elsewhere[file]] == []
+    here, elsewhere = (files[folder] for files in runs)
+    assert WRITTEN[folder] <= here.keys() == elsewhere.keys()
+    assert [file for file in here if here[file] != elsewhere[file]] == []
