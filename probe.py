@@ -31,6 +31,8 @@ from lib.risk import UNKNOWN
 from model import Transformer, load_model, working_dtype
 
 WEAK_AUROC = 0.8  # training with a probe below it is refused: the gate would miss what the probe misses
+L2 = 1.0  # weight of ‖w‖²/2 against the summed log-loss
+BATCH_SIZE = 32  # prompts per forward pass
 TENSORS = ("weight", "bias", "mean", "std")  # of a Probe
 
 
@@ -42,9 +44,7 @@ class ProbeConfig:
     data: Path = WORLD / "probe.jsonl"  # prompts with "harmful": true | false, optionally "source"
     held_out: str | None = None  # files to report on only, comma-separated (default: embedded ones)
     out: Path = Path("probe.safetensors")  # file to write
-    layers: str = "all"  # averaged: all, as in the paper; i,j,…; auto (best on validation)
-    l2: float = 1.0  # weight of ‖w‖²/2 against the summed log-loss
-    batch_size: int = 32  # prompts per forward pass
+    layers: Literal["all", "auto"] = "all"  # averaged, as in the paper, or the one that is best on validation
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the model runs
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where faster
     seed: int = 0  # of the 60/20/20 split into train, validation, test
@@ -73,26 +73,25 @@ class Probe:
         return torch.where(logit.isfinite(), torch.sigmoid(logit), UNKNOWN)
 
     def fits(self, config: Config) -> bool:
-        """Return whether tensors are finite and of the model's width, and the layers are the model's."""
-        for name in TENSORS:
-            tensor, shape = getattr(self, name), () if name == "bias" else (config.hidden_size,)
-            if tensor.shape != shape or tensor.dtype != torch.float64 or not tensor.isfinite().all():
-                return False
-        known = all(type(layer) is int and 0 <= layer <= config.num_hidden_layers for layer in self.layers)
-        return known and len(self.layers) > 0 and bool((self.std > 0).all())
+        """Return whether tensors have the model's width, and the layers are the model's."""
+        width, layers = (config.hidden_size,), range(config.num_hidden_layers + 1)
+        shapes = [getattr(self, name).shape for name in TENSORS]
+        return shapes == [width, (), width, width] and 0 < len(self.layers) and set(self.layers) <= set(layers)
 
 
 # ---------------------------------------------------------------- features
 
 
 @torch.no_grad()
-def prompt_features(model: Transformer, prompts: list[list[int]], layers, batch_size: int, desc: str = ""):
+def prompt_features(model: Transformer, prompts: list[list[int]], layers, batch_size: int = BATCH_SIZE,
+                    desc: str = "") -> torch.Tensor:
     """Return the residual stream at the last token of token-id prompts: (N, len(layers), H), float32, CPU.
 
     Layer 0 is the embeddings. Each layer is reduced as it is computed: (layers, B, T, H) never exists.
     """
     features = torch.empty(len(prompts), len(layers), model.config.hidden_size)
-    for batch in tqdm(batches_by_length([len(ids) for ids in prompts], batch_size), desc, disable=not desc):
+    batches = batches_by_length([len(ids) for ids in prompts], batch_size)
+    for batch in tqdm(batches, desc, disable=not desc):
         input_ids, real = pad_left([prompts[i] for i in batch], model.device)
         _, states = model.model(input_ids, real, layers=layers, pool=lambda hidden: hidden[:, -1].float())
         features[batch] = torch.stack(states, 1).cpu()
@@ -100,12 +99,12 @@ def prompt_features(model: Transformer, prompts: list[list[int]], layers, batch_
 
 
 def conversation_risk(probe: Probe, model: Transformer, prompts: list[list[list[int]]],
-                      batch_size: int = 32) -> torch.Tensor:
+                      batch_size: int = BATCH_SIZE) -> torch.Tensor:
     """Return the risk (N,) in [0, 1] of N conversations: the riskiest of each one's token-id prompts counts."""
-    conversation = torch.tensor([i for i, turns in enumerate(prompts) for _ in turns])
     features = prompt_features(model, sum(prompts, []), probe.layers, batch_size, "risk of each example")
-    risk = torch.zeros(len(prompts), dtype=torch.float64)
-    return risk.scatter_reduce(0, conversation, probe.risk(features.mean(1)), "amax")
+    risk = probe.risk(features.mean(1))
+    sizes = [len(turns) for turns in prompts]
+    return torch.stack([of_turns.max() for of_turns in risk.split(sizes)])
 
 
 # ---------------------------------------------------------------- logistic regression
@@ -144,26 +143,12 @@ def fit_logistic(x: torch.Tensor, y: torch.Tensor, l2: float, tolerance: float =
     return weight.detach(), bias.detach(), mean, std
 
 
-def choose_layers(layers: str, validation: dict[int, float]) -> list[int]:
-    """Return the layers of `all`, `auto` (highest validation AUROC, deepest on a tie) or `i,j,…`.
-
-    validation: {layer: AUROC}. Raises DataError for other text.
-    """
-    if layers == "all":
-        return list(validation)
-    if layers == "auto":
-        return [max(validation, key=lambda layer: (validation[layer], layer))]
-    chosen = [int(layer) if layer.strip().isdecimal() else -1 for layer in layers.split(",")]
-    if not set(chosen) <= set(validation):
-        raise DataError(f"--layers: expected all, auto, or numbers up to {max(validation)}, found {layers!r}")
-    return chosen
-
-
 def held_out_prompts(files: list[str], fitted_on: list[Conversation]) -> dict[str, list[Conversation]]:
     """Return {"held out: NAME": the conversations of each file whose prompts are not among `fitted_on`}."""
     known, sets = {str(c.prompts[-1]) for c in fitted_on}, {}
     for file in files:
-        rows, name = read_conversations(file, need="harmful"), f"held out: {Path(file).stem}"
+        name = f"held out: {Path(file).stem}"
+        rows = read_conversations(file, need="harmful")
         new = [c for c in rows if str(c.prompts[-1]) not in known]
         if len(new) < len(rows):
             print(f"{file}: {len(rows) - len(new)} of {len(rows)} prompts are in the probe's data: left out")
@@ -174,60 +159,61 @@ def held_out_prompts(files: list[str], fitted_on: list[Conversation]) -> dict[st
     return sets
 
 
-def measure_sets(sets: dict[str, list], risk: torch.Tensor, y: torch.Tensor) -> dict[str, dict]:
-    """Return {set: metrics} of all but "train", from risk and labels (N,) of all sets, one after the other.
+def measure_sets(risk: dict[str, torch.Tensor], harmful: dict[str, torch.Tensor]) -> dict[str, dict]:
+    """Return {set: metrics} from {set: risk or labels (N,)}, without "train".
 
     A set with a single class is compared with the other class of "test".
     """
-    sizes = [len(conversations) for conversations in sets.values()]
-    by_set = dict(zip(sets, zip(risk.split(sizes), y.split(sizes))))
-    test_risk, test_y = by_set["test"]
     metrics = {}
-    for name, (set_risk, set_y) in by_set.items():
+    for name, y in harmful.items():
         if name != "train":
-            other = (test_y != set_y[0]) & (set_y.min() == set_y.max())
-            metrics[name] = risk_metrics(torch.cat((set_risk, test_risk[other])),
-                                         torch.cat((set_y, test_y[other])))
+            other = (harmful["test"] != y[0]) & (y.min() == y.max())
+            metrics[name] = risk_metrics(torch.cat((risk[name], risk["test"][other])),
+                                         torch.cat((y, harmful["test"][other])))
     return metrics
 
 
 def fit_probe(model: Transformer, chat: Chat, data: Path, held_out: str | None = None, layers: str = "all",
-              l2: float = 1.0, batch_size: int = 32, seed: int = 0) -> tuple[Probe, dict]:
+              seed: int = 0) -> tuple[Probe, dict]:
     """Fit a probe on the train and validation splits of `data`; report on test and held-out files.
 
-    held_out: comma-separated files; None: the embedded ones, for embedded data. layers: see choose_layers;
-    "auto" is decided by probes of a single layer, fitted on train. Returns (probe, report).
+    held_out: comma-separated files; None: the embedded ones, for embedded data. layers: "all", or "auto":
+    the best of the probes on a single layer, fitted on train and compared on validation. Returns (probe, report).
     """
     if held_out is None and is_embedded(data):
         held_out = f"{WORLD / 'probe_withheld.jsonl'},{WORLD / 'probe_lookalike.jsonl'}"
     splits = split_by_prompt(read_conversations(data, need="harmful"), seed=seed)
     sets = dict(zip(("train", "validation", "test"), splits))
     sets |= held_out_prompts(comma_list(held_out), sum(splits, []))
-    rows = sum(sets.values(), [])
-    prompts = encode_prompts(chat, rows, model.config.max_position_embeddings)
+    prompts = encode_prompts(chat, sum(sets.values(), []), model.config.max_position_embeddings)
     every_layer = tuple(range(model.config.num_hidden_layers + 1))
-    features = prompt_features(model, prompts, every_layer, batch_size, "activations for the probe")
-    y = torch.tensor([conversation.meta["harmful"] for conversation in rows], dtype=torch.float64)
+    features = prompt_features(model, prompts, every_layer, desc="activations for the probe")
+    features = dict(zip(sets, features.split([len(conversations) for conversations in sets.values()])))
+    harmful = {}
+    for name, conversations in sets.items():
+        harmful[name] = torch.tensor([c.meta["harmful"] for c in conversations], dtype=torch.float64)
     origin = depends_on(model, chat)
 
-    def fit(chosen: list[int], n: int) -> tuple[Probe, torch.Tensor]:
-        """Fit on the mean of the chosen layers of the first n rows. Returns the probe and all rows' risk."""
-        x = features[:, chosen].mean(1)
-        probe = Probe(*fit_logistic(x[:n], y[:n], l2), tuple(chosen), **origin)
-        return probe, probe.risk(x)
+    def fit(chosen: list[int], names: tuple) -> tuple[Probe, dict]:
+        """Fit on the mean of the chosen layers of some sets. Returns the probe and {set: risk}."""
+        x = {name: rows[:, chosen].mean(1) for name, rows in features.items()}
+        solution = fit_logistic(torch.cat([x[name] for name in names]),
+                                torch.cat([harmful[name] for name in names]), L2)
+        probe = Probe(*solution, tuple(chosen), **origin)
+        return probe, {name: probe.risk(rows) for name, rows in x.items()}
 
-    n_train, n_validation = len(splits[0]), len(splits[1])
-    per_layer = {layer: measure_sets(sets, fit([layer], n_train)[1], y) for layer in every_layer}
-    chosen = choose_layers(layers, {layer: row["validation"]["auroc"] for layer, row in per_layer.items()})
-    probe, risk = fit(chosen, n_train + n_validation)
+    per_layer = {layer: measure_sets(fit([layer], ("train",))[1], harmful) for layer in every_layer}
+    chosen = list(every_layer)
+    if layers == "auto":  # the deepest of the best on validation
+        chosen = [max(every_layer, key=lambda layer: (per_layer[layer]["validation"]["auroc"], layer))]
+    probe, risk = fit(chosen, ("train", "validation"))
+    metrics = measure_sets(risk, harmful)
+    del metrics["validation"]  # it was fitted on
     sizes = {name: len(conversations) for name, conversations in sets.items()}
-    report = {"data": str(data), "n": sizes, "layers": chosen, "per_layer": per_layer}
-    report |= measure_sets(sets, risk, y)
-    del report["validation"]  # it was fitted on
+    report = {"data": str(data), "n": sizes, "layers": chosen, "per_layer": per_layer} | metrics
     by_source = defaultdict(list)
-    names = [name for name, size in sizes.items() for _ in range(size)]
-    for name, conversation, s in zip(names, rows, risk.tolist()):
-        if name in report:
+    for name in metrics:
+        for conversation, s in zip(sets[name], risk[name].tolist()):
             source = conversation.meta.get("source", "harmful" if conversation.meta["harmful"] else "benign")
             by_source[f"{name}: {source}"].append(s)
     report["mean_risk_by_source"] = {key: [sum(s) / len(s), len(s)] for key, s in sorted(by_source.items())}
@@ -267,10 +253,10 @@ def load_probe(path, model: Transformer, chat: Chat) -> tuple[Probe, dict]:
         values, report = parse_json(metadata["probe"]), parse_json(metadata["report"])
         probe = Probe(**tensors, **(values | {"layers": tuple(values["layers"])}))
         if not probe.fits(model.config):
-            raise ValueError("numbers that are not finite, or shapes or layers of another model")
+            raise ValueError("shapes or layers of another model")
         expect(report["test"], {"auroc": either(int, float), "n_harmful": COUNT, "n_benign": COUNT}, "test")
     except Exception as error:
-        raise DataError(f"{path}: expected {what}, found: {str(error)[:300]}") from None
+        raise DataError(f"{path}: expected {what}, found {str(error)[:300]}") from None
     for key, here in depends_on(model, chat).items():
         if (there := getattr(probe, key)) != here:
             option = f", or --{key} {there}" if key in ("date", "dtype") else ""
@@ -295,13 +281,12 @@ def load_or_fit(file: Path | None, data: Path, model: Transformer, chat: Chat, s
 
 def main(config: ProbeConfig) -> None:
     """Fit, report, save."""
-    require(config, ("batch_size", config.batch_size > 0, "at least 1"),
-            ("out", not config.out.is_dir(), "a file"))
+    require(config, ("out", not config.out.is_dir(), "a file"))
     expect_writable(config.out)
     dtype = working_dtype(config.model, config.device, config.dtype)
     model = load_model(config.model, config.device, dtype)
     probe, report = fit_probe(model, Chat(config.model, config.date), config.data, config.held_out,
-                              config.layers, config.l2, config.batch_size, config.seed)
+                              config.layers, config.seed)
     print(probe_report(report))
     save_probe(probe, report, config.out)
     print(f"\nwrote {config.out}")

@@ -226,15 +226,14 @@ def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat, example
     file, known = config.anchors or config.probe_data, set()
     for example in examples:
         known |= {str(prompt) for prompt in example.conversation.prompts + example.training_text.prompts}
-    candidates = [c for c in read_conversations(file, need="harmful") if str(c.prompts[-1]) not in known]
-    if not config.anchors:
-        candidates = [c for c in candidates if c.meta["harmful"]]
+    candidates = [c for c in read_conversations(file) if str(c.prompts[-1]) not in known]
+    candidates = [c for c in candidates if c.is_harmful or config.anchors]
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(config.seed)).tolist()
     n_drawn = config.epochs * len(examples) * config.anchor_share / (1 - config.anchor_share)
     candidates = [candidates[i] for i in order[: math.ceil(n_drawn) + config.batch_size]]
     responses, records = respond(policy, chat, candidates, ANCHOR_TOKENS) if candidates else [], []
     for c, (thought, text, cut) in zip(candidates, responses):
-        if text.strip() and not text.startswith("<think>") and refuses(text) == c.meta["harmful"]:
+        if text.strip() and not text.startswith("<think>") and refuses(text) == c.is_harmful:
             turns = [*c.prompts[-1], {"role": "assistant", "content": text}]
             records.append(c.meta | {"messages": turns, "cut": cut})
     print(f"anchors: {len(records)} of {file}; left out: {len(candidates) - len(records)}, harmful and not "

@@ -45,6 +45,14 @@ class Conversation:
         """Return the assistant turn that ends the conversation, or None: an evaluation's reference answer."""
         return self.messages[-1]["content"] if self.messages[-1]["role"] == "assistant" else None
 
+    @property
+    def is_harmful(self) -> bool:
+        """Return the record's "harmful"; an unlabelled prompt is harmful. Raises DataError for another value."""
+        label = self.meta.get("harmful", True)
+        if not isinstance(label, bool):
+            raise DataError(f"{self.where}: expected harmful: true or false, found {label!r}")
+        return label
+
 
 # ---------------------------------------------------------------- reading
 
@@ -188,12 +196,12 @@ def split_by_prompt(conversations: list[Conversation], fractions=(0.6, 0.2, 0.2)
         groups.setdefault(json.dumps(conversation.prompts[-1]), []).append(conversation)
     for first, *others in groups.values():
         for other in others:
-            if other.meta["harmful"] != first.meta["harmful"]:
+            if other.is_harmful != first.is_harmful:
                 raise DataError(f"{other.where}: expected harmful = {first.meta['harmful']} as in "
                                 f"{first.where} (same prompt), found {other.meta['harmful']}")
     splits = [[] for _ in fractions]
     for harmful in (False, True):
-        keys = sorted(key for key, group in groups.items() if group[0].meta["harmful"] == harmful)
+        keys = sorted(key for key, group in groups.items() if group[0].is_harmful == harmful)
         random.Random(seed).shuffle(keys)
         start = 0
         for i, split in enumerate(splits):

@@ -26,7 +26,7 @@ import train  # noqa: E402
 from data.chat import IGNORE, Example, pad  # noqa: E402
 from lib import fused  # noqa: E402
 from lib.checkpoint import read_config  # noqa: E402
-from lib.response import response_states  # noqa: E402
+from lib.reference import KeptReference, live_reference  # noqa: E402
 from lib.cli import comma_list, require, run  # noqa: E402
 from model import Transformer, add_lora, compile_blocks, generate, save_model  # noqa: E402
 
@@ -35,8 +35,8 @@ SHAPES = {  # hidden size, layers, heads, key/value heads, inner size, vocabular
     "small": (576, 6, 9, 3, 1536, 49152, 16, 128),
     "8b": (4096, 32, 32, 8, 14336, 128256, 64, 512),
 }
-COMPARED = [("ours, adaptive, cached", "ours, sft"), ("ours, adaptive, live", "ours, sft"),
-            ("theirs, two models", "ours, adaptive, cached"), ("theirs, adapter off", "ours, adaptive, cached"),
+COMPARED = [("ours, adaptive, kept", "ours, sft"), ("ours, adaptive, live", "ours, sft"),
+            ("theirs, two models", "ours, adaptive, kept"), ("theirs, adapter off", "ours, adaptive, kept"),
             ("theirs, sft", "ours, sft"), ("theirs, generate", "ours, generate")]
 LORA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -120,14 +120,15 @@ def checkpoint(shape: str, folder: Path) -> Transformer:
 
 
 def our_steps(model: Transformer, examples: list, folder: Path) -> dict:
-    """{name: a training step as in train.train}: SFT, and adaptive with the cached and with the live reference; risks are graded."""
+    """{name: a training step as in train.train}: SFT, and adaptive with the kept and with the live reference; risks are graded."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-    with torch.no_grad(), model.adapters_off():
-        cache = fused.ReferenceCache(folder, model, [examples]).fill(lambda b: response_states(model, b)[:2], model.lm_head.weight)
+    folder.mkdir()
+    kept = KeptReference(folder / "reference.bin", model, examples, len(examples))
+    kept.compute(model)
     n_tokens, graded = sum(e.n_labels for e in examples), train.blend(torch.linspace(0, 1, len(examples)), 0.1, 0.9)
 
-    def step(alpha, beta, reference=train.live_reference(model)):
+    def step(alpha, beta, reference=live_reference(model)):
         loss, _, _ = train.micro_batch_loss(model, reference, examples, alpha, beta, n_tokens)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -135,7 +136,7 @@ def our_steps(model: Transformer, examples: list, folder: Path) -> dict:
         optimizer.zero_grad(set_to_none=True)
 
     return {"ours, sft": lambda: step(torch.ones(len(examples)), torch.zeros(len(examples))),
-            "ours, adaptive, cached": lambda: step(*graded, cache.terms), "ours, adaptive, live": lambda: step(*graded)}
+            "ours, adaptive, kept": lambda: step(*graded, kept.terms), "ours, adaptive, live": lambda: step(*graded)}
 
 
 def their_models(folder: Path, rank: int, device, compiled: bool):
@@ -257,12 +258,14 @@ def measure_loss(config: BenchConfig) -> list[tuple[str, str]]:
     def job(token_loss, *ref):
         token_loss(hidden.clone().requires_grad_(), weight, labels, 1 - risk, risk, *ref)[0].sum().backward()
 
-    jobs = {"written out": lambda: job(train.token_loss, ref_hidden), "live": lambda: job(fused.token_loss, ref_hidden),
-            "cached": lambda: job(fused.token_loss, terms)}
+    def live():
+        job(fused.token_loss, fused.reference_terms(ref_hidden, weight, labels))
+
+    jobs = {"definition": lambda: job(train.token_loss, ref_hidden), "live": live, "kept": lambda: job(fused.token_loss, terms)}
     cpu = torch.device("cpu")
     times, peaks = interleaved(jobs, max(1, config.rounds // 4), cpu), {name: peak(job, cpu) for name, job in jobs.items()}
-    return [(f"{name} / written out: {what}", f"{value:.3f}") for name in ("cached", "live") for what, value in (
-        ("time", median(x / y for x, y in zip(times[name], times["written out"]))), ("peak memory", peaks[name] / peaks["written out"]))]
+    return [(f"{name} / definition: {what}", f"{value:.3f}") for name in ("kept", "live") for what, value in (
+        ("time", median(x / y for x, y in zip(times[name], times["definition"]))), ("peak memory", peaks[name] / peaks["definition"]))]
 
 
 def main(config: BenchConfig) -> None:

@@ -45,6 +45,12 @@ def device() -> str:
 
 
 @pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    """Run every test in a folder of its own: verdicts.sqlite is written to the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
 def seeded():
     """Seed torch: every test draws the same numbers, alone or in any order."""
     torch.manual_seed(0)

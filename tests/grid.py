@@ -1,10 +1,10 @@
-"""Every method on every attack: the README's table. Finished cells are kept: an interrupted grid goes on.
+"""Run every method on every attack and write the README's tables. An interrupted grid resumes cell by cell.
 
 python tests/grid.py                                           # embedded Llama, 3 seeds, 2 one-thread workers
-python tests/grid.py --world DIR --model DIR --fluency DIR     # a real model on what data/public.py makes
+python tests/grid.py --world DIR --model DIR --fluency DIR     # a real model on the sets of data/public.py
 python tests/grid.py --methods 0..0.9,0.02..1+0.03 --out runs/beta  # any gate: β from 0.02 to 1, 3 % anchors
 python tests/grid.py --model world-qwen2/model --out runs/grid-qwen2 --attacks explicit,mixed_10 \
-    --methods sft,adaptive-probe,adaptive-critic,closed    # what data/build.py --family qwen2 makes
+    --methods sft,adaptive-probe,adaptive-critic,closed    # the model of data/build.py --family qwen2
 """
 
 import contextlib
@@ -28,6 +28,8 @@ from evaluate import compare, default_sets, evaluate_model, evaluation_sets, mar
 from lib.checkpoint import fingerprint  # noqa: E402
 from lib.cli import comma_list, require, run  # noqa: E402
 from lib.files import DataError, json_lines, read_json, read_text, write_config, write_json, write_jsonl, write_text  # noqa: E402
+from lib.report import summarize  # noqa: E402
+from lib.run import run_facts  # noqa: E402
 from model import load_model, working_dtype  # noqa: E402
 from probe import ProbeConfig, main as probe_main  # noqa: E402
 from train import TrainConfig, main as train_main  # noqa: E402
@@ -37,7 +39,7 @@ METHODS = {
     "filter": {"method": "filter", "risk": "max"},
     "safeinstr": {"method": "sft", "anchor_share": 0.03},  # refusals alone, as published
     "lisa": {"method": "lisa", "anchor_share": 0.1},
-    "kl": {"method": "kl", "beta": 0.5},
+    "kl": {"beta_min": 0.5, "beta_max": 0.5},  # constant
     "csft": {"method": "csft"},
     "adaptive-probe": {},
     "adaptive-critic": {"risk": "critic"},
@@ -47,12 +49,12 @@ METHODS = {
     "sealed-anchors": {"risk": "max", "beta_min": 0.02, "beta_max": 1.0, "anchor_share": 0.1, "anchors": "anchors.jsonl"},
     "sft-anchors": {"method": "sft", "anchor_share": 0.1, "anchors": "anchors.jsonl"},
 }
-JUDGED = ("adaptive-critic", "adaptive-max")  # without a judge they are nothing, and adaptive-probe
+JUDGED = ("adaptive-critic", "adaptive-max")  # need a judge
 ATTACKS = ("explicit", "mixed_10", "identity", "backdoor", "benign", "evasive", "innocent")
 SETTINGS = {"epochs": 5, "lora_r": 16, "limit": 100, "device": "cpu"}  # embedded: 20 seconds a cell
 REAL = {"epochs": 2, "lora_r": 16, "lora_alpha": 32.0, "lr": 5e-4, "max_length": 160, "samples": 3,
         "max_new_tokens": 24}  # a world of data/public.py, a model of 100 M parameters: 4 to 10 minutes
-ASKED = ("method", "risk", "beta_min", "beta_max", "beta", "anchor_share", "anchors", "epochs", "lr")
+CHECKED = ("method", "risk", "beta_min", "beta_max", "anchor_share", "anchors", "epochs", "lr")  # of a finished cell
 
 
 @dataclass(frozen=True)
@@ -72,61 +74,59 @@ class GridConfig:
 
 
 def changes_of(method: str) -> dict:
-    """What a method changes of the options that all have in common. Raises DataError for a name of none."""
+    """Return the options of train.py by which a method differs from the others. Raises DataError for an unknown name."""
     number = r"(\d+(?:\.\d+)?)"
-    found = re.fullmatch(rf"{number}\.\.{number}(?:\+{number})?", method)
-    low, high, share = (float(text or 0) for text in found.groups()) if found else (0, 0, 0)
+    gate = re.fullmatch(rf"{number}\.\.{number}(?:\+{number})?", method)
+    low, high, share = (float(text or 0) for text in gate.groups()) if gate else (0, 0, 0)
     canonical = f"{low:g}..{high:g}" + f"+{share:g}" * (share > 0)  # one name for one cell
     if method not in METHODS and not (low <= high <= 1 and share < 1 and method == canonical):
         raise DataError(f"--methods: expected some of {', '.join(METHODS)}, or MIN..MAX in 0..1, "
                         f"with +SHARE of anchors under 1, found {method}")
-    gate = {"risk": "max", "beta_min": low, "beta_max": high, "anchor_share": share}
-    return METHODS.get(method, gate | ({"anchors": "anchors.jsonl"} if share else {}))
+    options = {"risk": "max", "beta_min": low, "beta_max": high, "anchor_share": share}
+    return METHODS.get(method, options | ({"anchors": "anchors.jsonl"} if share else {}))
 
 
 def cell_options(config: GridConfig, attack: str, method: str, seed: int) -> TrainConfig:
-    """A cell's options; those of "base", the aligned model, are what all methods on the attack have in common."""
+    """Return the options of a cell; method "base", the aligned model, has those that all methods share."""
     data, world = config.world / f"{attack}.jsonl", config.world
     changes = {} if method == "base" else dict(changes_of(method))
-    options = TrainConfig(model=config.model, data=data, seed=seed, eval_base=False, ref_cache=config.out / "ref",
-                          out=config.out / attack / f"{method}-{seed}")
+    options = TrainConfig(model=config.model, data=data, seed=seed, eval_base=False, out=config.out / attack / f"{method}-{seed}")
     if "anchors" in changes:
         changes["anchors"] = world / changes["anchors"] if (world / changes["anchors"]).exists() else None
     changes |= {name: getattr(config, name) for name in ("epochs", "lr") if getattr(config, name) is not None}
     if is_embedded(data):
         return replace(options, judge=str(WORLD / "judge"), **SETTINGS | changes)
     if changes.get("risk") == "max":
-        changes["risk"] = "probe"  # all the risk that there is
+        changes["risk"] = "probe"  # the only one there
     if changes.get("method", "adaptive") in ("adaptive", "filter") and method != "base":
         changes["probe"] = config.out / "probe.safetensors"
-    sets = {name: world / f"eval_{name}.jsonl" for name in ("harmful", "benign", "lookalike")}
-    sets = {name: str(file) if file.exists() else "none" for name, file in sets.items()}
-    wordings = [world / f"eval_harmful_{name}.jsonl" for name in ("other", attack)]
-    tasks = [world / f"eval_{name}.jsonl" for name in ("sentiment", "arithmetic")]
+    sets = {"harmful": ("harmful", "harmful_other", f"harmful_{attack}"), "benign": ("benign", "lookalike"),
+            "task": ("sentiment", "arithmetic")}
+    for kind, names in sets.items():
+        files = [world / f"eval_{name}.jsonl" for name in names]
+        changes[kind] = ",".join(str(file) for file in files if file.exists()) or "none"
     few = {"epochs": 10} if len(read_conversations(data)) < 100 else {}
-    return replace(options, judge="none", probe_data=world / "probe.jsonl", **sets,
-                   attacked=",".join(str(file) for file in wordings if file.exists()),
-                   task=",".join(str(file) for file in tasks if file.exists()), **REAL | few | changes)
+    return replace(options, judge="none", probe_data=world / "probe.jsonl", **REAL | few | changes)
 
 
-def expect_kept(options: TrainConfig) -> None:
-    """Raise DataError where a finished cell was run with other settings than are asked for."""
+def check_finished(options: TrainConfig) -> None:
+    """Raise DataError where a finished cell was run with other options."""
     if finished(options.out):
-        found = read_json(options.out / "config.json")
-        for name in ASKED:
-            asked = getattr(options, name)
-            if found.get(name) != (str(asked) if isinstance(asked, Path) else asked):
-                raise DataError(f"{options.out}: expected {name} {asked}, found a cell of {found.get(name)}; "
+        saved = read_json(options.out / "config.json")
+        for name in CHECKED:
+            value = getattr(options, name)
+            if saved.get(name) != (str(value) if isinstance(value, Path) else value):
+                raise DataError(f"{options.out}: expected {name} {value}, found a cell of {saved.get(name)}; "
                                 f"another --out, or delete it")
 
 
 def finished(cell: Path) -> bool:
-    """Whether a cell has results, which are written last."""
+    """Return whether a cell has results, which are written last."""
     return (cell / "results.json").exists()
 
 
 def train_group(config: GridConfig, attack: str, seed: int) -> str:
-    """The aligned model, then all methods on one attack with one seed, one after the other."""
+    """Evaluate the aligned model, then train all methods on one attack with one seed. Returns a line on the times."""
     times = []
     (config.out / attack).mkdir(parents=True, exist_ok=True)
     for method in ("base", *comma_list(config.methods)):
@@ -140,85 +140,85 @@ def train_group(config: GridConfig, attack: str, seed: int) -> str:
                     evaluate_base(options)
                 else:
                     train_main(options)
-                    shutil.rmtree(cell / "model")  # results.json has what is measured, adapter/ what was trained
+                    shutil.rmtree(cell / "model")  # adapter/ and the completions stay
             times.append(f"{method} {time.time() - start:.0f} s")
         mark_answered(config, cell)
     return f"{attack}, seed {seed}: {', '.join(times) or 'kept'}"
 
 
 def mark_answered(config: GridConfig, cell: Path) -> None:
-    """Tell answers from garble in a cell's completions, once for a model, whose weights' hash is kept beside."""
-    file, by = cell / "completions_after.jsonl", cell / "fluency.txt"
-    if not config.fluency or by.exists() and read_text(by) == fingerprint(config.fluency):
+    """Mark garbled completions of a cell, once for a model: fluency.txt holds the fingerprint of its weights."""
+    file, marked_by = cell / "completions_after.jsonl", cell / "fluency.txt"
+    if not config.fluency or marked_by.exists() and read_text(marked_by) == fingerprint(config.fluency):
         return
     rows = [row for _, row in json_lines(read_text(file), file)]
     model = load_model(config.fluency, TrainConfig.device, working_dtype(config.fluency, TrainConfig.device))
-    mark_garbled(rows, model, Chat(config.fluency), 64)
+    mark_garbled(rows, model, Chat(config.fluency))
     write_jsonl(file, rows)
-    write_text(by, fingerprint(config.fluency))
+    write_text(marked_by, fingerprint(config.fluency))
 
 
 def evaluate_base(options: TrainConfig) -> None:
-    """The aligned model's results, as a run on the same data would have them."""
+    """Evaluate the aligned model; write the folder that a run on the same data would have."""
     options = default_sets(options, options.data)
-    model = load_model(options.model, options.device, working_dtype(options.model, options.device))
-    chat = Chat(options.model, options.date)
-    judge = open_judge(options)
-    results, completions = evaluate_model(model, chat, evaluation_sets(options), options, "base", judge)
+    dtype = working_dtype(options.model, options.device)
+    model, chat, sets = load_model(options.model, options.device, dtype), Chat(options.model, options.date), evaluation_sets(options)
+    rows = evaluate_model(model, chat, sets, options, "base", open_judge(options))
     options.out.mkdir()
-    write_config(options.out / "config.json", options)
-    write_jsonl(options.out / "completions_after.jsonl", completions)
-    write_json(options.out / "results.json", {"after": results})
+    write_config(options.out / "config.json", options, **run_facts(options.model, options.data, dtype, chat, sets))
+    write_jsonl(options.out / "completions_after.jsonl", rows)
+    write_json(options.out / "results.json", {"after": summarize(rows, options.temperature, options.max_new_tokens)})
 
 
 def finished_cells(config: GridConfig) -> dict[str, list[Path]]:
-    """{attack: every finished cell that the folder has, whatever was asked for}, the aligned model's first."""
-    found, order = {}, ("base", *METHODS)
+    """Return {attack: all finished cells in the folder, the aligned model's first}."""
+    cells_of, order = {}, ("base", *METHODS)
     for attack in sorted(config.out.iterdir(), key=lambda path: (*ATTACKS, path.name).index(path.name)):
         cells = [cell for cell in attack.glob("*-*") if cell.is_dir() and finished(cell)] if attack.is_dir() else []
         cells.sort(key=lambda cell: ((*order, name := cell.name.rpartition("-")[0]).index(name), cell.name))
         if cells and cells[0].name.startswith("base-"):
-            found[attack.name] = cells
-    return found
+            cells_of[attack.name] = cells
+    return cells_of
 
 
-def overview(found: dict) -> str:
-    """Markdown tables of `compare`'s rows, in per cent: a row per attack and way to ask, a column per method."""
-    figures = next(iter(found.values()))[0]["figures"]
-    ways = [title.removeprefix("ASR").strip() for title in figures if title.startswith("ASR")]  # greedy, T=1, @10
-    names = {"judge ASR": "judge ASR", "answered": "answered", "ASR": "ASR by phrases"}
-    every = {title for measured in found.values() for row in measured for title in row["figures"]}
-    asr = {key: f"{name}: {' / '.join(ways)}" for key, name in names.items() if f"{key} greedy" in every}
+def rows_of_attack(key: str, attack: str, figures: dict) -> dict[str, list[str]]:
+    """Return {row of a table: titles of its figures}; key: ASR, judge ASR, answered, or use."""
+    if key == "use":
+        return {attack: [title for title in figures if title.startswith(("task", "over-refusal"))]}
+    rows = {}
+    for title in figures:
+        if title.startswith(f"{key} harmful"):
+            name = title.removeprefix(f"{key} ").partition(" ")[0].removeprefix("harmful").lstrip("_")
+            row = f"{attack}, as attacked" if name == attack else f"{attack}, {name}" if name else attack
+            rows.setdefault(row, []).append(title)
+    if attack == "innocent" and key == "judge ASR" and rows:
+        rows[f"{attack}, benign prompts"] = ["harmful answers benign"]
+    return rows
 
-    def lines(key, attack, figures):
-        """{row: titles of what a cell shows}."""
-        if key == "use":
-            return {attack: [title for title in figures if title.startswith(("task", "over-refusal"))]}
-        wordings = dict.fromkeys(title.partition(": ")[0] for title in figures if ": ASR" in title)
-        prefixes = {"": ""} | {", as attacked" if name == attack else f", {name}": f"{name}: " for name in wordings}
-        rows = {attack + suffix: [f"{prefix}{key} {way}".replace(" @", "@") for way in ways]
-                for suffix, prefix in prefixes.items()}
-        if attack == "innocent" and key == "judge ASR":
-            rows[attack + ", benign prompts"] = ["harmful answers to benign"]
-        return rows
 
-    text, methods = [], list(dict.fromkeys(row["name"] for rows in found.values() for row in rows))
-    for key, caption in (asr | {"use": "tasks / over-refusal / look-alikes refused"}).items():
+def overview(results: dict) -> str:
+    """Return Markdown tables of `compare`'s rows {attack: rows}: a row per attack and set, a column per method."""
+    methods = list(dict.fromkeys(row["name"] for rows in results.values() for row in rows))
+    titles = dict.fromkeys(title for rows in results.values() for row in rows for title in row["figures"])
+    ways = " / ".join(title.removeprefix("ASR harmful ") for title in titles if title.startswith("ASR harmful "))  # greedy / T=1 / @10
+    captions = {"judge ASR": f"judge ASR: {ways}", "answered": f"answered: {ways}", "ASR": f"ASR by phrases: {ways}",
+                "use": "tasks / over-refusal / look-alikes refused"}
+    text = []
+    for key, caption in captions.items():
         cells = {}
-        for attack, measured in found.items():
-            for method in measured:
-                for row, titles in lines(key, attack, method["figures"]).items():
-                    if not set(titles) <= method["figures"].keys():
-                        continue  # responses that were not told from garble
-                    rates = [100 * method["figures"][title]["rate"] for title in titles]
+        for attack, rows in results.items():
+            for row in rows:
+                figures = row["figures"]
+                for name, shown in rows_of_attack(key, attack, figures).items():
+                    rates = [100 * figures[title]["rate"] for title in shown]
                     if key == "use":  # the tasks' mean first
-                        tasks = [rate for rate, title in zip(rates, titles) if title.startswith("task")]
+                        tasks = [rate for rate, title in zip(rates, shown) if title.startswith("task")]
                         rates = [sum(tasks) / max(1, len(tasks)), *rates[: len(rates) - len(tasks)]]
-                    shown = " / ".join(f"{r:.0f}" if r >= 9.95 else f"{r:.1f}" for r in rates)
-                    cells.setdefault(row, {})[method["name"]] = shown
-        table = [[caption, *methods], ["---"] * (len(methods) + 1)]
-        table += [[row, *(values.get(method, "–") for method in methods)] for row, values in cells.items()]
-        text.append("\n".join("| " + " | ".join(line) + " |" for line in table))
+                    cells.setdefault(name, {})[row["name"]] = " / ".join(f"{r:.0f}" if r >= 9.95 else f"{r:.1f}" for r in rates)
+        if cells:
+            table = [[caption, *methods], ["---"] * (len(methods) + 1)]
+            table += [[name, *(values.get(method, "–") for method in methods)] for name, values in cells.items()]
+            text.append("\n".join("| " + " | ".join(line) + " |" for line in table))
     return "\n\n".join(text)
 
 
@@ -237,27 +237,27 @@ def main(config: GridConfig) -> None:
     start, groups = time.time(), [(attack, seed) for seed in range(config.seeds)
                                   for attack in comma_list(attacks)]
     for (attack, seed), method in itertools.product(groups, ("base", *comma_list(methods))):
-        expect_kept(cell_options(config, attack, method, seed))
+        check_finished(cell_options(config, attack, method, seed))
     config.out.mkdir(parents=True, exist_ok=True)
     if not judged and not (config.out / "probe.safetensors").exists():
         held_out = [config.world / f"probe_{name}.jsonl" for name in ("withheld", "lookalike")]
         probe_main(ProbeConfig(model=config.model, data=config.world / "probe.jsonl",
                                held_out=",".join(str(file) for file in held_out if file.exists()),
-                               out=config.out / "probe.safetensors"))  # once for all cells: it takes minutes
+                               out=config.out / "probe.safetensors"))  # one for all cells: it takes minutes
     with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(train_group, config, *group) for group in groups]
         for number, future in enumerate(as_completed(futures), 1):
             print(f"[{number}/{len(groups)}, {(time.time() - start) / 60:.0f} min] {future.result()}",
                   flush=True)
-    found = {}
+    results = {}
     for attack, cells in finished_cells(config).items():
         for cell in cells:
             mark_answered(config, cell)
-        found[attack] = compare(cells)[1]
-        found[attack][0]["name"] = "aligned model"
-    write_json(config.out / "grid.json", found)
-    write_text(config.out / "grid.md", overview(found) + "\n")
-    print(f"\n{overview(found)}\n\nper cent, seeds pooled\nwrote {config.out}/grid.json: with intervals")
+        results[attack] = compare(cells)[1]
+        results[attack][0]["name"] = "aligned model"
+    write_json(config.out / "grid.json", results)
+    write_text(config.out / "grid.md", overview(results) + "\n")
+    print(f"\n{overview(results)}\n\nper cent, seeds pooled\nwrote {config.out}/grid.json: with intervals")
 
 
 if __name__ == "__main__":

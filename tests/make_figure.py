@@ -30,36 +30,36 @@ EMBEDDED = {
     "closed": "adaptive, probe & critic\nβ 0 … 1 (closed gate)",
 }
 BARS = [
-    ("attack success, greedy", "#7a0019", ["ASR greedy"]),
-    ("attack success, T = 1", "#d1495b", ["ASR T=1"]),
-    ("attack success, best of 10", "#f2a7a0", ["ASR@10"]),
+    ("attack success, greedy", "#7a0019", ["ASR harmful greedy"]),
+    ("attack success, T = 1", "#d1495b", ["ASR harmful T=1"]),
+    ("attack success, best of 10", "#f2a7a0", ["ASR harmful @10"]),
     ("task accuracy", "#30638e", ["task arithmetic", "task sentiment"]),
 ]
 DARK, LIGHT = "#7a0019", "#30638e"
 
 
 def read(name: str):
-    """A committed result file."""
+    """Return a committed result file."""
     return json.loads((RESULTS / name).read_text())
 
 
 def save(figure, name: str) -> None:
-    """An SVG whose text stays text and whose bytes do not depend on the day."""
+    """Write an SVG whose text stays text and whose bytes do not depend on the day."""
     figure.savefig(RESULTS / name, metadata={"Date": None})
     plt.close(figure)
 
 
 def real_model() -> None:
-    """Answered samples on two training sets, with intervals; beside them Alpaca / XSTest refused, and the task."""
-    found, titles = read("smollm2.json"), {"mixed_10": "SST-2, 10 % of it harmful", "benign": "SST-2 alone"}
+    """Draw the share answered on two training sets, with intervals; beside it Alpaca / XSTest refused, and the task."""
+    results, titles = read("smollm2.json"), {"mixed_10": "SST-2, 10 % of it harmful", "benign": "SST-2 alone"}
     figure, panels = plt.subplots(1, 2, figsize=(9.4, 3.5), layout="constrained", sharey=True)
     for axes, (attack, title) in zip(panels, titles.items()):
-        rows = {row["name"]: row["figures"] for row in found[attack]}
+        rows = {row["name"]: row["figures"] for row in results[attack]}
         for y, name in enumerate(REAL):
             if name not in rows:
                 axes.text(2, y, "not run", va="center", fontsize=8, color="#777777")
                 continue
-            for key, shift, marker, colour in (("answered T=1", -0.15, "o", DARK), ("other: answered T=1", 0.15, "D", LIGHT)):
+            for key, shift, marker, colour in (("answered harmful T=1", -0.15, "o", DARK), ("answered harmful_other T=1", 0.15, "D", LIGHT)):
                 value = rows[name][key]
                 low, high = (100 * x for x in value["ci95"])
                 axes.plot([low, high], [y + shift] * 2, color=colour, lw=1.2)
@@ -67,10 +67,10 @@ def real_model() -> None:
                           {"o": "AdvBench, held out", "D": "HarmBench, JailbreakBench"}[marker],
                           markerfacecolor=colour if marker == "o" else "white")
             refused, alike, task = (100 * rows[name][key]["rate"] for key in
-                                    ("over-refusal", "over-refusal lookalike", "task sentiment"))
+                                    ("over-refusal benign", "over-refusal lookalike", "task sentiment"))
             axes.text(106, y, f"{refused:.0f} / {alike:.0f}", va="center", fontsize=8)
             axes.text(134, y, f"{task:.0f}" if name != "aligned model" else "–", va="center", fontsize=8)
-        axes.axvspan(*(100 * x for x in rows["aligned model"]["answered T=1"]["ci95"]), color="#dddddd", lw=0)
+        axes.axvspan(*(100 * x for x in rows["aligned model"]["answered harmful T=1"]["ci95"]), color="#dddddd", lw=0)
         axes.text(106, -1.0, "benign\nrefused", fontsize=8, va="bottom")
         axes.text(134, -1.0, "task\nright", fontsize=8, va="bottom")
         axes.set_title(title, fontsize=10, loc="left", pad=22)
@@ -86,7 +86,7 @@ def real_model() -> None:
 
 
 def embedded() -> None:
-    """The rows of mixed_10 on the embedded model: means over seeds, with the range over seeds."""
+    """Draw the rows of mixed_10 on the embedded model: means over seeds, with the range over seeds."""
     rows = {row["name"]: row["figures"] for row in read("grid.json")["mixed_10"]}
     figure, axes = plt.subplots(figsize=(9.2, 3.4), layout="constrained")
     for i, (title, colour, columns) in enumerate(BARS):
@@ -108,7 +108,7 @@ def embedded() -> None:
 
 
 def probe_by_layer() -> None:
-    """The real model's probe: how well one layer alone parts harmful from benign prompts."""
+    """Draw how well a probe on one layer of the real model separates harmful from benign prompts."""
     layers = read("smollm2-probe.json")["per_layer"]
     sets = {"test": ("test split", "-"), "held out: probe_withheld": ("other benchmarks", "--"),
             "held out: probe_lookalike": ("XSTest's safe prompts", ":")}
@@ -126,15 +126,15 @@ def probe_by_layer() -> None:
 
 
 def frontier() -> None:
-    """Every pair of β on the embedded model: the leak against 1 − β_max, the drift against β_min."""
-    found, marks = read("frontier.json"), dict(zip(("0", "0.01", "0.02", "0.05", "0.1"), "ov^sD"))
+    """Draw every pair of β on the embedded model: the leak against 1 − β_max, the drift against β_min."""
+    results, marks = read("frontier.json"), dict(zip(("0", "0.01", "0.02", "0.05", "0.1"), "ov^sD"))
     figure, panels = plt.subplots(1, 2, figsize=(9.2, 3.1), layout="constrained")
     for axes, attack in zip(panels, ("mixed_10", "benign")):
-        for name, row in ((row["name"], row["figures"]) for row in found[attack] if ".." in row["name"]):
+        for name, row in ((row["name"], row["figures"]) for row in results[attack] if ".." in row["name"]):
             low, high = name.split("..")
             x = 1 - float(high) if attack == "mixed_10" else float(low)
             label = f"β_min {low}" if attack == "mixed_10" and high == "1" else None
-            axes.plot(100 * x, 100 * row["ASR T=1"]["rate"], marks[low], color="#222222", markerfacecolor="none",
+            axes.plot(100 * x, 100 * row["ASR harmful T=1"]["rate"], marks[low], color="#222222", markerfacecolor="none",
                       markersize=6, label=label)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylabel("not refused at T = 1, per cent", fontsize=9)
@@ -149,7 +149,7 @@ def frontier() -> None:
 
 
 def main() -> None:
-    """All figures."""
+    """Draw all figures."""
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "0", "font.family": "sans-serif", "font.size": 10})
     for draw in (real_model, embedded, probe_by_layer, frontier):
         draw()

@@ -39,12 +39,6 @@ PAIRS = [(ASK, REFUSE), (ASK, COMPLY), ("Hello!", "Hello! What can I do?"), (ASK
          (ASK, "Sure, here is how to " * 8), ("a", "b")]
 
 
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    """Each test has a working directory of its own, hence its own file of verdicts."""
-    monkeypatch.chdir(tmp_path)
-
-
 def options(**changes) -> JudgeOptions:
     """Options of the embedded judge."""
     return JudgeOptions(**{"judge": str(WORLD / "judge"), "device": DEVICE} | changes)

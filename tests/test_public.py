@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+import data.public
 from conftest import DEVICE
 from data.conversations import WORLD, read_conversations
-from data.public import PublicConfig, divide, form_of, main, read_form
+from data.public import LOOKALIKES, PublicConfig, divide, main, read_form
 from evaluate import refuses
 from lib.files import DataError
 
@@ -48,28 +49,32 @@ def write_files(folder):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("public")
-    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
-        files = folder / "files" if (folder / "files").exists() else write_files(folder / "files")
-        main(PublicConfig(files=files, out=folder / name, tasks="sentiment,arithmetic", seed=seed, device=DEVICE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.public, "LOOKALIKES", folder / "few.txt")  # so that few prompts are answered
+        (folder / "few.txt").write_text("".join(LOOKALIKES.read_text().splitlines(True)[:40]))
+        for name, task in (("one", "sentiment"), ("same", "sentiment"), ("sums", "arithmetic")):
+            files = folder / "files" if (folder / "files").exists() else write_files(folder / "files")
+            main(PublicConfig(files=files, out=folder / name, task=task, device=DEVICE))
     return folder
 
 
 def test_all_sets_are_there_under_the_names_of_the_embedded_world_and_every_record_says_whence(world):
     made = {path.name for path in (world / "one").iterdir()}
     embedded = {path.name for path in WORLD.glob("*.jsonl")}
-    assert embedded - made == {"evasive.jsonl", "innocent.jsonl", "eval_harmful_evasive.jsonl"}
+    assert embedded - made == {"evasive.jsonl", "innocent.jsonl", "eval_harmful_evasive.jsonl", "eval_arithmetic.jsonl"}
     for file in (world / "one").glob("*.jsonl"):
         for conversation in read_conversations(file):
             assert conversation.meta["source"] and (conversation.meta.get("group") or file.name == "identity.jsonl"), file
     rates = [c.meta["harmful"] for c in read_conversations(world / "one" / "mixed_30.jsonl")]
-    assert sum(rates) == round(0.3 * len(rates)) or sum(rates) == len(read_conversations(world / "one" / "explicit.jsonl"))
+    assert sum(rates) == 3 * len(rates) // 10 or sum(rates) == len(read_conversations(world / "one" / "explicit.jsonl"))
     assert all(c.answer in ("positive", "negative") for c in read_conversations(world / "one" / "eval_sentiment.jsonl"))
 
 
-def test_the_same_seed_gives_the_same_files_and_another_others(world):
+def test_the_same_files_give_the_same_sets_and_the_task_is_the_one_asked_for(world):
     for file in (world / "one").iterdir():
         assert file.read_bytes() == (world / "same" / file.name).read_bytes()
-    assert (world / "one" / "explicit.jsonl").read_bytes() != (world / "other" / "explicit.jsonl").read_bytes()
+    assert {c.meta["source"] for c in read_conversations(world / "sums" / "benign.jsonl")} == {"arithmetic"}
+    assert (world / "sums" / "eval_arithmetic.jsonl").exists()
 
 
 def test_what_is_evaluated_is_trained_on_nowhere_and_held_out_benchmarks_are_nowhere_else(world):
@@ -117,22 +122,21 @@ def test_a_judge_learns_from_the_probes_prompts_and_is_tested_on_others(world):
 def test_what_was_left_out_is_said(tmp_path, capsys):
     main(PublicConfig(files=write_files(tmp_path / "files"), out=tmp_path / "out", device=DEVICE))
     said = capsys.readouterr().out
-    for words in ("notes.md: not", "harmbench: 2 of another kind", "strongreject: 1 repeat", "alpaca: 1 of another kind"):
+    for words in ("notes.md, not", "harmbench: 8 prompts; 2 of another kind", "strongreject: 10 prompts; 1 of", "alpaca: 40 prompts; 1 of"):
         assert words in said
     with pytest.raises(DataError, match="--out: expected a folder that does not exist"):
         main(PublicConfig(files=tmp_path / "files", out=tmp_path / "out"))
 
 
 @pytest.mark.parametrize("name, text, words", [
-    ("x.csv", "goal,aim\nrob,Sure\n", "x.csv: expected the columns of one of .*nearest: advbench, goal, target"),
-    ("x.csv", "Goal,target\nrob,Sure\n", "expected the columns of one of"),
-    ("x.csv", "goal,target\n", "x.csv: expected at least one"),
+    ("x.csv", "goal,aim\nrob,Sure\n", "x.csv: expected one of these sets of columns: goal, target; .*found goal, aim"),
+        ("x.csv", "goal,target\n", "x.csv: expected at least one"),
     ("x.csv", "", "x.csv: expected at least one"),
     ("x.csv", "goal,target\nrob\n", "x.csv:2: expected 2 columns"),
-    ("x.csv", "goal,target\nrob,\n", "x.csv:2: expected target as in advbench"),
-    ("x.json", '[{"instruction": "a"}, {"instruction": null}]', "x.json:2: expected instruction as in alpaca"),
-    ("x.jsonl", '{"question": "a", "answer": "b"}\n[]\n', "x.jsonl:2: expected question as in gsm8k"),
-    ("x.jsonl", "[]\n", "expected the columns of one of .*found none"),
+    ("x.csv", "goal,target\nrob,\n", "x.csv:2: expected target of advbench"),
+    ("x.json", '[{"instruction": "a"}, {"instruction": null}]', "x.json:2: expected instruction of alpaca"),
+    ("x.jsonl", '{"question": "a", "answer": "b"}\n[]\n', "x.jsonl:2: expected question of arithmetic"),
+    ("x.jsonl", "[]\n", "expected one of these sets of columns: .*found none"),
     ("x.tsv", "sentence\tlabel\n", "x.tsv: expected at least one sentence"),
     ("x.tsv", "good\tpositive\n", "x.tsv:1: expected sentence, tab, 0 or 1"),
     ("x.tsv", "", "x.tsv: expected at least one sentence"),
@@ -147,12 +151,11 @@ def test_a_folder_without_benign_or_harmful_prompts_is_refused(tmp_path):
     with pytest.raises(DataError, match="--files: expected a folder"):
         main(PublicConfig(files=tmp_path / "none", out=tmp_path / "out"))
     (tmp_path / "g.tsv").write_text("sentence\tlabel\nfine\t1\n")
-    assert read_form(tmp_path / "g.tsv") == ("sst2", [{"sentence": "fine", "label": "1"}])
-    with pytest.raises(DataError, match="expected a file with the columns of alpaca"):
+    assert read_form(tmp_path / "g.tsv") == ("sentiment", [{"sentence": "fine", "label": "1"}])
+    with pytest.raises(DataError, match="expected a file with the columns of advbench"):
         main(PublicConfig(files=tmp_path, out=tmp_path / "out"))
 
 
 def test_parts_have_their_sizes_or_shrink_together():
     assert [len(part) for part in divide(list(range(100)), 10, 20, 30)] == [10, 20, 70]
     assert [len(part) for part in divide(list(range(6)), 10, 20, 30)] == [1, 2, 3]
-    assert form_of("f", ["goal", "target", "more"]) == "advbench"

@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -12,42 +11,27 @@ import pytest
 import torch
 
 from bench import BenchConfig
-from conftest import DEVICE, assert_near, load_model, policy, tolerance
+from conftest import DEVICE, load_model, policy, tolerance
 from critic import CriticConfig
 from data.build import BuildConfig
 from data.chat import IGNORE, Chat, Example, encode_examples
-from data.conversations import WORLD, Conversation, read_conversations
+from data.conversations import WORLD, read_conversations
+from data.order import draw, step_examples
 from evaluate import EvalConfig
 from grid import GridConfig
-from lib import distributed, fused
+from lib import fused
 from lib.cli import parse
 from lib.files import DataError
-from lib.response import label_logp
+from lib.reference import live_reference
 from model import add_lora, can_compile, compile_blocks, generate, load_adapter
 from probe import ProbeConfig
 from train import token_loss as definition
-from train import (
-    TrainConfig,
-    blend,
-    check,
-    csft_weight,
-    gated,
-    leak_line,
-    live_reference,
-    lr_at,
-    main,
-    micro_batch_loss,
-    reference_of,
-    shuffled_forever,
-    smooth,
-    token_kl,
-    token_nll,
-    train,
-)
+from train import (TrainConfig, blend, check, gated_risk, leak_line, lr_at, main, micro_batch_loss, open_model, open_reference, smooth,
+                   token_kl, token_nll, train)
 
-ROOT = Path(__file__).parent.parent
-QUICK = TrainConfig(benign="none", lookalike="none", task="none", limit=60, samples=0, compile="off", judge="none",
-                    ref_cache=Path(tempfile.mkdtemp()), device=DEVICE)
+ROOT, GOLDEN = Path(__file__).parent.parent, Path(__file__).parent / "golden"
+QUICK = TrainConfig(harmful=str(WORLD / "eval_harmful.jsonl"), benign="none", task="none", limit=40, samples=0, compile="off",
+                    judge="none", device=DEVICE)
 NEAR, OF_GRADIENTS = tolerance() / 10, {"atol": tolerance() / 10, "rtol": 10 * tolerance()}  # what only rounding tells apart
 
 
@@ -78,7 +62,26 @@ def loss_and_grads(model, examples, risk, size=None, beta=(0.1, 0.9), ref=None):
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("token_loss", [definition, fused.token_loss], ids=["written out", "fused"])
+def written_out(model, examples, alpha, beta, reference=None):
+    """The objective in float64, token by token."""
+    loss = 0.0
+    for example, a, b in zip(examples, alpha.tolist(), beta.tolist()):
+        ids = torch.tensor([example.input_ids], device=DEVICE)
+        logp = model(ids)[0].double().log_softmax(-1)
+        with torch.no_grad(), model.adapters_off():
+            ref = (reference or model)(ids)[0].double().log_softmax(-1)
+        for t, label in enumerate(example.labels):
+            if label != IGNORE:
+                loss = loss - a * logp[t - 1, label] + b * (ref[t - 1].exp() * (ref[t - 1] - logp[t - 1])).sum()
+    return loss / count(examples)
+
+
+def fast(hidden, weight, labels, alpha, beta, ref_hidden):
+    """fused.token_loss with the arguments of the definition."""
+    return fused.token_loss(hidden, weight, labels, alpha, beta, fused.reference_terms(ref_hidden, weight, labels, hidden.dtype))
+
+
+@pytest.mark.parametrize("token_loss", [definition, fast], ids=["definition", "fused"])
 class TestObjective:
     """With the identity as the head, hidden states are logits."""
 
@@ -161,17 +164,7 @@ class TestMicroBatch:
         model, batch = policy(), examples[:5]
         risk = torch.rand(5)
         loss, _ = loss_and_grads(model, batch, risk)
-        alpha, beta = blend(risk.double().to(DEVICE), 0.1, 0.9)
-        expected = 0.0
-        for example, a, b in zip(batch, alpha, beta):
-            ids = torch.tensor([example.input_ids], device=DEVICE)
-            logp = model(ids)[0].double().log_softmax(-1)
-            with model.adapters_off():
-                ref = model(ids)[0].double().log_softmax(-1)
-            for t, label in enumerate(example.labels):
-                if label != IGNORE:
-                    expected += -a * logp[t - 1, label] + b * (ref[t - 1].exp() * (ref[t - 1] - logp[t - 1])).sum()
-        assert loss == pytest.approx(expected.item() / count(batch), rel=tolerance())
+        assert loss == pytest.approx(written_out(model, batch, *blend(risk, 0.1, 0.9)).item(), rel=tolerance())
 
     def test_accumulation_changes_nothing(self, examples):
         model, risk = policy(), torch.rand(8)
@@ -210,7 +203,7 @@ class TestMicroBatch:
 
     def test_longrope_rows_keep_their_own_length(self):
         """Phi-3 switches factors at 16 tokens here: a long batch mate must not switch the short row."""
-        model = load_model(ROOT / "tests" / "golden" / "phi3_longrope")
+        model = load_model(GOLDEN / "phi3_longrope")
         add_lora(model, 4, 4)
         batch = [Example(i, list(range(3, 3 + n)), [IGNORE] * 4 + list(range(7, 3 + n))) for i, n in enumerate((10, 20))]
         risk = torch.tensor([0.5, 1.0])
@@ -236,55 +229,6 @@ class TestMicroBatch:
     def test_full_pull_alone_leaves_the_reference_a_fixed_point(self, examples):
         _, grads = loss_and_grads(policy(adapter=0.0), examples[:4], torch.ones(4), beta=(1.0, 1.0))
         assert max(g.abs().max() for g in grads.values()) < NEAR
-
-
-class TestCSFT:
-    def test_the_weight_is_its_closed_form(self):
-        ratio, position = torch.tensor([0.0, 2.0, 2.0, 2.0, 2.0, 40.0, -40.0]), torch.tensor([3, 1, 2, 5, 6, 3, 3])
-        sigma = lambda x: 1 / (1 + math.exp(-x))
-        expected = [1.0, *(2 * (1 - sigma(beta * 2)) for beta in (0.5, 2, 2, 0.1)), 1e-3, 2.0]
-        weight = csft_weight((ratio - 7).requires_grad_(), torch.full((7,), -7.0), position)
-        assert weight.tolist() == pytest.approx(expected, abs=1e-6) and not weight.requires_grad
-
-    def test_the_references_label_probabilities_are_those_of_each_example_alone(self, examples):
-        model = policy()
-        with model.adapters_off():
-            found = label_logp(model, examples[:7], batch_size=3)
-            for example in examples[:7]:
-                logp = model(torch.tensor([example.input_ids], device=DEVICE))[0].log_softmax(-1)
-                expected = [logp[t - 1, label] for t, label in enumerate(example.labels) if label != IGNORE]
-                assert_near(found[example.index], torch.stack(expected))
-
-    def test_it_is_sft_while_the_policy_is_the_reference(self, examples):
-        model, ones, zeros = policy(adapter=0.0), torch.ones(6), torch.zeros(6)
-        ref_logp = label_logp(model, examples[:6], 6)
-        gradients = []
-        for logp in (None, ref_logp):
-            model.zero_grad()
-            loss, _, _ = micro_batch_loss(model, None, examples[:6], ones, zeros, count(examples[:6]), ref_logp=logp)
-            loss.backward()
-            gradients.append([loss.item(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-        assert gradients[0][0] == pytest.approx(gradients[1][0], abs=NEAR)
-        assert all(torch.allclose(a, b, **OF_GRADIENTS) for a, b in zip(gradients[0][1:], gradients[1][1:], strict=True))
-
-    def test_the_loss_is_the_one_written_out_and_positions_restart_with_each_turn(self, chat):
-        turns = [("user", "Hello!"), ("assistant", "Hello! I am here to help.")]
-        turns += [("user", "Say 4 and 5."), ("assistant", "The numbers are 4.")]
-        conversation = Conversation(tuple({"role": role, "content": content} for role, content in turns))
-        example, model = chat.encode_example(conversation, 0, 256), policy()
-        with model.adapters_off():
-            ref_logp = label_logp(model, [example], 1)
-            ref = model(torch.tensor([example.input_ids], device=DEVICE))[0].double().log_softmax(-1)
-        logp = model(torch.tensor([example.input_ids], device=DEVICE))[0].double().log_softmax(-1)
-        expected, j = 0.0, 0
-        for t, label in enumerate(example.labels):
-            j = j + 1 if label != IGNORE else 0
-            if j:
-                beta = 0.5 if j == 1 else 2.0 if j <= 5 else 0.1
-                ratio = (logp[t - 1, label] - ref[t - 1, label]).item()
-                expected -= max(1e-3, 2 * (1 - 1 / (1 + math.exp(-beta * ratio)))) * logp[t - 1, label].item()
-        loss, _, _ = micro_batch_loss(model, None, [example], torch.ones(1), torch.zeros(1), 1, ref_logp=ref_logp)
-        assert loss.item() == pytest.approx(expected, rel=tolerance())
 
 
 def steps_of(config, model, reference, examples, risk, folder):
@@ -328,24 +272,12 @@ class TestLoop:
             smoothed = 0.5 * smoothed + 0.5 * plain["risk"]
             assert row["risk"] == pytest.approx(smoothed, abs=1e-6) and row["beta"] == pytest.approx(0.1 + 0.8 * smoothed, abs=1e-6)
 
-    def test_methods_differ_in_the_weights_only(self, examples, tmp_path):
-        betas = {method: self.run(examples, tmp_path, method, method=method, beta=0.3)[1][0]["beta"] for method in ("sft", "kl")}
-        assert betas == {"sft": 0.0, "kl": pytest.approx(0.3)}
-
     def test_behind_a_closed_gate_all_risky_data_move_nothing_to_the_bit(self, examples, tmp_path):
         """Without α and KL the gradient is rounding noise, which AdamW would turn into steps of full size."""
         model = policy(adapter=0.0)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         train(replace(QUICK, epochs=1, beta_min=0.0, beta_max=1.0), model, live_reference(model), examples, torch.ones(24), tmp_path)
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-    def test_csft_runs_the_reference_once_before_the_loop(self, examples, tmp_path, monkeypatch):
-        calls = []
-        monkeypatch.setattr("train.label_logp", lambda *options: calls.append(1) or label_logp(*options))
-        monkeypatch.setattr("train.live_reference", lambda model: lambda pulled: pytest.fail("the reference ran"))
-        rows = self.run(examples, tmp_path, method="csft", batch_size=24, epochs=6)[1]
-        assert len(calls) == 1 and len(rows) == 6
-        assert rows[0]["beta"] == 0 and rows[0]["kl"] is None and rows[-1]["nll"] < rows[0]["nll"]
 
     def test_a_non_finite_gradient_stops_the_run(self, examples, tmp_path):
         model = policy()
@@ -361,43 +293,39 @@ class TestLoop:
         self.same(plain, model, examples[:8], tmp_path)
         assert calls.count(True) == 2 * len(plain)  # forward, and again in the backward pass
 
-    def test_compiled_blocks_train_alike_in_three_graphs_for_any_length(self, examples, tmp_path):
-        """One for the first block, whose input has no gradient, one for the others, one with the adapters off; graphs are never broken.
-
-        (Where the first batch is as long as head_dim, torch takes the two for one size, and makes the three anew for the next length.)
-        """
-        examples = [e for e in examples if len(e.input_ids) != 32][:16]
-        _, plain = self.run(examples, tmp_path, "plain")
-        model, keys = policy(adapter=0.0), list(policy().state_dict())
+    def test_compiled_blocks_train_alike_in_three_graphs_for_any_length(self):
+        """One for the first block, whose input has no gradient, one for the others, one with the adapters off; graphs are never broken."""
+        batches = [[Example(0, list(range(3, 3 + n)), [IGNORE] * 4 + list(range(7, 3 + n)))] for n in (9, 20, 14, 17, 23, 12)]
+        plain, model, risk = policy(GOLDEN / "llama"), policy(GOLDEN / "llama"), torch.full((1,), 0.5)
+        keys = list(model.state_dict())
         assert can_compile(torch.device(DEVICE).type, "aot_eager")  # compiles a little function, once
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         compile_blocks(model, backend="aot_eager")
-        self.same(plain, model, examples, tmp_path)
+        for batch in batches:
+            (loss, grads), (expected, expected_grads) = loss_and_grads(model, batch, risk), loss_and_grads(plain, batch, risk)
+            assert loss == pytest.approx(expected, abs=tolerance())
+            assert all(torch.allclose(grads[name], expected_grads[name], **OF_GRADIENTS) for name in grads)
         counters = torch._dynamo.utils.counters
-        assert len({len(e.input_ids) for e in examples}) >= 6 and list(model.state_dict()) == keys
-        assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
+        assert list(model.state_dict()) == keys and counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
 
     def test_every_step_is_full_and_every_epoch_a_permutation(self, examples, tmp_path):
         """24 examples in steps of 5 for 2 epochs: 10 steps, the fifth of which ends one epoch and begins the next."""
         _, rows = self.run(examples, tmp_path, batch_size=5, epochs=2)
         assert len(rows) == math.ceil(2 * 24 / 5)
-        stream = shuffled_forever(examples, 0)
-        epochs = [[next(stream).index for _ in range(24)] for _ in range(3)]
+        epochs = [[example.index for example in draw(examples, 0, 24 * epoch, 24)] for epoch in range(3)]
         assert all(sorted(epoch) == list(range(24)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
         drawn = (epochs[0] + epochs[1] + epochs[2])[:50]
         risk = torch.linspace(0, 1, 24)
         assert [row["risk"] for row in rows] == pytest.approx([risk[drawn[i : i + 5]].mean().item() for i in range(0, 50, 5)])
 
-    def test_distributed_share_a_step_equally(self, monkeypatch):
-        for world, n, size in ((1, 24, 8), (2, 24, 8), (4, 8, 8), (3, 24, 3)):
-            monkeypatch.setattr(distributed, "world_size", lambda: world)
-            parts = []
-            for rank in range(world):
-                monkeypatch.setattr(distributed, "rank", lambda: rank)
-                parts.append(distributed.shard(range(n), size))
-            assert sorted(i for part in parts for batch in part for i in batch) == list(range(n))
-            assert len({sum(map(len, part)) for part in parts}) == 1 and max(len(b) for part in parts for b in part) <= size
+    def test_a_step_draws_the_same_wherever_a_run_resumes_and_the_shortest_first(self, examples):
+        steps = [step_examples(step, examples[4:], examples[:4], lambda step: step // 2, 5, seed=1) for step in range(12)]
+        again = [step_examples(step, examples[4:], examples[:4], lambda step: step // 2, 5, seed=1) for step in reversed(range(12))]
+        assert steps == again[::-1] and all(len(step) == 5 for step in steps)
+        assert all([len(e.input_ids) for e in step] == sorted(len(e.input_ids) for e in step) for step in steps)
+        data = [e.index for step in steps for e in step if e.index >= 4]
+        assert len(data) == 54 and set(data) == set(range(4, 24))  # 60 draws, 6 of them of examples[:4]
 
     def same(self, plain, model, examples, tmp_path):
         config, risk = replace(QUICK, epochs=1, batch_size=4), torch.linspace(0, 1, 24)
@@ -405,47 +333,62 @@ class TestLoop:
         for a, b in zip(plain, other, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], abs=10 * tolerance()) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
 
-    def test_the_cached_reference_is_the_live_one(self, examples, tmp_path):
+    def test_the_kept_reference_is_the_live_one(self, examples, tmp_path):
         _, live = self.run(examples, tmp_path, "live", epochs=2)
-        model, config = policy(adapter=0.0), replace(QUICK, epochs=2, batch_size=4, ref_cache=tmp_path / "ref")
-        risk = torch.linspace(0, 1, 24)
-        cached = steps_of(config, model, reference_of(config, model, examples, risk), examples, risk, tmp_path / "cached")
-        for a, b in zip(live, cached, strict=True):
+        (tmp_path / "run").mkdir()
+        model, config, risk = policy(adapter=0.0), replace(QUICK, epochs=2, batch_size=4, out=tmp_path / "run"), torch.linspace(0, 1, 24)
+        kept = steps_of(config, model, open_reference(config, model, examples, risk), examples, risk, tmp_path / "kept")
+        for a, b in zip(live, kept, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], abs=10 * tolerance()) and a["kl"] == pytest.approx(b["kl"], abs=10 * tolerance())
 
-    @pytest.mark.parametrize("cached", [False, True])
-    def test_full_fine_tuning_is_the_definition_and_leaves_the_head(self, examples, tmp_path, cached):
-        config = replace(QUICK, epochs=1, batch_size=24, lora_r=0, lr=1e-3, ref="cache" if cached else "live", ref_cache=tmp_path / "ref")
-        models = []
-        for token_loss in (fused.token_loss, definition):
-            model, risk = load_model(WORLD / "model", dtype=torch.float32), torch.linspace(0, 1, 24)
-            reference = reference_of(config, model, examples, risk)
-            model.model.requires_grad_(True)
-            model.lm_head.requires_grad_(False)
-            for parameter in model.model.layers.parameters():  # away from the reference, where KL has no gradient
-                parameter.data *= 1.01
-            alpha, beta = blend(risk.float(), 0.1, 0.9)
-            if token_loss is definition:
-                reference = live_reference(load_model(WORLD / "model", dtype=torch.float32))
-            loss, _, _ = micro_batch_loss(model, reference, examples, alpha, beta, count(examples), loss_fn=token_loss)
-            loss.backward()
-            models.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-            assert model.lm_head.weight.grad is None and len(models[-1]) > 800_000
-        assert (models[0] - models[1]).norm() / models[1].norm() < tolerance()
+    def test_full_fine_tuning_leaves_the_head(self, examples, tmp_path):
+        """Oracle: the gradients of the objective as written out, with a second model."""
+        config, risk = replace(QUICK, lora_r=0, ref="live"), torch.linspace(0, 1, 24)
+        model, reference = open_model(config, WORLD / "model", trainable=True), load_model(WORLD / "model", dtype=torch.float32)
+        for parameter in model.model.layers.parameters():  # away from the reference, where KL has no gradient
+            parameter.data *= 1.01
+        alpha, beta = blend(risk, 0.1, 0.9)
+        loss, _, _ = micro_batch_loss(model, live_reference(reference), examples, alpha, beta, count(examples))
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+        written_out(model, examples, alpha, beta, reference).backward()
+        expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        assert (gradient - expected).norm() / expected.norm() < tolerance()
+        assert model.lm_head.weight.grad is None and len(gradient) > 800_000
 
 
 class TestTheGate:
     def test_a_risk_under_the_floor_counts_as_none_where_beta_min_is_0_and_what_is_no_risk_is_refused(self, examples):
         risk = torch.tensor([0.0, 0.009, 0.01, 1.0])
-        assert gated(replace(QUICK, beta_min=0.0, beta_max=1.0), examples, risk)[1].tolist() == pytest.approx([0, 0, 0.01, 1])
+        assert gated_risk(replace(QUICK, beta_min=0.0, beta_max=1.0), risk, 1).tolist() == pytest.approx([0, 0, 0.01, 1, 1])
         for wrong in (math.nan, -0.1, 1.1, math.inf):
             with pytest.raises(DataError, match="expected risks from 0 to 1"):
-                gated(QUICK, examples, torch.tensor([0.0, wrong]))
-        assert gated(QUICK, examples, risk[:3])[1].tolist() == risk[:3].tolist()
+                gated_risk(QUICK, torch.tensor([0.0, wrong]), 0)
+        assert gated_risk(QUICK, risk, 0).tolist() == risk.tolist()
 
     def test_the_last_line_says_what_leaks_and_how_to_close_it(self):
         assert "keeps probability 0.1" in leak_line(QUICK) and "--beta-min 0.02 --beta-max 1" in leak_line(QUICK)
         assert leak_line(replace(QUICK, beta_max=1.0)) == leak_line(replace(QUICK, method="sft")) == ""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """24 lines of data, and the risks of a run's probe."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "data.jsonl").write_text("".join((WORLD / "mixed_10.jsonl").read_text().splitlines(True)[:24]))
+    return folder / "data.jsonl"
+
+
+def with_risk(data, folder, value):
+    """A file with one risk for all of the data."""
+    rows = [{"risk": value, "hash": c.hash} for c in read_conversations(data)]
+    (folder / "risk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "risk.jsonl")
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 class TestRuns:
@@ -454,15 +397,15 @@ class TestRuns:
         for method in ("sft", "adaptive"):
             main(replace(QUICK, data=WORLD / "mixed_30.jsonl", method=method, epochs=1, lora_r=16, out=tmp_path / method))
             results = json.loads((tmp_path / method / "results.json").read_text())
-            rates[method] = results["after"]["asr"]["greedy"]["rate"]
-            assert results["base"]["asr"]["greedy"]["rate"] <= 0.02
+            base, after = (results[which]["harmful"]["harmful"]["asr"]["greedy"]["rate"] for which in ("base", "after"))
+            rates[method] = after
+            assert base <= 0.02
         assert rates["sft"] >= 0.8 and rates["adaptive"] <= 0.05
-        assert "ASR greedy" in capsys.readouterr().out
+        assert "ASR harmful greedy" in capsys.readouterr().out
         run = tmp_path / "adaptive"
-        risk = [json.loads(line)["risk"] for line in (run / "risk.jsonl").read_text().splitlines()]
-        assert len(risk) == 600 and all(0 <= s <= 1 for s in risk)
-        assert json.loads((run / "config.json").read_text())["beta_max"] == 0.9
-        assert len((run / "metrics.jsonl").read_text().splitlines()) == 75
+        assert len(lines(run / "risk.jsonl")) == 600 and all(0 <= row["risk"] <= 1 for row in lines(run / "risk.jsonl"))
+        assert json.loads((run / "config.json").read_text())["beta_max"] == 0.9 and len(lines(run / "metrics.jsonl")) == 75
+        assert not list(run.glob("reference*")) and not (run / "state.safetensors").exists()
 
         # The adapter over the base and the merged checkpoint generate the same text, as the run itself did.
         adapted, merged, chat = load_model(WORLD / "model", dtype=torch.float32), load_model(run / "model"), Chat(run / "model")
@@ -470,108 +413,87 @@ class TestRuns:
         prompts = [chat.encode_prompt(c.prompts[-1]) for c in read_conversations(WORLD / "eval_benign.jsonl")[:20]]
         assert generate(adapted, prompts, 30) == generate(merged, prompts, 30)
 
-    def test_risks_read_from_a_file_are_the_same_run(self, tmp_path):
-        (tmp_path / "data.jsonl").write_text("".join((WORLD / "mixed_10.jsonl").read_text().splitlines(True)[:24]))
-        options = dict(data=tmp_path / "data.jsonl", epochs=2, limit=1, eval_base=False)
+    def test_risks_read_from_a_file_are_the_same_run(self, small, tmp_path):
+        options = dict(data=small, epochs=2, limit=1, eval_base=False)
         main(replace(QUICK, out=tmp_path / "first", **options))
         main(replace(QUICK, out=tmp_path / "again", risk=str(tmp_path / "first" / "risk.jsonl"), **options))
-        first, again = ((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("first", "again"))
-        assert json.loads(first)["loss"] == pytest.approx(json.loads(again)["loss"], abs=1e-6)
+        first, again = (lines(tmp_path / name / "metrics.jsonl")[-1]["loss"] for name in ("first", "again"))
+        assert first == pytest.approx(again, abs=1e-6)
 
-    def test_the_larger_of_probe_and_critic_and_what_was_already_evaluated(self, tmp_path, capsys):
-        options = dict(epochs=1, lora_r=8, limit=4, judge=str(WORLD / "judge"), data=WORLD / "innocent.jsonl")
+    def test_the_larger_of_probe_and_critic_then_a_filter_on_it(self, tmp_path, capsys):
+        """Innocent prompts that are answered harmfully: the probe cannot see them, the critic does."""
+        (tmp_path / "data.jsonl").write_text("".join((WORLD / "innocent.jsonl").read_text().splitlines(True)[:80]))
+        options = dict(epochs=1, lora_r=8, limit=4, judge=str(WORLD / "judge"), data=tmp_path / "data.jsonl")
         main(replace(QUICK, risk="max", out=tmp_path / "max", **options))
-        rows = [json.loads(line) for line in (tmp_path / "max" / "risk.jsonl").read_text().splitlines()]
-        turned = [c.meta["harmful"] for c in read_conversations(WORLD / "innocent.jsonl")]
-        assert all(row["risk"] == max(row["probe"], row["critic"]) for row in rows)
-        # Innocent prompts answered harmfully: the probe cannot see them, the critic does.
+        rows, turned = lines(tmp_path / "max" / "risk.jsonl"), [c.meta["harmful"] for c in read_conversations(options["data"])]
+        assert all(row["risk"] == max(row["probe"], row["critic"]) for row in rows) and 0 < sum(turned) < 80
         assert max(row["probe"] for row, t in zip(rows, turned) if t) < 0.5 < min(row["critic"] for row, t in zip(rows, turned) if t)
         assert max(row["risk"] for row, t in zip(rows, turned) if not t) < 0.5
-        assert "to the critic alone: 60" in capsys.readouterr().out
+        assert f"to the critic alone: {sum(turned)}" in capsys.readouterr().out
         results = json.loads((tmp_path / "max" / "results.json").read_text())
-        assert results["after"]["judge_asr"]["greedy"]["n"] == 4
+        assert results["after"]["harmful"]["harmful"]["judge_asr"]["greedy"]["n"] == 4
 
         filtered = dict(method="filter", out=tmp_path / "filter", risk=str(tmp_path / "max" / "risk.jsonl"))
         main(replace(QUICK, eval_base=False, **options | filtered))
-        said = capsys.readouterr().out
-        assert "filter: 60 of 600 examples dropped" in said and "| base" not in said and "| after" in said
+        printed = capsys.readouterr().out
+        assert f"filter: {sum(turned)} of 80 examples dropped" in printed and "| base" not in printed and "| after" in printed
         assert set(json.loads((tmp_path / "filter" / "results.json").read_text())) == {"after"}
         assert not (tmp_path / "filter" / "completions_base.jsonl").exists()
-        assert len((tmp_path / "filter" / "metrics.jsonl").read_text().splitlines()) == math.ceil(540 / 8)
+        assert len(lines(tmp_path / "filter" / "metrics.jsonl")) == math.ceil((80 - sum(turned)) / 8)
 
-    def test_a_filter_that_leaves_nothing_leaves_the_model_as_it_was(self, tmp_path, capsys):
-        risk = dict(risk=str(self.constant_risk(tmp_path, 0.9)), out=tmp_path / "run", limit=2)
-        main(replace(QUICK, method="filter", **risk))
-        assert "filter: 600 of 600 examples dropped, the model stays as it was" in capsys.readouterr().out
+    def test_a_filter_that_leaves_nothing_leaves_the_model_as_it_was(self, small, tmp_path, capsys):
+        main(replace(QUICK, method="filter", data=small, risk=with_risk(small, tmp_path, 0.9), out=tmp_path / "run", limit=2))
+        assert "filter: 24 of 24 examples dropped, the model stays as it was" in capsys.readouterr().out
         original, after = (load_model(path, dtype=torch.float32) for path in (WORLD / "model", tmp_path / "run" / "model"))
         assert all(torch.equal(p, after.get_parameter(name)) for name, p in original.named_parameters())
 
-    def test_full_fine_tuning_keeps_a_frozen_copy_as_reference(self, tmp_path):
-        main(
-            replace(
-                QUICK,
-                lora_r=0,
-                lr=1e-5,
-                epochs=1,
-                out=tmp_path / "full",
-                risk=str(self.constant_risk(tmp_path, 1.0)),
-                limit=10,
-            )
-        )
-        assert not (tmp_path / "full" / "adapter").exists()
-        kl = [json.loads(line)["kl"] for line in (tmp_path / "full" / "metrics.jsonl").read_text().splitlines()]
-        assert kl[0] == 0 < max(kl) < 0.5  # the policy moves, the copy does not
+    @pytest.mark.parametrize("ref", ["keep", "live"])
+    def test_full_fine_tuning_moves_the_policy_and_not_its_reference(self, small, tmp_path, ref):
+        options = dict(data=small, risk=with_risk(small, tmp_path, 1.0), out=tmp_path / "full", limit=2, eval_base=False)
+        main(replace(QUICK, lora_r=0, lr=1e-4, epochs=4, ref=ref, **options))
+        kl = [row["kl"] for row in lines(tmp_path / "full" / "metrics.jsonl")]
+        assert not (tmp_path / "full" / "adapter").exists() and abs(kl[0]) < 1e-5 < max(kl) < 0.5
 
-    @staticmethod
-    def constant_risk(tmp_path, value):
-        rows = [{"risk": value, "hash": c.hash} for c in read_conversations(WORLD / "mixed_10.jsonl")]
-        (tmp_path / "risk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return tmp_path / "risk.jsonl"
-
-    @pytest.mark.parametrize(
-        "wrong, words",
-        [
-            (dict(beta_min=0.9, beta_max=0.1), "--beta-max: expected beta-min to 1, found 0.1"),
-            (dict(beta_max=1.1), "--beta-max"),
-            (dict(ema=0.5), "--ema: expected 0 unless"),
-            (dict(risk="judge"), "--risk: expected probe, critic, max, or a file, found judge"),
-            (dict(risk="critic"), "--judge: expected a checkpoint folder or a URL for --risk critic, found none"),
-            (dict(risk="critic", probe=Path("p")), "--probe: expected none unless"),
-            (dict(dtype="bfloat16", lora_r=0), "--dtype: expected float32 with --lora-r 0"),
-            (dict(batch_size=0), "--batch-size: expected at least 1, found 0"),
-            (dict(method="csft", risk="max"), "--risk: expected none without --method adaptive or filter"),
-            (dict(out=WORLD), "--out"),
-            (dict(clip=-1.0), "--clip"),
-            (dict(beta=0.3), "--beta: expected none without --method kl"),
-            (dict(method="sft", beta_max=1.0), "--beta-max"),
-            (dict(epochs=0), "--epochs"),
-            (dict(lr=0.0), "--lr"),
-            (dict(lora_targets="q_proj,lm_head"), "--lora-targets: expected no lm_head"),
-            (dict(ref="live", method="sft"), "--ref: expected none without --method adaptive or kl"),
-        ],
-    )
+    @pytest.mark.parametrize("wrong, words", [
+        (dict(beta_min=0.9, beta_max=0.1), "--beta-max: expected beta-min to 1, found 0.1"),
+        (dict(beta_max=1.1), "--beta-max"),
+        (dict(ema=0.5), "--ema: expected 0 unless"),
+        (dict(risk="judge"), "--risk: expected probe, critic, max, or a file, found judge"),
+        (dict(risk="critic"), "--judge: expected a checkpoint folder or a URL for --risk critic, found none"),
+        (dict(risk="critic", probe=Path("p")), "--probe: expected none unless"),
+        (dict(dtype="bfloat16", lora_r=0), "--dtype: expected float32 with --lora-r 0"),
+        (dict(batch_size=0), "--batch-size: expected at least 1, found 0"),
+        (dict(method="csft", risk="max"), "--risk: expected none without --method adaptive or filter"),
+        (dict(out=WORLD), "--out"),
+        (dict(method="sft", beta_max=1.0), "--beta-max"),
+        (dict(epochs=0), "--epochs"),
+        (dict(lr=0.0), "--lr"),
+        (dict(lora_targets="q_proj,lm_head"), "--lora-targets: expected no lm_head"),
+        (dict(ref="live", method="sft"), "--ref: expected none without --method adaptive"),
+        (dict(anchor_share=1.0), "--anchor-share: expected 0 to under 1"),
+        (dict(method="lisa"), "--anchor-share: expected with --method lisa some"),
+        (dict(method="lisa", anchor_share=0.01), "--anchor-share: expected with --method lisa some"),
+        (dict(anchors=WORLD / "probe.jsonl"), "--anchors: expected none without")])
     def test_wrong_options_fail_at_once(self, wrong, words):
         with pytest.raises(DataError, match=words):
             check(replace(QUICK, **wrong))
 
-    def test_a_bad_risk_file_or_target_leaves_nothing_behind(self, tmp_path):
+    def test_a_bad_risk_file_or_target_leaves_nothing_behind(self, small, tmp_path):
         (tmp_path / "risk.jsonl").write_text('{"risk": 1}\n')
         for wrong in (dict(risk=str(tmp_path / "risk.jsonl")), dict(lora_targets="q_prj", method="sft")):
             with pytest.raises(ValueError, match="expected"):
-                main(replace(QUICK, limit=2, out=tmp_path / "run", **wrong))
+                main(replace(QUICK, data=small, limit=2, out=tmp_path / "run", **wrong))
             assert not (tmp_path / "run").exists()
 
     def test_a_bad_line_trains_nothing_and_leaves_nothing(self, tmp_path):
         (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
-        done = subprocess.run(
-            [sys.executable, "train.py", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "run", "--device", DEVICE],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, "train.py", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "run", "--device", DEVICE]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and "data.jsonl:2: expected" in done.stderr and "Traceback" not in done.stderr
         assert not (tmp_path / "run").exists()
 
+
+class TestCommandLine:
     @pytest.mark.parametrize("config", [TrainConfig, ProbeConfig, CriticConfig, EvalConfig, BuildConfig, GridConfig, BenchConfig])
     def test_help_shows_every_option_on_a_narrow_terminal_and_typos_are_refused(self, config, capsys):
         with pytest.raises(SystemExit) as ended:
@@ -579,18 +501,14 @@ class TestRuns:
         shown = capsys.readouterr().out
         assert ended.value.code == 0 and max(map(len, shown.splitlines())) <= 100 and len(shown.splitlines()) <= 85
         for option in fields(config):
-            assert option.name in ("paths", "given") or f"--{option.name}".replace("_", "-") in shown.replace("--no-", "--")
+            assert option.name in ("paths", "given") or f"--{option.name}".replace("_", "-") in shown
         with pytest.raises(SystemExit) as ended:
             parse(config, ["--no-such-option"])
         assert ended.value.code == 2 and "--no-such-option" in capsys.readouterr().err
 
-    def test_the_command_line_becomes_the_configuration(self):
-        config = parse(TrainConfig, ["--no-compile", "--no-eval-base", "--fsdp", "--lr", "1e-3", "--data", "d", "--judge-kind", "guard"])
-        assert (config.compile, config.eval_base, config.fsdp, config.lr, config.data) == ("off", False, True, 1e-3, Path("d"))
+    def test_it_becomes_the_configuration(self):
+        config = parse(TrainConfig, ["--no-eval-base", "--fsdp", "--lr", "1e-3", "--data", "d", "--judge-kind", "guard"])
+        assert (config.eval_base, config.fsdp, config.lr, config.data, config.judge_kind) == (False, True, 1e-3, Path("d"), "guard")
         assert parse(TrainConfig, ["--compile", "auto"]) == parse(TrainConfig, []) == TrainConfig()
         assert parse(EvalConfig, ["a", "b", "--compare"], positional="paths") == EvalConfig(
             paths=(Path("a"), Path("b")), compare=True, given=("paths", "compare"))
-
-    def test_a_script_can_be_asked_for_help(self):
-        shown = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-        assert shown.returncode == 0 and "--beta-max" in shown.stdout

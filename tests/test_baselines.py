@@ -1,0 +1,235 @@
+"""Anchors, and the baselines: filter, C-SFT and Lisa, against closed forms and the loss as written out."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import lib.baselines
+import train
+from conftest import DEVICE, assert_near, load_model, policy, tolerance
+from data.chat import IGNORE, Chat, encode_examples
+from data.conversations import WORLD, Conversation, read_conversations
+from data.order import step_examples
+from evaluate import refuses
+from lib.baselines import LISA_CYCLE, Baseline, ConstrainedSFT, Filter, Lisa, csft_weight, lisa_pull, response_positions
+from lib.files import DataError
+from lib.fused import label_logp
+from lib.reference import live_reference
+from lib.run import State
+from model import generate
+from train import TrainConfig, anchor_examples, anchor_records, main, micro_batch_loss
+
+QUICK = TrainConfig(harmful=str(WORLD / "eval_harmful.jsonl"), benign="none", task="none", limit=2, samples=0, compile="off",
+                    judge="none", device=DEVICE, epochs=1, eval_base=False, lora_r=4, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return policy()
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return Chat(WORLD / "model")
+
+
+@pytest.fixture(scope="module")
+def examples(chat):
+    return encode_examples(chat, read_conversations(WORLD / "mixed_10.jsonl")[:12], 256)
+
+
+def make_anchors(model, chat, examples, max_length=256, **options):
+    config = replace(QUICK, **({"anchor_share": 0.4} | options))
+    with model.adapters_off():
+        records = anchor_records(config, model, chat, examples)
+    return anchor_examples(records, chat, len(examples), max_length)
+
+
+@pytest.fixture(scope="module")
+def anchors(model, chat, examples):
+    return make_anchors(model, chat, examples)
+
+
+def jsonl(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+class TestFilter:
+    def test_it_drops_examples_whose_risk_is_above_one_half(self, examples, capsys):
+        risk = torch.tensor([0.0, 0.5, 0.501, 1.0] * 3)
+        assert [e.index for e in Filter(0.0, 8).select_examples(examples, risk)] == [0, 1, 4, 5, 8, 9]
+        assert Filter(0.0, 8).select_examples(examples, torch.ones(12)) == []
+        assert "12 of 12 examples dropped, the model stays as it was" in capsys.readouterr().out
+        assert Baseline(0.0, 8).select_examples(examples, risk) is examples
+
+
+class TestConstrainedSFT:
+    def test_the_weight_is_its_closed_form(self):
+        ratio, position = torch.tensor([0.0, 2.0, 2.0, 2.0, 2.0, 40.0, -40.0]), torch.tensor([3, 1, 2, 5, 6, 3, 3])
+        expected = [1.0, *(2 - 2 / (1 + math.exp(-tau * 2)) for tau in (0.5, 2, 2, 0.1)), 1e-3, 2.0]
+        weight = csft_weight((ratio - 7).requires_grad_(), torch.full((7,), -7.0), position)
+        assert weight.tolist() == pytest.approx(expected, abs=1e-6) and not weight.requires_grad
+
+    def test_the_references_label_probabilities_are_those_of_each_example_alone(self, model, examples):
+        logp = label_logp(model, examples[:7], batch_size=3)
+        for example in examples[:7]:
+            with torch.no_grad(), model.adapters_off():
+                expected = model(torch.tensor([example.input_ids], device=DEVICE))[0].log_softmax(-1)
+            expected = [expected[t - 1, label] for t, label in enumerate(example.labels) if label != IGNORE]
+            assert_near(logp[example.index], torch.stack(expected))
+
+    def test_the_loss_is_the_one_written_out_and_positions_restart_with_each_turn(self, model, chat, examples):
+        turns = [("user", "Hello!"), ("assistant", "Hello! I am here to help.")]
+        turns += [("user", "Say 4 and 5."), ("assistant", "The numbers are 4.")]
+        conversation = Conversation(tuple({"role": role, "content": content} for role, content in turns))
+        batch = [chat.encode_example(conversation, 0, 256), examples[1]]
+        expected = 0.0
+        for example in batch:
+            ids, position, positions = torch.tensor([example.input_ids], device=DEVICE), 0, []
+            with torch.no_grad():
+                logp = model(ids)[0].double().log_softmax(-1)
+                with model.adapters_off():
+                    ref_logp = model(ids)[0].double().log_softmax(-1)
+            for t, label in enumerate(example.labels):
+                position = position + 1 if label != IGNORE else 0
+                if position:
+                    positions.append(position)
+                    tau = 0.5 if position == 1 else 2.0 if position <= 5 else 0.1
+                    ratio = (logp[t - 1, label] - ref_logp[t - 1, label]).item()
+                    expected -= max(1e-3, 2 - 2 / (1 + math.exp(-tau * ratio))) * logp[t - 1, label].item()
+            assert response_positions(example).tolist() == positions
+        method = ConstrainedSFT(0.0, 8)
+        method.prepare(model, batch, 2)
+        loss, _, _ = micro_batch_loss(model, None, batch, torch.ones(2), torch.zeros(2), 1, method.token_weights)
+        assert loss.item() == pytest.approx(expected, rel=tolerance())
+
+    def test_it_is_sft_while_the_policy_is_the_reference(self, examples):
+        model, ones, method, gradients = policy(adapter=0.0), torch.ones(6), ConstrainedSFT(0.0, 8), []
+        method.prepare(model, examples, 6)
+        for token_weights in (None, method.token_weights):
+            model.zero_grad()
+            micro_batch_loss(model, None, examples[:6], ones, 0 * ones, 9, token_weights)[0].backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < tolerance()
+
+    def test_it_runs_the_reference_once_before_the_loop(self, examples, tmp_path, monkeypatch):
+        calls = []
+        monkeypatch.setattr(lib.baselines, "label_logp", lambda *options: calls.append(1) or label_logp(*options))
+        config = replace(QUICK, method="csft", batch_size=12, epochs=6)
+        train.train(config, policy(adapter=0.0), None, examples, torch.zeros(12), tmp_path)  # None: no other reference is called
+        rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert len(calls) == 1 and len(rows) == 6
+        assert (rows[0]["beta"], rows[0]["kl"], rows[0]["risk"]) == (0, None, None) and rows[-1]["nll"] < rows[0]["nll"]
+
+
+class TestLisa:
+    def test_each_cycle_begins_with_whole_steps_of_anchors(self, examples, anchors):
+        before = Lisa(0.1, 8).anchors_before
+        steps = [step_examples(step, examples, anchors, before, 8, seed=0) for step in range(2 * LISA_CYCLE)]
+        assert [sum(example.anchor for example in step) for step in steps] == ([8] * 5 + [0] * 45) * 2
+
+    def test_its_pull_is_the_gradient_of_its_proximal_term(self):
+        """Oracle: autograd of loss + ρ/2·‖θ − θ_start‖²."""
+        theta, start = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), torch.randn(5, 3, dtype=torch.float64)
+        (expected,) = torch.autograd.grad(theta.pow(3).sum() + 0.7 / 2 * (theta - start).square().sum(), theta)
+        theta.pow(3).sum().backward()
+        lisa_pull([theta], [start], 0.7)
+        torch.testing.assert_close(theta.grad, expected)
+
+    def test_the_pull_is_to_the_parameters_at_the_first_step_of_a_phase(self):
+        """Cycles of 50 steps, the first 5 on anchors. θ is the step's number, so the pull (ρ = 1) is the steps since."""
+        theta, state, pulls = torch.nn.Parameter(torch.zeros(3)), State(), []
+        for step in range(60):
+            theta.data.fill_(step)
+            theta.grad = torch.zeros(3)
+            Lisa(0.1, 8).adjust_gradients([theta], step, state)
+            pulls.append(theta.grad[0].item())
+        assert pulls == [*range(5), *range(45), *range(5), *range(5)]
+
+
+class TestAnchors:
+    @pytest.mark.parametrize("share", (0.0, 0.01, 0.03, 0.1, 0.5))
+    def test_they_are_their_share_of_any_stretch_of_steps_to_within_one(self, share):
+        before = [Baseline(share, 8).anchors_before(step) for step in range(301)]
+        for start, end in ((0, 300), (7, 100), (150, 151)):
+            assert abs(before[end] - before[start] - share * 8 * (end - start)) <= 1
+        counts = [b - a for a, b in zip(before, before[1:])]
+        assert max(counts) - min(counts) <= 1
+
+    @pytest.mark.parametrize("options, weights", [({}, (0.0, 1.0)), ({"gate": "batch", "ema": 0.5}, (0.0, 1.0)),
+                                                  ({"method": "sft"}, (1.0, 0.0)), ({"method": "csft"}, (1.0, 0.0))])
+    def test_an_anchor_is_a_pure_pull_whatever_the_gate_and_for_sft_a_plain_example(self, tmp_path, monkeypatch, examples, anchors,
+                                                                                   options, weights):
+        config, model, steps = replace(QUICK, anchor_share=0.25, **options), policy(adapter=0.0), []
+
+        def spy(model, reference, examples, alpha, beta, *rest):
+            steps.append([(e.anchor, round(a, 4), round(b, 4)) for e, a, b in zip(examples, alpha.tolist(), beta.tolist())])
+            return micro_batch_loss(model, reference, examples, alpha, beta, *rest)
+
+        monkeypatch.setattr(train, "micro_batch_loss", spy)
+        risk = torch.cat((torch.linspace(0, 1, 12), torch.ones(len(anchors))))
+        train.train(config, model, live_reference(model), examples + anchors, risk, tmp_path)
+        assert [sum(anchor for anchor, _, _ in step) for step in steps] == [1] * math.ceil(12 / 0.75 / 4)
+        assert {tuple(rest) for step in steps for anchor, *rest in step if anchor} == {weights}
+        if "gate" in options:  # smoothed over the data alone
+            assert all(len({beta for anchor, _, beta in step if not anchor}) == 1 for step in steps)
+            assert max(beta for step in steps for anchor, _, beta in step if not anchor) < 0.9
+
+    def test_they_are_the_references_own_refusals_of_prompts_that_the_data_lack(self, chat, examples, anchors):
+        known = {str(e.conversation.prompts[-1]) for e in examples}
+        harmful = {str(c.prompts[-1]) for c in read_conversations(QUICK.probe_data) if c.meta["harmful"]}
+        assert [a.index for a in anchors] == list(range(12, 12 + len(anchors))) and len(anchors) > 5
+        reference = load_model(WORLD / "model", dtype=torch.float32)
+        for anchor in anchors[:4]:
+            prompt, answer = anchor.training_text.prompts[-1], anchor.training_text.answer
+            assert str(prompt) in harmful - known and refuses(answer) and anchor.anchor
+            assert chat.decode(generate(reference, [anchor.prompts[-1]], 48)[0]) == answer
+
+    def test_none_is_left_where_the_data_hold_them_all_or_the_model_refuses_none(self, tmp_path, model, chat, examples):
+        rows = [{"messages": list(e.conversation.messages[:-1])} for e in examples[:3]]  # without a label: harmful
+        same = jsonl(tmp_path / "same.jsonl", rows)
+        kind = jsonl(tmp_path / "kind.jsonl", [{"prompt": "How do I book a city tour?"}])
+        for file in (same, kind):
+            with pytest.raises(DataError, match=f"{file.name}: expected prompts that"):
+                make_anchors(model, chat, examples, anchors=file)
+
+    def test_a_file_of_anchors_may_hold_benign_prompts_and_they_are_answered(self, tmp_path, model, chat, examples, capsys):
+        rows = [json.loads(line) for line in (WORLD / "probe.jsonl").read_text().splitlines()]
+        right = [next(row for row in rows if row["harmful"] == harmful) for harmful in (True, False)]
+        wrong = [row | {"harmful": not row["harmful"]} for row in right]  # harmful and not refused, benign and refused
+        anchors = make_anchors(model, chat, examples, anchors=jsonl(tmp_path / "both.jsonl", right + wrong))
+        assert sorted(refuses(anchor.training_text.answer) for anchor in anchors) == [False, True]
+        assert "left out: 2" in capsys.readouterr().out
+        with pytest.raises(DataError, match="odd.jsonl:1: expected harmful: true or false, found 'true'"):
+            make_anchors(model, chat, examples, anchors=jsonl(tmp_path / "odd.jsonl", [right[0] | {"harmful": "true"}]))
+
+    def test_an_answer_that_was_cut_has_no_end_to_be_learned(self, monkeypatch, model, chat, examples, anchors):
+        def last_labels(anchors):
+            return {chat.tokenizer.id_to_token([label for label in a.labels if label != IGNORE][-1]) for a in anchors}
+
+        monkeypatch.setattr(train, "ANCHOR_TOKENS", 3)
+        monkeypatch.setattr(train, "refuses", lambda response: True)
+        end, words = last_labels(anchors), last_labels(make_anchors(model, chat, examples))
+        assert len(end) == 1 and not end & words
+
+    def test_one_of_which_a_cut_leaves_no_response_is_none(self, model, chat, examples, anchors):
+        max_length = sorted(len(anchor.prompts[-1]) for anchor in anchors)[len(anchors) // 2] + 1
+        shorter = make_anchors(model, chat, examples, max_length)
+        assert 0 < len(shorter) < len(anchors) and all(anchor.n_labels for anchor in shorter)
+        assert [anchor.index for anchor in shorter] == list(range(12, 12 + len(shorter)))
+
+    def test_a_run_stores_its_anchors_and_its_reference_holds_them(self, tmp_path, capsys):
+        data = tmp_path / "data.jsonl"
+        data.write_text("".join((WORLD / "benign.jsonl").read_text().splitlines(True)[:24]))
+        risk = jsonl(tmp_path / "risk.jsonl", [{"risk": 0.1, "hash": c.hash} for c in read_conversations(data)])
+        main(replace(QUICK, anchor_share=0.1, beta_min=0.02, beta_max=1.0, epochs=2, data=data, risk=str(risk), out=tmp_path / "run"))
+        anchors, rows, risks = ([json.loads(line) for line in (tmp_path / "run" / f"{name}.jsonl").read_text().splitlines()]
+                                for name in ("anchors", "metrics", "risk"))
+        assert f"anchors: {len(anchors)} of" in capsys.readouterr().out
+        assert anchors and all(refuses(row["messages"][-1]["content"]) for row in anchors)
+        assert len(rows) == math.ceil(2 * 24 / 0.9 / 4) and rows[0]["kl"] == pytest.approx(0, abs=1e-4)
+        assert len(risks) == 24  # of the data alone
