@@ -310,9 +310,12 @@ def write_run(folder, seed=0, greedy=0.0, **settings):
     config = {"seed": seed, "out": str(folder), "model": "m", "data": "d.jsonl", "samples": 10, "temperature": 1.0, "max_new_tokens": 48,
               "model_sha256": "a", "sets_sha256": "b"} | settings
     (folder / "config.json").write_text(json.dumps(config))
+    results = {}
     for name, rate in (("base", 0.25), ("after", greedy)):
-        (folder / f"completions_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of_run(rate)))
-    (folder / "results.json").write_text("{}")
+        rows = rows_of_run(rate)
+        (folder / f"completions_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        results[name] = summarize(rows, config["temperature"], config["max_new_tokens"])
+    (folder / "results.json").write_text(json.dumps(results))
     return folder
 
 
