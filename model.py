@@ -503,7 +503,7 @@ def add_lora(model: Transformer, r: int, alpha: float, targets=None, seed: int =
     names = {name.rpartition(".")[2] for name in layers}
     targets = sorted(targets or names - {"lm_head"})
     if unknown := set(targets) - names:
-        raise ModelError(f"LoRA targets: expected some of {', '.join(sorted(names))}, "
+        raise ModelError(f"LoRA targets: expected some of {', '.join(sorted(names - {'lm_head'}))}, "
                          f"found {', '.join(sorted(unknown))}")
     if "lm_head" in targets and model.config.tie_word_embeddings:
         raise ModelError("LoRA targets: lm_head shares its weight with the embeddings here, "

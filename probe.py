@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.chat import Chat, batches_by_length, encode_prompts, pad_left
-from data.conversations import WORLD, Conversation, is_embedded, read_conversations, split_by_prompt
+from data.conversations import (WORLD, Conversation, group_of, is_embedded, read_conversations,
+                                split_by_prompt)
 from lib.checkpoint import Config, fingerprint, load_checked, save_checked
 from lib.cli import comma_list, require, run
 from lib.distributed import on_rank_zero
@@ -146,11 +147,11 @@ def fit_logistic(x: torch.Tensor, y: torch.Tensor, l2: float, tolerance: float =
 
 def held_out_prompts(files: list[str], fitted_on: list[Conversation]) -> dict[str, list[Conversation]]:
     """Return {"held out: NAME": the conversations of each file whose prompts are not among `fitted_on`}."""
-    known, sets = {str(c.prompts[-1]) for c in fitted_on}, {}
+    known, sets = {group_of(c) for c in fitted_on}, {}
     for file in files:
         name = f"held out: {Path(file).stem}"
         rows = read_conversations(file, need="harmful")
-        new = [c for c in rows if str(c.prompts[-1]) not in known]
+        new = [c for c in rows if group_of(c) not in known]
         if len(new) < len(rows):
             print(f"{file}: {len(rows) - len(new)} of {len(rows)} prompts are in the probe's data: left out")
         if not new or name in sets:
@@ -212,7 +213,8 @@ def fit_probe(model: Transformer, chat: Chat, data: Path, held_out: str | None =
     metrics = measure_sets(risk, harmful)
     del metrics["validation"]  # it was fitted on
     sizes = {name: len(conversations) for name, conversations in sets.items()}
-    report = {"data": str(data), "n": sizes, "layers": chosen, "per_layer": per_layer} | metrics
+    groups = {name: len({group_of(c) for c in conversations}) for name, conversations in sets.items()}
+    report = {"data": str(data), "n": sizes, "groups": groups, "layers": chosen, "per_layer": per_layer} | metrics
     by_source = defaultdict(list)
     for name in metrics:
         for conversation, s in zip(sets[name], risk[name].tolist()):
@@ -265,6 +267,18 @@ def load_probe(path, model: Transformer, chat: Chat) -> tuple[Probe, dict]:
             raise DataError(f"{path}: expected a probe fitted with {key} {str(here)[:12]}, found one fitted "
                             f"with {str(there)[:12]}; fit it again{option}")
     return probe, report
+
+
+def fitted_date(path) -> str | None:
+    """Return the date that the template printed when a probe was fitted, or None, and print it."""
+    _, metadata = load_checked(path, "a probe written by probe.py")
+    try:
+        date = parse_json(metadata["probe"])["date"]
+    except (LookupError, TypeError, ValueError):
+        return None  # load_probe refuses it
+    if isinstance(date, str):
+        print(f"--date {date}, with which {path} was fitted")
+        return date
 
 
 def load_or_fit(file: Path | None, data: Path, model: Transformer, chat: Chat, save_to: Path) -> Probe:

@@ -47,7 +47,8 @@ from critic import conversation_verdicts, open_judge
 from data.chat import IGNORE, Chat, Example, encode_examples
 from data.conversations import WORLD, conversation_of, is_embedded, read_conversations
 from data.order import step_examples
-from evaluate import EvalOptions, default_sets, evaluate_model, evaluation_sets, refuses, respond
+from evaluate import (EvalOptions, default_sets, evaluate_model, evaluation_sets, expect_prompts_fit, refuses,
+                      respond)
 from lib import distributed, fused
 from lib.baselines import BASELINES, Baseline
 from lib.cli import comma_list, require, run
@@ -59,7 +60,7 @@ from lib.risk import expect_risks, print_risk, read_risk, stored_risk
 from lib.run import (Progress, State, check_step, load_or_compute, open_run, resumed_options, run_facts,
                      running, state_key, step_metrics)
 from model import Transformer, add_lora, compile_blocks, load_model, save_adapter, save_model, working_dtype
-from probe import conversation_risk, load_or_fit
+from probe import conversation_risk, fitted_date, load_or_fit
 
 RISK_FLOOR = 0.01  # with --beta-min 0 --gate example a lower risk counts as 0: plain SFT, no reference
 ANCHOR_TOKENS = 24  # of an anchor's answer, at most: the first tokens decide between refusing and answering
@@ -90,11 +91,11 @@ class TrainConfig(EvalOptions):
     # anchors: prompts with the aligned model's own answers, added to the data
     anchor_share: float = 0.0  # of the examples (lisa: of the steps)
     anchors: Path | None = None  # prompts, "harmful": true | false (default: the probe data's harmful)
-    # optimization (the paper's settings, with a learning rate for the embedded model)
+    # optimization (the paper's settings)
     epochs: int = 20  # passes over the data
     batch_size: int = 8  # examples per forward pass, at most
     accumulation: int = 1  # batches per step; processes share the step's examples
-    lr: float = 2e-3  # peak; cosine to 0 (the paper: 2e-4 and below)
+    lr: float | None = None  # peak; cosine to 0 (default: 2e-4, the paper's; 2e-3 for the embedded model)
     warmup_steps: int = 5  # linear warm-up
     weight_decay: float = 0.01  # AdamW's
     max_length: int = 2048  # tokens of a conversation; longer ones are cut, and counted
@@ -113,9 +114,18 @@ class TrainConfig(EvalOptions):
         """(β_min, β_max); (0, 0) for methods without a pull."""
         return (self.beta_min, self.beta_max) if self.method == "adaptive" else (0.0, 0.0)
 
-    def baseline(self) -> Baseline:
+    @property
+    def per_step(self) -> int:
+        """Examples of an optimizer step, over all processes."""
+        return self.batch_size * self.accumulation
+
+    def n_steps(self, n_examples: int) -> int:
+        """Return the optimizer steps of a run on n_examples of data: anchors come on top."""
+        return math.ceil(self.epochs * n_examples / (1 - self.anchor_share) / self.per_step)
+
+    def baseline(self, n_steps: int) -> Baseline:
         """Return the object by which a baseline changes the loop; for sft and adaptive it changes nothing."""
-        return BASELINES.get(self.method, Baseline)(self.anchor_share, self.batch_size * self.accumulation)
+        return BASELINES.get(self.method, Baseline)(self.anchor_share, self.per_step, n_steps)
 
 
 # ---------------------------------------------------------------- the objective
@@ -295,10 +305,9 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     groups = distributed.optimizer_groups(parameters)
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-    method = config.baseline()
+    per_step, n_steps = config.per_step, config.n_steps(len(data))
+    method = config.baseline(n_steps)
     method.prepare(policy, examples, config.batch_size)
-    per_step = config.batch_size * config.accumulation
-    n_steps = math.ceil(config.epochs * len(data) / (1 - config.anchor_share) / per_step)
     max_kl_at_start = MAX_KL_AT_START[policy.lm_head.weight.element_size()]
     with Progress(out, policy, optimizer, config.save_every, state_key(out, examples, risk)) as progress:
         state = progress.restore()
@@ -340,11 +349,17 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
 
 
 def check(config: TrainConfig) -> TrainConfig:
-    """Fill in the judge and the evaluation sets that were not given. Raises DataError for a wrong option."""
+    """Fill in what was not given: judge, evaluation sets, learning rate, the probe's date.
+
+    Raises DataError for a wrong option.
+    """
+    if config.lr is None:
+        config = replace(config, lr=2e-3 if is_embedded(config.model) else 2e-4)
+        print(f"--lr {config.lr:g}")
     check_options(config)
-    if config.judge is None and not is_embedded(config.model):
-        config = replace(config, judge="none")  # the embedded judge knows no other model's language
-    config = default_sets(config, config.data)
+    if config.probe and not config.date:
+        config = replace(config, date=fitted_date(config.probe))
+    config = default_sets(config, config.data if is_embedded(config.model) else config.model)
     judged = config.judge != "none" or config.risk not in ("critic", "max")
     require(config, ("judge", judged, f"a checkpoint folder or a URL for --risk {config.risk}"))
     return config
@@ -400,6 +415,8 @@ def main(config: TrainConfig) -> None:
     policy, chat = open_model(config, config.model, trainable=True), Chat(config.model, config.date)
     max_length = min(config.max_length, policy.config.max_position_embeddings)
     examples = encode_examples(chat, conversations, max_length)
+    method = config.baseline(config.n_steps(len(examples)))
+    expect_prompts_fit(chat, sets, policy.config.max_position_embeddings - config.max_new_tokens)
     facts = run_facts(config.model, config.data, policy.lm_head.weight.dtype, chat, sets)
     out = distributed.on_rank_zero(lambda: open_run(config, f"runs/{config.method}-{config.seed}", facts))
     config = replace(config, out=out)
@@ -423,7 +440,7 @@ def main(config: TrainConfig) -> None:
                                           lambda: anchor_records(config, policy, chat, examples))
                 anchors = anchor_examples(records, chat, len(examples), max_length)
         if not distributed.on_rank_zero((out / "model").exists):
-            selected = config.baseline().select_examples(examples, risk) + anchors
+            selected = method.select_examples(examples, risk) + anchors
             risk = gated_risk(config, risk, len(anchors))
             reference = open_reference(config, policy, selected, risk)
             compile_blocks(policy, config.compile)

@@ -152,7 +152,7 @@ def load_or_compute(file: Path, compute) -> list[dict]:
 # ---------------------------------------------------------------- metrics
 
 
-def step_metrics(examples: list[Example], s, alpha, beta, loss, nll, kl) -> dict:
+def step_metrics(examples, s, alpha, beta, loss, nll, kl) -> dict:
     """Return a step's row of metrics.jsonl: loss, means of risk, α, β, and NLL and KL per response token.
 
     All (B,): s, alpha, beta of each example, nll and kl summed over its tokens; the sum of `loss` is the
