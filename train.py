@@ -80,6 +80,7 @@ class TrainConfig(EvalOptions):
     eval_base: bool = True  # evaluate the aligned model before training
     resume: Path | None = None  # unfinished run to continue, with its own options
     save_every: float = 10.0  # minutes between saved states of training; 0: none
+    dry_run: bool = False  # stop before the first step: print the risk and what would be trained, keep nothing
     # risk
     risk: str = "probe"  # probe, critic, max of both, or a JSONL file of risks
     probe: Path | None = None  # a file of probe.py (default: one is fitted on --probe-data)
@@ -405,6 +406,17 @@ def open_reference(config: TrainConfig, policy: Transformer, examples: list[Exam
     return live_reference(policy if config.lora_r else open_model(config, config.model))
 
 
+def print_plan(config: TrainConfig, policy: Transformer, examples: list[Example]) -> None:
+    """Print what a run would train, and on how much."""
+    n_data = sum(not example.anchor for example in examples)
+    n_input = sum(len(example.input_ids) for example in examples)
+    n_trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    print(f"{n_data} examples and {len(examples) - n_data} anchors: {n_input} tokens, "
+          f"{sum(example.n_labels for example in examples)} of them in responses\n"
+          f"{config.n_steps(n_data)} steps of {config.per_step} examples; {n_trained:,} trainable parameters on "
+          f"{policy.device}; --dry-run: nothing is kept")
+
+
 def main(config: TrainConfig) -> None:
     """Train and evaluate: records → examples → risk → loss → checkpoint → evaluation."""
     distributed.init()
@@ -433,14 +445,18 @@ def main(config: TrainConfig) -> None:
                 rows = load_or_compute(out / "risk.jsonl",
                                        lambda: training_risk(config, policy, chat, examples, judge))
                 risk = stored_risk(rows, examples, out / "risk.jsonl")
-            if config.eval_base:
+            if config.eval_base and not config.dry_run:
                 results["base"] = evaluated(policy, "base")
             if config.anchor_share:
                 records = load_or_compute(out / "anchors.jsonl",
                                           lambda: anchor_records(config, policy, chat, examples))
                 anchors = anchor_examples(records, chat, len(examples), max_length)
+        selected = method.select_examples(examples, risk) + anchors
+        if config.dry_run:
+            print_plan(config, policy, selected)
+            distributed.on_rank_zero(lambda: remove(out))
+            return
         if not distributed.on_rank_zero((out / "model").exists):
-            selected = method.select_examples(examples, risk) + anchors
             risk = gated_risk(config, risk, len(anchors))
             reference = open_reference(config, policy, selected, risk)
             compile_blocks(policy, config.compile)

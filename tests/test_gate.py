@@ -338,7 +338,7 @@ def test_a_kept_reference_that_is_not_the_models_never_trains(tmp_path, chat, da
     kept = KeptReference(tmp_path / "reference.bin", model, examples, 8)
     kept.compute(model)
     with pytest.raises(DataError, match="step 0: expected KL 0 before the policy moves, found .* delete the run's reference.bin"):
-        train(TrainConfig(epochs=1, device=DEVICE), model, kept.terms, examples, torch.ones(6), tmp_path)
+        train(TrainConfig(epochs=1, lr=2e-3, device=DEVICE), model, kept.terms, examples, torch.ones(6), tmp_path)
 
 
 # ---------------------------------------------------------------- the judge can be spoken to
