@@ -6,6 +6,7 @@ Two do not go so far in float64, and say so below: C-SFT's weight (1e-8) and the
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -427,6 +428,11 @@ class TestTheFile:
     def test_it_is_small_and_every_key_is_explained(self):
         said = (FILE.parent / "README.md").read_text()
         assert FILE.stat().st_size < 200_000
-        for key, tensor in G.items():
+        for key, tensor in (G | STEPS).items():
             shape = "×".join(map(str, tensor.shape)) or "–"
-            assert f"| `{key}` | {shape} |" in said, key
+            assert f"| `{re.sub('layers.[0-2]', 'layers.I', key)}` | {shape} |" in said, key
+        for folder in FILE.parent.glob("*/golden.safetensors"):
+            assert folder.parent.name == "llama" or f"`{folder.parent.name}`" in said.replace(",", "").split(), folder
+            assert all(f"\n| `{key}` | {'(L+1)×' * (key == 'hidden_states')}B×" in said for key in load_file(folder)), folder
+        for vectors in FILE.parent.glob("chat/*/vectors.json"):
+            assert all(f"\n| `{key}` | " in said for key in json.loads(vectors.read_text())[0]), vectors
