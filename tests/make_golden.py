@@ -163,7 +163,7 @@ def trajectory():
     tensors |= {"input_ids": input_ids, "labels": labels, "length": length, "risk": torch.tensor(RISK, dtype=torch.float64)}
     tensors |= {name: torch.stack(values) for name, values in adapters.items()}
     save_file(tensors, HERE / "trajectory.safetensors")
-    print("loss", tensors["loss"].tolist(), "norm", tensors["grad_norm"].tolist())
+    print(f"trajectory: loss {loss:.6f} in the last step")
 
 
 # ---------------------------------------------------------------- chats
@@ -184,7 +184,8 @@ MISTRAL_CHAT = """{{ bos_token }}{% set system = messages[0].content + '\n\n' if
 {% if m.role == 'user' %}{{ '[INST] ' + (system if loop.index <= 2 else '') + m.content + ' [/INST]' }}
 {% elif m.role == 'assistant' %}{% generation %}{{ ' ' + m.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
 PHI3_CHAT = """{% for m in messages %}{{ '<|' + m.role + '|>\n' }}
-{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|end|>\n' }}{{ '' if add_generation_prompt or not loop.last else eos_token }}{% endgeneration %}
+{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|end|>\n' }}
+{% if loop.last and not add_generation_prompt %}{{ eos_token }}{% endif %}{% endgeneration %}
 {% else %}{{ m.content + '<|end|>\n' }}{% endif %}{% endfor %}
 {% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
 CHATS = {  # family: (template with a line break where it is split, control tokens, special tokens, SentencePiece's kind)
@@ -203,16 +204,18 @@ MERGES = [("t", "h"), ("th", "e"), ("▁", "the"), ("i", "n"), ("▁", "in"), ("
 
 
 def tiny_tokenizer(control: list, sentencepiece: bool) -> Tokenizer:
-    """Make a tokenizer of bytes and ten merges: of GPT-2's kind, or of Llama 2's, which writes ▁ for a space and before a text."""
+    """Make a tokenizer of ten merges: of bytes (GPT-2's kind), or of characters, ▁ for a space and before a text (Llama 2's)."""
     merges = [tuple(part if sentencepiece else part.replace("▁", "Ġ") for part in pair) for pair in MERGES]
-    characters = sorted(set("".join(m[1] for c in CONVERSATIONS for m in c if m[1].isascii())) | set("[]/INST▁") - {" ", "\n"})
+    words = [content for conversation in CONVERSATIONS for _, content in conversation if content.isascii()]
+    characters = sorted(set("".join(words)) | set("[]/INST▁") - {" ", "\n"})
     alphabet = [f"<0x{i:02X}>" for i in range(256)] + characters if sentencepiece else sorted(pre_tokenizers.ByteLevel.alphabet())
     names = ["<unk>"] + alphabet + ["".join(pair) for pair in merges]
     vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
     if sentencepiece:
         tokenizer = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        tokenizer.decoder = decoders.Sequence(steps)
     else:
         tokenizer = Tokenizer(models.BPE(vocab, merges))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -241,8 +244,7 @@ def chat(family: str):
                         "prompt": tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True),
                         "prompt_ids": tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]})
     (folder / "vectors.json").write_text("[" + ",\n".join(json.dumps(vector, ensure_ascii=False) for vector in vectors) + "]\n")
-    for v in vectors:
-        print(repr(v["text"]), [tokenizer.convert_ids_to_tokens(i) for i, l in zip(v["input_ids"], v["labels"]) if l >= 0])
+    print(f"chat/{family}: {len(vectors)} conversations, {tokenizer.vocab_size} tokens")
 
 
 if __name__ == "__main__":

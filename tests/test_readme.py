@@ -130,7 +130,8 @@ class PeftLike:
 
     def __init__(self, path):
         policy = conftest.policy(path)
-        self.named_parameters, self.disable_adapter, self.get_output_embeddings = policy.named_parameters, policy.adapters_off, lambda: policy.lm_head
+        self.named_parameters, self.disable_adapter = policy.named_parameters, policy.adapters_off
+        self.get_output_embeddings = lambda: policy.lm_head
         decoder = lambda input_ids, attention_mask: SimpleNamespace(last_hidden_state=policy.model(input_ids, attention_mask)[0])
         self.get_base_model = lambda: SimpleNamespace(model=decoder)
 
@@ -142,8 +143,7 @@ def peft_model(path):
     """Return a model of transformers with adapters of peft that already do something."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)).to(conftest.DEVICE)
-    return model
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)).to(conftest.DEVICE)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # the latter ties its head
