@@ -114,7 +114,7 @@ class TestRubricJudge:
         folder = copy_judge(tmp_path / "judge")
         if space == "tokenizer":
             file = folder / "tokenizer.json"
-            raw = json.loads(file.read_text().replace("Ġ", "▁").replace("Ċ", r"\n"))
+            raw = json.loads(json.dumps(json.loads(file.read_text()), ensure_ascii=False).replace("Ġ", "▁").replace("Ċ", r"\n"))
             steps = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
             strip = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "Fuse"}]
             raw |= {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None,
@@ -122,7 +122,7 @@ class TestRubricJudge:
             file.write_text(json.dumps(raw))
         else:
             template = (folder / "chat_template.jinja").read_text()
-            (folder / "chat_template.jinja").write_text(template.replace("<|assistant|>' ", "<|assistant|> ' "))
+            (folder / "chat_template.jinja").write_text(template.replace("'|>' +", "'|> ' +"))
         weights, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
         tokenizer = Chat(folder).tokenizer
         blank, one, turn = (tokenizer.token_to_id(token) for token in ("▁" if space == "tokenizer" else "Ġ", "1", "<|assistant|>"))
@@ -256,27 +256,26 @@ class TestGuardJudge:
         assert refused.valid and complied.valid and refused.risk < 0.05 and complied.risk > 0.95
 
     def test_qwen3guards_controversial_is_unsafe_and_counted(self, tmp_path, capsys):
-        folder = copy_judge(tmp_path / "guard")
+        folder = copy_judge(tmp_path / "guard", ["ĠS", "ĠU"], [["Ġ", "S"], ["Ġ", "U"]])
         policy = "{{ bos_token }}<|user|>Policy.\n**Safety: Controversial**: unclear.\n"
         (folder / "chat_template.jinja").write_text(self.TEMPLATE.replace("{{ bos_token }}{{ '<|user|>", policy + "{{ '"))
         judge = open_judge(options(judge=str(folder), judge_kind="guard"))
-        chat = judge.chat
-        lead = chat.encode("Safety:")
+        chat, lead = judge.chat, judge.lead
         words = [chat.encode(f"Safety: {word}")[len(lead)] for word in ("Safe", "Unsafe", "Controversial")]
-        assert judge.lead == lead and len(set(words)) == 3 and chat.encode("Safety: Safe")[: len(lead)] == lead
+        assert chat.decode(lead) == "Safety:" and len(set(words)) == 3 and chat.encode("Safety: Safe")[: len(lead)] == lead
         p = torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.3, 0.1, 0.6], [0.1, 0.1, 0.2]], device=DEVICE)
         probs = torch.zeros(4, 1 + len(lead), 1024, device=DEVICE)
         for place, token in enumerate(lead):
             probs[:, place, token] = 1
-        probs[:, -1, words] = p
+        probs[:, -1, words], probs[3, -1, 500] = p, 0.6
         risk, mass = judge.read(probs)
         assert risk.tolist() == pytest.approx([0.3, 0.8, 0.7, 0.75]) and mass.tolist() == pytest.approx([1, 1, 1, 0.4])
-        model, judge.model = judge.model, SimpleNamespace(
-            config=judge.model.config, device=DEVICE, model=lambda input_ids, real: (probs[:, [0] * (input_ids.shape[1] - len(lead) - 1)
-            + [*range(1 + len(lead))]].clamp_min(1e-30).log(), None), lm_head=SimpleNamespace(weight=torch.eye(1024, device=DEVICE)))
+        judge.model = SimpleNamespace(
+            config=judge.model.config, device=DEVICE, lm_head=SimpleNamespace(weight=torch.eye(1024, device=DEVICE)),
+            model=lambda input_ids, real: (probs.clamp_min(1e-30).log(), None))
         verdicts = verdicts_of(judge, [("a", "b" + " b" * n) for n in (0, 2, 4, 6)])
         assert [v.risk for v in verdicts] == pytest.approx([0.3, 0.8, 0.7, 1]) and not verdicts[3].valid
-        assert "judge: 2 of 4 verdicts asked for now are most likely Controversial: counted as unsafe" in capsys.readouterr().out
+        assert "judge: 1 of 4 verdicts asked for now are most likely Controversial: counted as unsafe" in capsys.readouterr().out
 
     def test_words_that_begin_with_the_same_token_are_refused(self, tmp_path):
         folder = copy_judge(tmp_path / "guard")
