@@ -371,7 +371,7 @@ def judge_pairs(judge, pairs: list[tuple[str, str]], desc: str = "judging",
     if todo and not any(verdict.valid for verdict in verdicts):
         raise DataError(f"--judge: expected a valid verdict on at least one of {len(pairs)} responses, found "
                         f"none; the first reason: {first_error} (check --judge, --judge-model and "
-                        "JUDGE_API_KEY, then type the command again)")
+                        "JUDGE_API_KEY)")
     if reasons := Counter(verdict.why for verdict in verdicts if not verdict.valid):
         most = "; ".join(f"{count} × {why}" for why, count in reasons.most_common(4))
         print(f"judge: {reasons.total()} of {len(pairs)} verdicts are not valid ({most}): taken as risk 1")
