@@ -311,7 +311,7 @@ class TestFunctions:
     def test_the_rubric_judges_reading_and_verdicts(self):
         v = of("rubric", torch.float32)
         judge = stand_in(RubricJudge, v.logits[:, None])
-        judge.digits = [[token for token in row if token >= 0] for row in G["rubric.digits"].tolist()]
+        judge.answers = [[token for token in row if token >= 0] for row in G["rubric.digits"].tolist()]
         risk, mass = judge.read(v.probs[:, None])
         near(risk, of("rubric").risk, NEAR[torch.float32])
         near(mass, of("rubric").mass, NEAR[torch.float32])
@@ -325,7 +325,7 @@ class TestFunctions:
         v, expected = of("guard", dtype), of("guard")
         mass, risk = (getattr(expected, f"{name}_{n}") for name in ("mass", "risk"))
         judge = stand_in(GuardJudge, of("guard", torch.float32).logits[:, : 1 + n])
-        judge.safe, judge.unsafe, judge.lead = v.safe.item(), v.unsafe.item(), [v.line.item()] * n
+        judge.answers, judge.lead = [[v.safe.item()], [v.unsafe.item()]], [v.line.item()] * n
         found = judge.read(v.probs[:, : 1 + n])
         near(found[0], risk, NEAR[dtype])
         near(found[1], mass, NEAR[dtype])
