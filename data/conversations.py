@@ -14,15 +14,21 @@ WORLD = Path(__file__).parent / "world"  # the embedded model and its data sets,
 FORMATS = (  # keys of the user's and the assistant's words in a record; the first pair that fits is taken
     ("prompt", "response"), ("prompt", "completion"), ("user", "answer"), ("question", "answer"),
     ("goal", "target"), ("instruction", "output"), ("instruction", "response"),  # AdvBench, Alpaca, Dolly
-    ("forbidden_prompt", None), ("Goal", "Target"), ("Behavior", None),  # StrongREJECT, JailbreakBench, HarmBench
+    ("forbidden_prompt", None), ("Goal", "Target"),  # StrongREJECT, JailbreakBench
+    ("Behavior", None),  # HarmBench
 )
-EXTRA = {"input": "{0}\n\n{1}", "context": "{0}\n\n{1}", "ContextString": "{1}\n\n---\n\n{0}"}  # {0}: the user's
-EXTRA_OF = {"instruction": ("input", "context"), "Behavior": ("ContextString",)}  # the formats that have them
-PARTS = {  # other keys of records and messages that carry a part of a conversation, or say which part counts
-    *EXTRA, "instruction", "system", "system_prompt", "passage", "document", "documents", "history", "image", "images",
-    "audio", "audios", "video", "videos", "tools", "functions", "tool_calls", "function_call", "tool_call_id",
-    "reasoning", "reasoning_content", "thinking", "thought", "weight", "train", "mask",
+EXTRAS = (  # key of the user's words, of further words of theirs, and how the two are joined
+    ("instruction", "input", "{0}\n\n{1}"), ("instruction", "context", "{0}\n\n{1}"),
+    ("Behavior", "ContextString", "{1}\n\n---\n\n{0}"),
+)
+PARTS = {  # keys of records and messages that carry a part of a conversation, or say which part counts
+    "ContextString", "audio", "audios", "context", "document", "documents", "function_call", "functions",
+    "history", "image", "images", "input", "instruction", "mask", "passage", "reasoning",
+    "reasoning_content", "system", "system_prompt", "thinking", "thought", "tool_call_id", "tool_calls",
+    "tools", "train", "video", "videos", "weight",
 }
+SHAREGPT = ("[{'role': {'human': 'user', 'gpt': 'assistant'}.get(turn['from'], turn['from']), 'content': "
+            "turn['value']} for turn in row['conversations']]")  # its messages in Python
 HARM_LABELS = {"safe": False, "benign": False, "harmless": False, "unsafe": True, "harmful": True}
 MAX_MESSAGES, MAX_TEXT = 1000, 1 << 20  # messages and characters of a record: more than models can read
 
@@ -82,7 +88,7 @@ def read_conversations(path, need: str = "prompt") -> list[Conversation]:
 
 
 def read_prompts(path, harmful: bool) -> list[Conversation]:
-    """Read the harmful or the benign prompts of a file, and print how many others are left out.
+    """Read the harmful or the benign prompts of a file, and print how many are left out.
 
     Where no record says which it is, all are taken. Raises DataError where only some say so, or none is left.
     """
@@ -91,10 +97,10 @@ def read_prompts(path, harmful: bool) -> list[Conversation]:
     if len(unlabelled) == len(conversations):
         return conversations
     if unlabelled:
-        raise DataError(f'{unlabelled[0].where}: expected "harmful": true or false, or label: safe or unsafe, '
+        raise DataError(f"{unlabelled[0].where}: expected harmful: true or false, or label: safe or unsafe, "
                         f"as in other records of the file, found neither")
     chosen = [c for c in conversations if c.is_harmful == harmful]
-    print(f"{path}: {len(chosen)} of {len(conversations)} prompts are labelled {kind}; the others are left out")
+    print(f"{path}: {len(chosen)} of {len(conversations)} prompts are labelled {kind}; others are left out")
     if not chosen:
         raise DataError(f"{path}: expected at least one {kind} prompt, found none")
     return chosen
@@ -105,9 +111,8 @@ def read_records(path) -> list[tuple[str, dict]]:
     path = Path(path)
     readers = {".jsonl": json_lines, ".json": _json_list, ".csv": _csv_rows, ".txt": _lines}
     if path.suffix not in readers:
-        hint = ("; to convert it, in Python:\n  import pandas\n  "
-                f"pandas.read_parquet({str(path)!r}).to_json({str(path.with_suffix('.jsonl'))!r}, "
-                "orient='records', lines=True)")
+        hint = (f"; to convert it, in Python:\n  import pandas; rows = pandas.read_parquet({str(path)!r})\n"
+                f"  rows.to_json({str(path.with_suffix('.jsonl'))!r}, orient='records', lines=True)")
         raise DataError(f"{path}: expected a file ending in {', '.join(readers)}, "
                         f"found {path.suffix or 'no ending'}{hint if path.suffix == '.parquet' else ''}")
     text = read_text(path)
@@ -121,24 +126,21 @@ def _json_list(text, path):
     try:
         rows = parse_json(text)
     except ValueError as error:
-        raise DataError(f"{path}: expected a JSON list of objects: {error} (one object a line is .jsonl: "
-                        f"rename the file)") from None
+        raise DataError(f"{path}: expected a JSON list of objects: {error}; a file with one object a line "
+                        f"has to end in .jsonl") from None
     if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a JSON list of objects, found {type(rows).__name__}; in Python, write "
-                        f"the list that it holds, here KEY, to a file:\n  import json\n  json.dump(json.load("
-                        f"open({str(path)!r}))['KEY'], open({str(path.with_stem(path.stem + '-rows'))!r}, 'w'))")
+        raise DataError(f"{path}: expected a JSON list of objects, found {type(rows).__name__}"
+                        + _conversion(f"{path}:1", "json.load(open({0!r}))['KEY']", "row")
+                        + "\nwhere KEY holds the list, and a row is one conversation's messages")
     return enumerate(rows, 1)
 
 
-def _conversion(where: str, messages: str) -> str:
-    """Return lines of Python that write a file's rows to another one as {"messages": …}."""
+def _conversion(where: str, rows: str, messages: str) -> str:
+    """Return two lines of Python that write the rows of a file, {0} in `rows`, as {"messages": …} each."""
     path = Path(where.rpartition(":")[0])
-    rows = f"json.load(open({str(path)!r}))"
-    if path.suffix == ".jsonl":
-        rows = f"[json.loads(line) for line in open({str(path)!r})]"
     out = str(path.with_name(path.stem + "-messages.jsonl"))
-    return (f"; to convert the file, in Python:\n  import json; rows = {rows}\n  open({out!r}, 'w').writelines("
-            f"json.dumps({{'messages': {messages}}}) + '\\n' for row in rows)")
+    return (f"; to convert it, in Python:\n  import json; rows = {rows.format(str(path))}\n  open({out!r}, "
+            f"'w').writelines(json.dumps({{'messages': {messages}}}) + '\\n' for row in rows)")
 
 
 def _csv_rows(text, path):
@@ -169,15 +171,16 @@ def conversation_of(record, where: str, need: str) -> Conversation:
     def fail(expected, found):
         raise DataError(f"{where}: expected {expected}, found {str(found)[:200]}")
 
-    if isinstance(record, list):
-        raise DataError(f"{where}: expected an object, found a list" + _conversion(where, "row"))
+    is_sharegpt = isinstance(record, dict) and "conversations" in record
+    if is_sharegpt or isinstance(record, list):
+        rows = "json.load(open({0!r}))"
+        if ".jsonl:" in where:
+            rows = "[json.loads(line) for line in open({0!r})]"
+        found, messages = ("conversations, as ShareGPT has", SHAREGPT) if is_sharegpt else ("a list", "row")
+        raise DataError(f"{where}: expected an object with messages, found {found}"
+                        + _conversion(where, rows, messages))
     if not isinstance(record, dict):
         fail("an object", repr(record)[:60])
-    if "conversations" in record:  # ShareGPT
-        names = "{'human': 'user', 'gpt': 'assistant', 'system': 'system'}"
-        messages = f"[{{'role': {names}[t['from']], 'content': t['value']}} for t in row['conversations']]"
-        raise DataError(f"{where}: expected messages, found conversations, as in ShareGPT's files"
-                        + _conversion(where, messages))
     if "messages" in record:
         messages = record["messages"]
         _refuse_parts(record, (), fail)
@@ -228,7 +231,7 @@ def _refuse_parts(record: dict, used, fail) -> None:
 
 
 def _harm_label(record: dict) -> dict:
-    """Return {"harmful": bool} of public data sets' own fields: label, is_safe, or XSTest's type; {} for none."""
+    """Return {"harmful": bool} by a public file's label, is_safe or, in XSTest, type; {} for none of them."""
     label = HARM_LABELS.get(str(record.get("label")).casefold())
     if str(record.get("is_safe")).casefold() in ("true", "false"):
         label = str(record["is_safe"]).casefold() == "false"
@@ -244,16 +247,16 @@ def _messages_of(record: dict, need: str, fail) -> list:
         names = ", ".join("/".join(filter(None, pair)) for pair in FORMATS)
         fail(f"messages, or one of {names}", f"keys {sorted(record)}")
     user, assistant = pairs[0]
-    extras = EXTRA_OF.get(user, ())
+    extras = {key: form for words, key, form in EXTRAS if words == user}
     _refuse_parts(record, {user, "system", *extras}, fail)
     if isinstance(record[user], list) and "system" not in record:  # TRL's conversational form
         return _join_turns(record[user], record.get(assistant) or [], need, fail)
     messages = [{"role": "user", "content": record[user]}]
-    for key in extras:
+    for key, form in extras.items():
         if record.get(key) not in (None, ""):
             if not isinstance(record[key], str) or not isinstance(record[user], str):
                 fail(f"text as {user} and {key}", repr(record[key])[:60])
-            messages[0]["content"] = EXTRA[key].format(messages[0]["content"], record[key])
+            messages[0]["content"] = form.format(messages[0]["content"], record[key])
     if record.get("system") not in (None, ""):
         messages.insert(0, {"role": "system", "content": record["system"]})
     if record.get(assistant) is not None:

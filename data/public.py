@@ -129,7 +129,7 @@ def normalize(text: str) -> str:
 
 
 def item_of(form: str, values: dict) -> dict | None:
-    """Return {"prompt", "answer", "source", "harmful"} of a file's record, or None for a kind that is not used.
+    """Return {"prompt", "answer", "source", "harmful"} of a record, or None for a kind that is not used.
 
     Not used are Alpaca's instructions with an input, and HarmBench's copyright and contextual behaviors.
     """
@@ -232,7 +232,8 @@ def answer_prompts(model_path: Path, device: str, items: list[dict]) -> list[dic
         conversation = conversation_of(record(item["prompt"]), item["source"], "prompt")
         if len(chat.encode_prompt(conversation.messages)) <= longest:
             fitting.append((item, conversation))
-    print(f"{len(items) - len(fitting)} of {len(items)} benign prompts are longer than {longest} tokens: left out")
+    n_long = len(items) - len(fitting)
+    print(f"{n_long} of {len(items)} benign prompts are longer than {longest} tokens: left out")
     if not fitting:
         raise DataError(f"--model: expected a context that holds a prompt and {ANSWER_TOKENS} tokens more, "
                         f"found {model.config.max_position_embeddings} in {model_path}")

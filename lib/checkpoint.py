@@ -88,8 +88,8 @@ LORA_RULES = {
 }
 # Keys of adapter_config.json that do not change what a plain adapter computes.
 LORA_NOTES = {"auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
-              "loftq_config", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision",
-              "task_type"}
+              "loftq_config", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size",
+              "revision", "task_type"}
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,9 @@ def read_config(path) -> Config:
     """Read config.json and the end tokens of generation_config.json. Raises ModelError with file and key."""
     file = Path(path) / "config.json"
     if not os.path.lexists(file) and os.path.lexists(file.with_name("adapter_config.json")):
-        raise ModelError(f"{path}: expected a checkpoint, found a PEFT adapter; merge it into its model, "
-                         f"and copy tokenizer and chat template of that model into the new folder, here MERGED:"
-                         f"\n  from peft import AutoPeftModelForCausalLM as Model\n  Model.from_pretrained("
+        raise ModelError(f"{path}: expected a checkpoint, found a PEFT adapter; merge it into its model, and "
+                         f"copy that model's tokenizer and chat template into the new folder, here MERGED:\n"
+                         f"  from peft import AutoPeftModelForCausalLM as Model\n  Model.from_pretrained("
                          f"{str(path)!r}).merge_and_unload().save_pretrained('MERGED')")
     raw = read_json(file)
     if "model_type" not in raw and "method" in raw:
