@@ -265,6 +265,9 @@ class Chat:
         messages, where = conversation.messages, conversation.where
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         thinks, is_cut = any("</think>" in answer for answer in answers), conversation.meta.get("cut")
+        if thinks and "</think>" in self.control.values():
+            raise DataError(f"{where}: expected answers without </think>, which this template writes itself, "
+                            f"found one with it; remove the thoughts")
         variables = dict.fromkeys(self.variables, True) if thinks else {}
         text, ids, offsets = self.tokens(messages, where, **variables)
         labels = [IGNORE] * len(ids)

@@ -246,7 +246,7 @@ def _messages_of(record: dict, need: str, fail) -> list:
     if not pairs:
         names = ", ".join("/".join(filter(None, pair)) for pair in FORMATS)
         fail(f"messages, or one of {names}", f"keys {sorted(record)}")
-    user, assistant = pairs[0]
+    user, assistant = min(pairs, key=lambda pair: pair[1] not in record)  # the first with an answer, if any has
     extras = {key: form for words, key, form in EXTRAS if words == user}
     _refuse_parts(record, {user, "system", *extras}, fail)
     if isinstance(record[user], list) and "system" not in record:  # TRL's conversational form
