@@ -9,6 +9,7 @@ import torch
 
 from data.chat import batches_by_length, Chat, encode_examples, encode_prompts, IGNORE, LONGEST, pad, rows_that_fit
 from data.conversations import Conversation, read_conversations, read_prompts, split_by_prompt, WORLD
+from evaluate import EvalOptions, evaluation_sets
 from lib.files import DataError, ModelError
 from lib.template import render_template
 
@@ -96,6 +97,8 @@ class TestReading:
         for harmful, words in ((False, "B"), (True, "H")):
             assert [c.prompts[-1][-1]["content"] for c in read_prompts(tmp_path / name, harmful)] == [words]
             assert "1 of 2 prompts are labelled " in capsys.readouterr().out
+        sets = evaluation_sets(EvalOptions(harmful=str(tmp_path / name), benign="none", task="none"))
+        assert [c.prompts[-1][-1]["content"] for c in sets["harmful"]["a"]] == ["H"]
         assert [c.meta["harmful"] for c in read_conversations(tmp_path / name, "harmful")] == [False, True]  # for the probe
 
     def test_a_file_without_labels_is_taken_whole_and_one_that_is_labelled_in_part_or_otherwise_is_refused(self, tmp_path):

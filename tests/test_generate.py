@@ -9,6 +9,7 @@ import torch
 from conftest import DEVICE, load_model, policy
 from data.chat import batches_by_length, Chat
 from data.conversations import read_conversations, WORLD
+from evaluate import respond
 from model import generate
 
 GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/config.json"))
@@ -70,6 +71,10 @@ def test_a_response_ends_at_the_end_tokens_of_the_checkpoint_and_of_the_chat(pro
     expected = [list(takewhile(lambda token: token not in (one, other), ids)) for ids in endless]
     object.__setattr__(model.config, "eos_token_ids", (one,))
     assert generate(model, prompts, 12, end_token_ids=(other,)) == expected != endless
+    model, rows = load_model(WORLD / "model", dtype=torch.float32), read_conversations(WORLD / "eval_benign.jsonl")[:3]
+    right = respond(model, Chat(WORLD / "model"), rows, 48)
+    object.__setattr__(model.config, "eos_token_ids", (5,))
+    assert respond(model, Chat(WORLD / "model"), rows, 48) == right and not any(response.cut for response in right)
 
 
 def test_progress_counts_every_prompt_once(prompts):
