@@ -165,7 +165,8 @@ def options_as_in_run(options: EvalOptions, config: dict, file: Path, given=()) 
         if option.name in config.keys() - {"device", "dtype", *given, *judge_options}:
             values[option.name] = option_value(option, config[option.name], file)
     if is_url(values.get("judge") or ""):
-        print(printable(f"{file}: judged by {values['judge']}; to ask this server again, type --judge URL"))
+        url = values["judge"]
+        print(printable(f"{file}: judged by {url}; to ask this server again, type --judge {url}"))
         values |= {"judge": "none", "judge_model": None}
     print(f"as in {printable(str(file))}: {as_typed(values, EvalOptions)}")
     return replace(options, **values)

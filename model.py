@@ -95,8 +95,7 @@ def attention_masks(attention_mask, windows, slots: Tensor, S: int) -> dict:
 def attend(q, k, v, mask, group: int):
     """Return softmax(q kᵀ / √D) v for q (B, N, T, D) and k, v (B, K, S, D), shape (B, T, N·D).
 
-    Each key/value head serves a group of N / K query heads. mask None: causal. `group` is passed, since
-    torch.compile would make a symbol of a comparison of shapes.
+    Each key/value head serves a `group` of N / K query heads. mask None: causal.
     """
     B, N, T, D = q.shape
     dtype = q.dtype
@@ -110,7 +109,8 @@ def attend(q, k, v, mask, group: int):
         group = 1
     if dtype == torch.bfloat16 and not q.is_cuda and torch.is_grad_enabled():
         q, k, v = q.float(), k.float(), v.float()  # the CPU's backward pass takes half the time
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=group > 1)
+    enable_gqa = True if group > 1 else False  # a branch: torch.compile would pass a symbol for the comparison
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=enable_gqa)
     return y.to(dtype).reshape(B, N, T, D).transpose(1, 2).flatten(2)
 
 
@@ -547,7 +547,10 @@ def load_adapter(model: Transformer, path) -> None:
     ranks = {shape[:1] for key, (shape, _) in stored.items() if ".lora_A." in key}
     if ranks != {(config["r"],)}:  # before adapters of an absurd rank are made
         raise ModelError(f"{weights}: expected adapters of rank r = {config['r']}, found {sorted(ranks)}")
-    add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])
+    try:
+        add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])
+    except ModelError as error:
+        raise ModelError(f"{file}: {error}") from None
     parameters = adapter_parameters(model)
     expect_tensors(stored, parameters, weights)
     with open_safetensors(weights) as tensors, torch.no_grad():

@@ -20,6 +20,7 @@ from lib.files import (DataError, ModelError, atomic_write, between, either, exp
                        read_json, write_json)
 
 ROOT = Path(__file__).parent.parent
+GIT_SECONDS = 10  # that git may take to name the commit
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 FLOATS = ("F64", "F32", "BF16", "F16")  # safetensors' names
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
@@ -362,7 +363,7 @@ def commit(folder: Path = ROOT) -> str | None:
     command = ["git", f"--git-dir={folder / '.git'}", f"--work-tree={folder}", "describe", "--always",
                "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip() or None

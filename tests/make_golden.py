@@ -17,21 +17,11 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 HERE = Path(__file__).parent / "golden"
-TINY = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-5,
-}
+TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+        "tie_word_embeddings": False, "rms_norm_eps": 1e-5}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LENGTHS = {"original_max_position_embeddings": 16, "max_position_embeddings": 64}
 LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 3.0, 4.0]}
 CASES = {  # name: (model_type, settings); `old` keys are written in the first generation of config.json
     "llama": ("llama", {}),
@@ -47,24 +37,8 @@ CASES = {  # name: (model_type, settings); `old` keys are written in the first g
     "qwen3_bias": ("qwen3", {"attention_bias": True, "head_dim": 8, "tie_word_embeddings": True}),
     "phi3": ("phi3", {"sliding_window": 7}),
     "phi3_partial": ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}}),
-    "phi3_longrope": (
-        "phi3",
-        {
-            "original_max_position_embeddings": 16,
-            "max_position_embeddings": 64,
-            "rope_parameters": {"rope_type": "longrope", "rope_theta": 100.0, **LONG},
-        },
-    ),
-    "phi3_longrope_old_keys": (
-        "phi3",
-        {
-            "original_max_position_embeddings": 16,
-            "max_position_embeddings": 64,
-            "rope_theta": 100.0,
-            "rope_scaling": {"type": "longrope", **LONG},
-            "old": True,
-        },
-    ),
+    "phi3_longrope": ("phi3", LENGTHS | {"rope_parameters": {"rope_type": "longrope", "rope_theta": 100.0, **LONG}}),
+    "phi3_longrope_old_keys": ("phi3", LENGTHS | {"rope_theta": 100.0, "rope_scaling": {"type": "longrope", **LONG}, "old": True}),
 }
 
 
@@ -104,11 +78,8 @@ def make(name, family, settings, seed):
     attention_mask = torch.stack([torch.arange(max(lengths)) >= max(lengths) - n for n in lengths]).long()  # left-padded
     positions = (attention_mask.cumsum(-1) - 1).clamp_min(0)
     residual = []  # transformers gives the last hidden state after the norm: record what each block and the embeddings put out
-    hooks = [model.model.embed_tokens.register_forward_hook(lambda m, i, out: residual.append(out))]
-    hooks += [
-        block.register_forward_hook(lambda m, i, out: residual.append(out[0] if isinstance(out, tuple) else out))
-        for block in model.model.layers
-    ]
+    record = lambda module, args, out: residual.append(out[0] if isinstance(out, tuple) else out)
+    hooks = [module.register_forward_hook(record) for module in (model.model.embed_tokens, *model.model.layers)]
     logits = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions).logits
     hidden_states = torch.stack(residual)
     for hook in hooks:
@@ -121,16 +92,9 @@ def make(name, family, settings, seed):
         for _ in range(8):
             ids = torch.cat((ids, model(input_ids=ids).logits[:, -1:].argmax(-1)), 1)
         generated.append(ids[0, -8:])
-    save_file(
-        {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "hidden_states": hidden_states.contiguous(),
-            "logits": logits.contiguous(),
-            "generated": torch.stack(generated),
-        },
-        folder / "golden.safetensors",
-    )
+    tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "hidden_states": hidden_states.contiguous(),
+               "logits": logits.contiguous(), "generated": torch.stack(generated)}
+    save_file(tensors, folder / "golden.safetensors")
     print(f"{name}: {sum(f.stat().st_size for f in folder.iterdir()) / 1000:.0f} kB")
 
 

@@ -100,14 +100,14 @@ CASES = {
     "batch gate, live": ["--gate", "batch", "--ema", "0.7", "--ref", "live"],
     "full": ["--lora-r", "0", "--lr", "1e-4"],
     "csft": ["--method", "csft"],
-    "lisa": ["--method", "lisa", "--anchor-share", "0.3", "--epochs", "14"],
+    "lisa": ["--method", "lisa", "--anchor-share", "0.3", "--epochs", "7"],
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_that_is_stopped_twice_ends_with_the_bits_of_an_undisturbed_one(case, folder, monkeypatch, capsys):
     start(*options(folder, f"whole {case}", *CASES[case], minutes="0"))
-    run, last = folder / case, 58 if case == "lisa" else 7
+    run, last = folder / case, 37 if case == "lisa" else 7
     for step, which in ((2, signal.SIGTERM), (last, signal.SIGINT)):
         stop_at(monkeypatch, step, which)
         with pytest.raises(KeyboardInterrupt) as stopped:

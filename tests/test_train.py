@@ -278,12 +278,14 @@ class TestLoop:
         assert [row["risk"] for row in rows] == pytest.approx([risk[drawn[i : i + 5]].mean().item() for i in range(0, 50, 5)])
 
     def test_a_step_draws_the_same_wherever_a_run_resumes_and_the_shortest_first(self, examples):
-        steps = [step_examples(step, examples[4:], examples[:4], lambda step: step // 2, 5, seed=1) for step in range(12)]
-        again = [step_examples(step, examples[4:], examples[:4], lambda step: step // 2, 5, seed=1) for step in reversed(range(12))]
+        steps = [step_examples(step, examples[4:], examples[:4], lambda step: step, 5, seed=1) for step in range(12)]
+        again = [step_examples(step, examples[4:], examples[:4], lambda step: step, 5, seed=1) for step in reversed(range(12))]
         assert steps == again[::-1] and all(len(step) == 5 for step in steps)
         assert all([len(e.input_ids) for e in step] == sorted(len(e.input_ids) for e in step) for step in steps)
-        data = [e.index for step in steps for e in step if e.index >= 4]
-        assert len(data) == 54 and set(data) == set(range(4, 24))  # 60 draws, 6 of them of examples[:4]
+        for first in (0, 5):  # 4 of the data and 1 anchor a step: an epoch of the 20 data lasts 5 steps
+            drawn = [example.index for step in steps[first : first + 5] for example in step]
+            assert sorted(index for index in drawn if index >= 4) == list(range(4, 24))
+        assert {example.index for step in steps[4:8] for example in step if example.index < 4} == set(range(4))
 
     def same(self, plain, model, examples, tmp_path):
         config, risk = replace(QUICK, epochs=1, batch_size=4), torch.linspace(0, 1, 24)
