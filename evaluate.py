@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from critic import JudgeOptions, is_url, judge_pairs, open_judge
 from data.chat import IGNORE, LONGEST, Chat, Example, encode_prompts, rows_that_fit, today
-from data.conversations import WORLD, Conversation, is_embedded, read_conversations
+from data.conversations import WORLD, Conversation, is_embedded, read_conversations, read_prompts
 from lib import distributed
 from lib.checkpoint import read_config
 from lib.cli import as_typed, comma_list, option_value, printable, require, run
@@ -209,7 +209,10 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
             name = Path(file).stem.removeprefix("eval_")
             require(options, (kind, name not in names, f"files of different names (two are {name})"))
             names.add(name)
-            conversations = read_conversations(file, "answer" if kind == "task" else "prompt")
+            if kind == "task":
+                conversations = read_conversations(file, "answer")
+            else:
+                conversations = read_prompts(file, harmful=kind == "harmful")
             sets[kind][name] = conversations[: options.limit or None]
     for conversations in sets["task"].values():
         for conversation in conversations:
@@ -246,7 +249,7 @@ def respond(model: Transformer, chat: Chat, conversations: list[Conversation], m
     padded = math.ceil(len(jobs) / n_processes) * n_processes  # some jobs twice: shards are of one size
     my_prompts, my_seeds = zip(*distributed.shard((jobs * n_processes)[:padded]))
     completions = generate(model, list(my_prompts), max_new_tokens, temperature, my_seeds, batch_size,
-                           progress=lambda n: bar.update(n * n_processes))
+                           lambda n: bar.update(n * n_processes), chat.end_token_ids)
     responses = []
     for ids in completions:
         parts = re.fullmatch(r"(?:<think>(.*?)</think>\s*)?(.*)", chat.decode(ids), re.DOTALL)

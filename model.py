@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.chat import batches_by_length, pad_left
-from lib.checkpoint import (LORA_RULES, Config, checkpoint_files, expect_tensors, open_safetensors,
+from lib.checkpoint import (Config, checkpoint_files, expect_tensors, lora_rules, open_safetensors,
                             read_config, read_headers, tokenizer_files, write_folder)
 from lib.distributed import all_true, full_tensor, on_rank_zero, rank, world_size
 from lib.files import ModelError, expect, read_json
@@ -544,7 +544,7 @@ def load_adapter(model: Transformer, path) -> None:
     file = Path(path) / "adapter_config.json"
     weights = file.with_name("adapter_model.safetensors")
     config = read_json(file)
-    expect(config, LORA_RULES, file)
+    expect(config, lora_rules(config), file)
     stored = read_headers([weights])
     ranks = {shape[:1] for key, (shape, _) in stored.items() if ".lora_A." in key}
     if ranks != {(config["r"],)}:  # before adapters of an absurd rank are made
@@ -584,9 +584,10 @@ def sample_seed(seed: int, prompt: list[int], k: int) -> int:
 
 @torch.no_grad()
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
-             seeds=None, batch_size: int = 64, progress=lambda n: None) -> list[list[int]]:
+             seeds=None, batch_size: int = 64, progress=lambda n: None, end_token_ids=()) -> list[list[int]]:
     """Complete prompts (token ids). Returns the new tokens of each, without the end token.
 
+    End tokens are the checkpoint's and `end_token_ids`, the chat's: some config.json names only others.
     A completion of max_new_tokens has no end token: it was cut. `seeds` (default: 0, 1, …), one per prompt:
     a sample depends on prompt and seed alone. progress(n) is called when n more are complete. All processes
     call it, with equally many prompts each. Raises ValueError for no or an empty prompt, and if a sequence
@@ -600,26 +601,29 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
         raise ValueError(f"generate: {max(lengths)} prompt tokens + {max_new_tokens} new ones exceed "
                          f"max_position_embeddings = {limit}")
     seeds = seeds or range(len(prompts))
+    eos = {*model.config.eos_token_ids, *end_token_ids}
     completions = [[]] * len(prompts)
     for batch in batches_by_length(lengths, batch_size):
         u = []
         for i in batch:
             generator = torch.Generator().manual_seed(seeds[i])
             u.append(torch.rand(max_new_tokens, dtype=torch.float64, generator=generator))
-        completed = complete(model, [prompts[i] for i in batch], max_new_tokens, temperature, torch.stack(u))
+        rows = [prompts[i] for i in batch]
+        completed = complete(model, rows, max_new_tokens, temperature, torch.stack(u), eos)
         for i, ids in zip(batch, completed):
             completions[i] = ids
         progress(len(batch))
     return completions
 
 
-def complete(model: Transformer, prompts: list, max_new_tokens: int, temperature: float, u: Tensor) -> list:
+def complete(model: Transformer, prompts: list, max_new_tokens: int, temperature: float, u: Tensor,
+             eos: set) -> list:
     """Complete one batch with a cache of keys and values; finished rows are dropped on the way.
 
-    u (B, max_new_tokens): a random number for each row and new token.
+    u (B, max_new_tokens): a random number for each row and new token. eos: the end tokens.
     """
-    device, eos = model.device, model.config.eos_token_ids
-    stop = torch.tensor(eos, device=device, dtype=torch.long)
+    device = model.device
+    stop = torch.tensor(sorted(eos), device=device, dtype=torch.long)
     poll = POLL.get(device.type, 1)
     rope = model.config.rope
     is_longrope = rope["rope_type"] == "longrope"

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from critic import conversation_verdicts, open_judge
-from data.chat import IGNORE, Chat, Example, encode_examples
+from data.chat import Chat, Example, encode_examples
 from data.conversations import WORLD, conversation_of, is_embedded, read_conversations
 from data.order import step_examples
 from evaluate import (EvalOptions, default_sets, evaluate_model, evaluation_sets, expect_prompts_fit, refuses,
@@ -263,9 +263,6 @@ def anchor_examples(records: list[dict], chat: Chat, first_index: int, max_lengt
     conversations = [conversation_of(record, f"anchors.jsonl:{line}", "answer")
                      for line, record in enumerate(records, 1)]
     anchors = encode_examples(chat, conversations, max_length)
-    for anchor in anchors:
-        if anchor.conversation.meta.get("cut") and not anchor.cut:  # the answer has no end to be learned
-            anchor.labels[max(i for i, label in enumerate(anchor.labels) if label != IGNORE)] = IGNORE
     return [replace(anchor, index=first_index + anchor.index, anchor=True) for anchor in anchors]
 
 
