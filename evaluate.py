@@ -175,14 +175,13 @@ def options_as_in_run(options: EvalOptions, config: dict, file: Path, given=()) 
 def default_sets(options: EvalOptions, source: Path) -> EvalOptions:
     """Return `options` with the evaluation files, the judge and the date filled in where they are None.
 
-    The embedded tasks, attackers' wordings and judge are defaults only where `source`, a model or its data,
-    is embedded too.
+    The embedded prompts and judge are defaults only where `source`, a model or its data, is embedded too.
     """
-    names = {"harmful": ["harmful"], "benign": ["benign", "lookalike"], "task": []}
+    names = {kind: [] for kind in KINDS}
     judge = "none"
     if is_embedded(source):
         judge = str(WORLD / "judge")
-        names["task"] = ["arithmetic", "sentiment"]
+        names = {"harmful": ["harmful"], "benign": ["benign", "lookalike"], "task": ["arithmetic", "sentiment"]}
         if (WORLD / f"eval_harmful_{source.stem}.jsonl").exists():
             names["harmful"].append(f"harmful_{source.stem}")
     values = {"judge": options.judge or judge, "date": options.date or today()}
@@ -219,6 +218,13 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
         for conversation in conversations:
             metric_of(conversation)
     return sets
+
+
+def expect_prompts_fit(chat: Chat, sets: dict, longest: int) -> None:
+    """Raise DataError for a prompt of `evaluation_sets` with more than `longest` tokens."""
+    for group in sets.values():
+        for conversations in group.values():
+            encode_prompts(chat, conversations, longest)
 
 
 class Response(NamedTuple):

@@ -92,32 +92,34 @@ def attention_masks(attention_mask, windows, slots: Tensor, S: int) -> dict:
     return masks
 
 
-def attend(q, k, v, mask, group: int):
+def attend(q, k, v, mask, grouped: bool):
     """Return softmax(q kᵀ / √D) v for q (B, N, T, D) and k, v (B, K, S, D), shape (B, T, N·D).
 
-    Each key/value head serves a `group` of N / K query heads. mask None: causal.
+    Each key/value head serves a group of N / K query heads. mask None: causal. grouped: N is not K; it is
+    passed, since torch.compile would make a symbol of a comparison of shapes.
     """
     B, N, T, D = q.shape
+    K = k.shape[1]
     dtype = q.dtype
-    if group > 1 and T == 1:  # the group's heads have the same keys: one head with as many queries
-        q = q.reshape(B, N // group, group, D)
-        group = 1
+    if grouped and T == 1:  # the group's heads have the same keys: one head with as many queries
+        q = q.reshape(B, K, N // K, D)
+        grouped = False
     # CUDA's kernels for masks and for float32 know no groups; the fallback would hold (N, T, S) scores.
-    if group > 1 and (mask is not None or q.is_cuda and dtype == torch.float32):
-        k = k.repeat_interleave(group, 1)
-        v = v.repeat_interleave(group, 1)
-        group = 1
+    if grouped and (mask is not None or q.is_cuda and dtype == torch.float32):
+        k = k.repeat_interleave(N // K, 1)
+        v = v.repeat_interleave(N // K, 1)
+        grouped = False
     if dtype == torch.bfloat16 and not q.is_cuda and torch.is_grad_enabled():
         q, k, v = q.float(), k.float(), v.float()  # the CPU's backward pass takes half the time
-    enable_gqa = True if group > 1 else False  # a branch: torch.compile would pass a symbol for the comparison
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=enable_gqa)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
     return y.to(dtype).reshape(B, N, T, D).transpose(1, 2).flatten(2)
 
 
 def insert_padding(x: Tensor, shape: tuple, rows: Tensor):
     """Return tokens x (n, heads, D) at their indices `rows` (n,) in a batch of `shape` (B, T), else zeros."""
-    padded = x.new_zeros(math.prod(shape), *x.shape[1:])
-    return padded.index_copy(0, rows, x).unflatten(0, shape)
+    B, T = shape
+    padded = x.new_zeros(B * T, *x.shape[1:])
+    return padded.index_copy(0, rows, x).unflatten(0, (B, T))
 
 
 class Linear(nn.Linear):
@@ -196,7 +198,7 @@ class Attention(nn.Module):
         D, H = config.head_dim, config.hidden_size
         self.block = block
         self.window = config.windows[block]
-        self.head_dim, self.group = D, N // K
+        self.head_dim, self.grouped = D, N != K
         self.sizes = [N * D, K * D, K * D]
         self.fused = config.model_type == "phi3"
         if self.fused:
@@ -222,7 +224,7 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
         if cache is not None:
             k, v = cache.append(self.block, k, v)  # (B, K, S, D)
-        y = attend(q, k, v, masks[self.window], self.group)  # (B, T, N·D)
+        y = attend(q, k, v, masks[self.window], self.grouped)  # (B, T, N·D)
         if grid is not None:
             y = y.flatten(0, 1)[grid[1]]  # (n, N·D)
         return self.o_proj(y)
@@ -503,7 +505,7 @@ def add_lora(model: Transformer, r: int, alpha: float, targets=None, seed: int =
     names = {name.rpartition(".")[2] for name in layers}
     targets = sorted(targets or names - {"lm_head"})
     if unknown := set(targets) - names:
-        raise ModelError(f"LoRA targets: expected some of {', '.join(sorted(names))}, "
+        raise ModelError(f"LoRA targets: expected some of {', '.join(sorted(names - {'lm_head'}))}, "
                          f"found {', '.join(sorted(unknown))}")
     if "lm_head" in targets and model.config.tie_word_embeddings:
         raise ModelError("LoRA targets: lm_head shares its weight with the embeddings here, "

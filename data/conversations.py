@@ -271,23 +271,34 @@ def _messages_of(record: dict, need: str, fail) -> list:
 # ---------------------------------------------------------------- splitting
 
 
+def group_of(conversation: Conversation) -> str:
+    """Return a record's "group" or, without it, its last prompt in lower case with single spaces."""
+    group = conversation.meta.get("group")
+    if group is not None:
+        return f"group {group}"
+    turns = [f"{message['role']} {message['content']}" for message in conversation.prompts[-1]]
+    return " ".join(" ".join(turns).casefold().split())
+
+
 def split_by_prompt(conversations: list[Conversation], fractions=(0.6, 0.2, 0.2),
                     seed: int = 0) -> list[list[Conversation]]:
-    """Split conversations at random. Each class (`harmful`) is divided alike, and a prompt is in one split.
+    """Split conversations at random. Each class (`harmful`) is divided alike, and a group is in one split.
 
-    Raises DataError where the same prompt is labelled both ways, or a split would lack a class.
+    A group is the records with the same "group" or, without it, the same prompt but for case and white space.
+    Raises DataError where a group is labelled both ways, or a split would lack a class.
     """
     groups = {}
     for conversation in conversations:
-        groups.setdefault(json.dumps(conversation.prompts[-1]), []).append(conversation)
+        groups.setdefault(group_of(conversation), []).append(conversation)
     for first, *others in groups.values():
         for other in others:
             if other.is_harmful != first.is_harmful:
-                raise DataError(f"{other.where}: expected harmful = {first.meta['harmful']} as in "
-                                f"{first.where} (same prompt), found {other.meta['harmful']}")
+                raise DataError(f"{other.where}: expected harmful = {first.is_harmful} as in {first.where} "
+                                f"(same prompt or group), found {other.is_harmful}")
     splits = [[] for _ in fractions]
     for harmful in (False, True):
-        keys = sorted(key for key, group in groups.items() if group[0].is_harmful == harmful)
+        keys = [key for key, group in groups.items() if group[0].is_harmful == harmful]
+        keys.sort(key=lambda key: json.dumps(groups[key][0].prompts[-1]))
         random.Random(seed).shuffle(keys)
         start = 0
         for i, split in enumerate(splits):
