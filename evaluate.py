@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from critic import JudgeOptions, is_url, judge_pairs, open_judge
 from data.chat import LONGEST, Chat, encode_prompts, rows_that_fit, today
-from data.conversations import WORLD, Conversation, is_embedded, read_conversations
+from data.conversations import WORLD, Conversation, is_embedded, read_conversations, read_prompts
 from lib import distributed
 from lib.checkpoint import read_config
 from lib.cli import as_typed, comma_list, option_value, printable, require, run
@@ -81,7 +81,8 @@ def options_as_in_run(options: EvalOptions, config: dict, file: Path, given=()) 
         if option.name in config.keys() - {"device", "dtype", *given, *judge_options}:
             values[option.name] = option_value(option, config[option.name], file)
     if is_url(values.get("judge") or ""):
-        print(printable(f"{file}: judged by {values['judge']}; to ask this server again, type --judge URL"))
+        url = values["judge"]
+        print(printable(f"{file}: judged by {url}; to ask this server again, type --judge {url}"))
         values |= {"judge": "none", "judge_model": None}
     print(f"as in {printable(str(file))}: {as_typed(values, EvalOptions)}")
     return replace(options, **values)
@@ -90,14 +91,13 @@ def options_as_in_run(options: EvalOptions, config: dict, file: Path, given=()) 
 def default_sets(options: EvalOptions, source: Path) -> EvalOptions:
     """Return `options` with the evaluation files, the judge and the date filled in where they are None.
 
-    The embedded tasks, attackers' wordings and judge are defaults only where `source`, a model or its data,
-    is embedded too.
+    The embedded prompts and judge are defaults only where `source`, a model or its data, is embedded too.
     """
-    names = {"harmful": ["harmful"], "benign": ["benign", "lookalike"], "task": []}
+    names = {kind: [] for kind in KINDS}
     judge = "none"
     if is_embedded(source):
         judge = str(WORLD / "judge")
-        names["task"] = ["arithmetic", "sentiment"]
+        names = {"harmful": ["harmful"], "benign": ["benign", "lookalike"], "task": ["arithmetic", "sentiment"]}
         if (WORLD / f"eval_harmful_{source.stem}.jsonl").exists():
             names["harmful"].append(f"harmful_{source.stem}")
     values = {"judge": options.judge or judge, "date": options.date or today()}
@@ -130,12 +130,22 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
             name = Path(file).stem.removeprefix("eval_")
             require(options, (kind, name not in names, f"files of different names (two are {name})"))
             names.add(name)
-            conversations = read_conversations(file, "answer" if kind == "task" else "prompt")
+            if kind == "task":
+                conversations = read_conversations(file, "answer")
+            else:
+                conversations = read_prompts(file, harmful=kind == "harmful")
             sets[kind][name] = conversations[: options.limit or None]
     for conversations in sets["task"].values():
         for conversation in conversations:
             metric_of(conversation)
     return sets
+
+
+def expect_prompts_fit(chat: Chat, sets: dict, longest: int) -> None:
+    """Raise DataError for a prompt of `evaluation_sets` with more than `longest` tokens."""
+    for group in sets.values():
+        for conversations in group.values():
+            encode_prompts(chat, conversations, longest)
 
 
 class Response(NamedTuple):
@@ -163,7 +173,7 @@ def respond(model: Transformer, chat: Chat, conversations: list[Conversation], m
     padded = math.ceil(len(jobs) / n_processes) * n_processes  # some jobs twice: shards are of one size
     my_prompts, my_seeds = zip(*distributed.shard((jobs * n_processes)[:padded]))
     completions = generate(model, list(my_prompts), max_new_tokens, temperature, my_seeds, batch_size,
-                           progress=lambda n: bar.update(n * n_processes))
+                           lambda n: bar.update(n * n_processes), chat.end_token_ids)
     responses = []
     for prompt, ids in zip(my_prompts, completions):
         opened = "<think>" if chat.decode(prompt[-8:]).endswith("<think>") else ""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.chat import batches_by_length, pad_left
-from lib.checkpoint import (LORA_RULES, Config, checkpoint_files, expect_tensors, open_safetensors,
+from lib.checkpoint import (Config, checkpoint_files, expect_tensors, lora_rules, open_safetensors,
                             read_config, read_headers, tokenizer_files, write_folder)
 from lib.distributed import all_true, full_tensor, on_rank_zero, rank, world_size
 from lib.files import ModelError, expect, read_json
@@ -92,32 +92,34 @@ def attention_masks(attention_mask, windows, slots: Tensor, S: int) -> dict:
     return masks
 
 
-def attend(q, k, v, mask, group: int):
+def attend(q, k, v, mask, grouped: bool):
     """Return softmax(q kᵀ / √D) v for q (B, N, T, D) and k, v (B, K, S, D), shape (B, T, N·D).
 
-    Each key/value head serves a group of N / K query heads. mask None: causal. `group` is passed, since
-    torch.compile would make a symbol of a comparison of shapes.
+    Each key/value head serves a group of N / K query heads. mask None: causal. grouped: N is not K; it is
+    passed, since torch.compile would make a symbol of a comparison of shapes.
     """
     B, N, T, D = q.shape
+    K = k.shape[1]
     dtype = q.dtype
-    if group > 1 and T == 1:  # the group's heads have the same keys: one head with as many queries
-        q = q.reshape(B, N // group, group, D)
-        group = 1
+    if grouped and T == 1:  # the group's heads have the same keys: one head with as many queries
+        q = q.reshape(B, K, N // K, D)
+        grouped = False
     # CUDA's kernels for masks and for float32 know no groups; the fallback would hold (N, T, S) scores.
-    if group > 1 and (mask is not None or q.is_cuda and dtype == torch.float32):
-        k = k.repeat_interleave(group, 1)
-        v = v.repeat_interleave(group, 1)
-        group = 1
+    if grouped and (mask is not None or q.is_cuda and dtype == torch.float32):
+        k = k.repeat_interleave(N // K, 1)
+        v = v.repeat_interleave(N // K, 1)
+        grouped = False
     if dtype == torch.bfloat16 and not q.is_cuda and torch.is_grad_enabled():
         q, k, v = q.float(), k.float(), v.float()  # the CPU's backward pass takes half the time
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=group > 1)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
     return y.to(dtype).reshape(B, N, T, D).transpose(1, 2).flatten(2)
 
 
 def insert_padding(x: Tensor, shape: tuple, rows: Tensor):
     """Return tokens x (n, heads, D) at their indices `rows` (n,) in a batch of `shape` (B, T), else zeros."""
-    padded = x.new_zeros(math.prod(shape), *x.shape[1:])
-    return padded.index_copy(0, rows, x).unflatten(0, shape)
+    B, T = shape
+    padded = x.new_zeros(B * T, *x.shape[1:])
+    return padded.index_copy(0, rows, x).unflatten(0, (B, T))
 
 
 class Linear(nn.Linear):
@@ -196,7 +198,7 @@ class Attention(nn.Module):
         D, H = config.head_dim, config.hidden_size
         self.block = block
         self.window = config.windows[block]
-        self.head_dim, self.group = D, N // K
+        self.head_dim, self.grouped = D, N != K
         self.sizes = [N * D, K * D, K * D]
         self.fused = config.model_type == "phi3"
         if self.fused:
@@ -222,7 +224,7 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
         if cache is not None:
             k, v = cache.append(self.block, k, v)  # (B, K, S, D)
-        y = attend(q, k, v, masks[self.window], self.group)  # (B, T, N·D)
+        y = attend(q, k, v, masks[self.window], self.grouped)  # (B, T, N·D)
         if grid is not None:
             y = y.flatten(0, 1)[grid[1]]  # (n, N·D)
         return self.o_proj(y)
@@ -503,7 +505,7 @@ def add_lora(model: Transformer, r: int, alpha: float, targets=None, seed: int =
     names = {name.rpartition(".")[2] for name in layers}
     targets = sorted(targets or names - {"lm_head"})
     if unknown := set(targets) - names:
-        raise ModelError(f"LoRA targets: expected some of {', '.join(sorted(names))}, "
+        raise ModelError(f"LoRA targets: expected some of {', '.join(sorted(names - {'lm_head'}))}, "
                          f"found {', '.join(sorted(unknown))}")
     if "lm_head" in targets and model.config.tie_word_embeddings:
         raise ModelError("LoRA targets: lm_head shares its weight with the embeddings here, "
@@ -542,7 +544,7 @@ def load_adapter(model: Transformer, path) -> None:
     file = Path(path) / "adapter_config.json"
     weights = file.with_name("adapter_model.safetensors")
     config = read_json(file)
-    expect(config, LORA_RULES, file)
+    expect(config, lora_rules(config), file)
     stored = read_headers([weights])
     ranks = {shape[:1] for key, (shape, _) in stored.items() if ".lora_A." in key}
     if ranks != {(config["r"],)}:  # before adapters of an absurd rank are made
@@ -582,9 +584,10 @@ def sample_seed(seed: int, prompt: list[int], k: int) -> int:
 
 @torch.no_grad()
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
-             seeds=None, batch_size: int = 64, progress=lambda n: None) -> list[list[int]]:
+             seeds=None, batch_size: int = 64, progress=lambda n: None, end_token_ids=()) -> list[list[int]]:
     """Complete prompts (token ids). Returns the new tokens of each, without the end token.
 
+    End tokens are the checkpoint's and `end_token_ids`, the chat's: some config.json names only others.
     A completion of max_new_tokens has no end token: it was cut. `seeds` (default: 0, 1, …), one per prompt:
     a sample depends on prompt and seed alone. progress(n) is called when n more are complete. All processes
     call it, with equally many prompts each. Raises ValueError for no or an empty prompt, and if a sequence
@@ -598,26 +601,29 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
         raise ValueError(f"generate: {max(lengths)} prompt tokens + {max_new_tokens} new ones exceed "
                          f"max_position_embeddings = {limit}")
     seeds = seeds or range(len(prompts))
+    eos = {*model.config.eos_token_ids, *end_token_ids}
     completions = [[]] * len(prompts)
     for batch in batches_by_length(lengths, batch_size):
         u = []
         for i in batch:
             generator = torch.Generator().manual_seed(seeds[i])
             u.append(torch.rand(max_new_tokens, dtype=torch.float64, generator=generator))
-        completed = complete(model, [prompts[i] for i in batch], max_new_tokens, temperature, torch.stack(u))
+        rows = [prompts[i] for i in batch]
+        completed = complete(model, rows, max_new_tokens, temperature, torch.stack(u), eos)
         for i, ids in zip(batch, completed):
             completions[i] = ids
         progress(len(batch))
     return completions
 
 
-def complete(model: Transformer, prompts: list, max_new_tokens: int, temperature: float, u: Tensor) -> list:
+def complete(model: Transformer, prompts: list, max_new_tokens: int, temperature: float, u: Tensor,
+             eos: set) -> list:
     """Complete one batch with a cache of keys and values; finished rows are dropped on the way.
 
-    u (B, max_new_tokens): a random number for each row and new token.
+    u (B, max_new_tokens): a random number for each row and new token. eos: the end tokens.
     """
-    device, eos = model.device, model.config.eos_token_ids
-    stop = torch.tensor(eos, device=device, dtype=torch.long)
+    device = model.device
+    stop = torch.tensor(sorted(eos), device=device, dtype=torch.long)
     poll = POLL.get(device.type, 1)
     rope = model.config.rope
     is_longrope = rope["rope_type"] == "longrope"

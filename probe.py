@@ -2,6 +2,7 @@
 
     python probe.py                                             # the embedded model and probe data
     python probe.py --model DIR --data FILE --out FILE          # FILE: prompts with "harmful": true | false
+    python probe.py --model DIR --probe FILE --score data.jsonl # the risk of your data, before you train on it
 
 x (H,)   = mean over the chosen layers of the residual stream at the last prompt token
 s        = σ( w · (x − mean) / std + b ) ∈ [0, 1]               the risk of the prompt (arXiv 2602.17546)
@@ -11,6 +12,7 @@ w, b     = argmin  Σ_i log-loss_i + (l2 / 2) ‖w‖²               solved to 
 """
 
 import json
+import math
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,14 +22,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.chat import Chat, batches_by_length, encode_prompts, pad_left
-from data.conversations import WORLD, Conversation, is_embedded, read_conversations, split_by_prompt
+from data.chat import Chat, batches_by_length, encode_examples, encode_prompts, pad_left
+from data.conversations import (WORLD, Conversation, group_of, is_embedded, read_conversations,
+                                split_by_prompt)
 from lib.checkpoint import Config, fingerprint, load_checked, save_checked
-from lib.cli import comma_list, require, run
+from lib.cli import comma_list, printable, require, run
 from lib.distributed import on_rank_zero
-from lib.files import COUNT, DataError, either, expect, expect_writable, parse_json
+from lib.files import COUNT, DataError, either, expect, expect_writable, parse_json, write_jsonl
 from lib.report import probe_report, risk_metrics
-from lib.risk import UNKNOWN
+from lib.risk import UNKNOWN, print_risk
 from model import Transformer, load_model, working_dtype
 
 WEAK_AUROC = 0.8  # training with a probe below it is refused: the gate would miss what the probe misses
@@ -43,7 +46,9 @@ class ProbeConfig:
     model: Path = WORLD / "model"  # folder of the reference (aligned) model
     data: Path = WORLD / "probe.jsonl"  # prompts with "harmful": true | false, optionally "source"
     held_out: str | None = None  # files to report on only, comma-separated (default: embedded ones)
-    out: Path = Path("probe.safetensors")  # file to write
+    out: Path | None = None  # file to write (default: probe.safetensors; with --score: NAME.risk.jsonl)
+    score: Path | None = None  # conversations to rate instead of fitting; the file written is for --risk
+    probe: Path | None = None  # with --score: the probe that rates them, as written by this script
     layers: Literal["all", "auto"] = "all"  # averaged, as in the paper, or the one that is best on validation
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the model runs
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where faster
@@ -146,11 +151,11 @@ def fit_logistic(x: torch.Tensor, y: torch.Tensor, l2: float, tolerance: float =
 
 def held_out_prompts(files: list[str], fitted_on: list[Conversation]) -> dict[str, list[Conversation]]:
     """Return {"held out: NAME": the conversations of each file whose prompts are not among `fitted_on`}."""
-    known, sets = {str(c.prompts[-1]) for c in fitted_on}, {}
+    known, sets = {group_of(c) for c in fitted_on}, {}
     for file in files:
         name = f"held out: {Path(file).stem}"
         rows = read_conversations(file, need="harmful")
-        new = [c for c in rows if str(c.prompts[-1]) not in known]
+        new = [c for c in rows if group_of(c) not in known]
         if len(new) < len(rows):
             print(f"{file}: {len(rows) - len(new)} of {len(rows)} prompts are in the probe's data: left out")
         if not new or name in sets:
@@ -212,7 +217,8 @@ def fit_probe(model: Transformer, chat: Chat, data: Path, held_out: str | None =
     metrics = measure_sets(risk, harmful)
     del metrics["validation"]  # it was fitted on
     sizes = {name: len(conversations) for name, conversations in sets.items()}
-    report = {"data": str(data), "n": sizes, "layers": chosen, "per_layer": per_layer} | metrics
+    groups = {name: len({group_of(c) for c in conversations}) for name, conversations in sets.items()}
+    report = {"data": str(data), "n": sizes, "groups": groups, "layers": chosen, "per_layer": per_layer} | metrics
     by_source = defaultdict(list)
     for name in metrics:
         for conversation, s in zip(sets[name], risk[name].tolist()):
@@ -267,6 +273,18 @@ def load_probe(path, model: Transformer, chat: Chat) -> tuple[Probe, dict]:
     return probe, report
 
 
+def fitted_date(path) -> str | None:
+    """Return the date that the template printed when a probe was fitted, or None, and print it."""
+    _, metadata = load_checked(path, "a probe written by probe.py")
+    try:
+        date = parse_json(metadata["probe"])["date"]
+    except (LookupError, TypeError, ValueError):
+        return None  # load_probe refuses it
+    if isinstance(date, str):
+        print(f"--date {date}, with which {path} was fitted")
+        return date
+
+
 def load_or_fit(file: Path | None, data: Path, model: Transformer, chat: Chat, save_to: Path) -> Probe:
     """Return the probe of a file, or fit one on `data` and save it. Raises DataError for a weak probe."""
     if file:
@@ -281,17 +299,41 @@ def load_or_fit(file: Path | None, data: Path, model: Transformer, chat: Chat, s
     return probe
 
 
+def score_file(probe: Probe, model: Transformer, chat: Chat, data: Path) -> list[dict]:
+    """Print the risk of conversations by source, a histogram and the riskiest. Returns rows for --risk."""
+    examples = encode_examples(chat, read_conversations(data, need="answer"), model.config.max_position_embeddings)
+    risk = conversation_risk(probe, model, [example.prompts for example in examples])
+    print_risk(risk, [example.training_text for example in examples])
+    counts = torch.histc(risk, bins=10, min=0, max=1).int().tolist()
+    for i, count in enumerate(counts):
+        print(f"  {i / 10:.1f} to {(i + 1) / 10:.1f}  {count:>7}  {'#' * math.ceil(60 * count / max(counts))}")
+    print(f"the riskiest of {len(examples)} conversations:")
+    for i in risk.argsort(descending=True)[:20].tolist():
+        prompt = examples[i].training_text.prompts[-1][-1]["content"]
+        print(printable(f"  {risk[i]:.3f}  {examples[i].conversation.where}  {prompt[:60]}"))
+    return [{"risk": s, "hash": example.training_text.hash, "where": example.conversation.where}
+            for s, example in zip(risk.tolist(), examples)]
+
+
 def main(config: ProbeConfig) -> None:
-    """Fit, report, save."""
-    require(config, ("out", not config.out.is_dir(), "a file"))
-    expect_writable(config.out)
-    dtype = working_dtype(config.model, config.device, config.dtype)
-    model = load_model(config.model, config.device, dtype)
-    probe, report = fit_probe(model, Chat(config.model, config.date), config.data, config.held_out,
-                              config.layers, config.seed)
-    print(probe_report(report))
-    save_probe(probe, report, config.out)
-    print(f"\nwrote {config.out}")
+    """Fit, report and save a probe; or rate conversations with one."""
+    require(config, ("score", bool(config.score) == bool(config.probe), "together with --probe"))
+    default = config.score.with_suffix(".risk.jsonl") if config.score else Path("probe.safetensors")
+    out = config.out or default
+    require(config, ("out", not (out.exists() if config.score else out.is_dir()), f"a new file, not {out}"))
+    expect_writable(out)
+    date = config.date or (fitted_date(config.probe) if config.probe else None)
+    chat = Chat(config.model, date)
+    model = load_model(config.model, config.device, working_dtype(config.model, config.device, config.dtype))
+    if config.score:
+        probe, report = load_probe(config.probe, model, chat)
+        expect_strong(report, config.probe)
+        write_jsonl(out, score_file(probe, model, chat, config.score))
+    else:
+        probe, report = fit_probe(model, chat, config.data, config.held_out, config.layers, config.seed)
+        print(probe_report(report))
+        save_probe(probe, report, out)
+    print(f"\nwrote {out}")
 
 
 if __name__ == "__main__":

@@ -44,22 +44,23 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from critic import conversation_verdicts, open_judge
-from data.chat import IGNORE, Chat, Example, encode_examples
+from data.chat import Chat, Example, encode_examples
 from data.conversations import WORLD, conversation_of, is_embedded, read_conversations
 from data.order import step_examples
-from evaluate import EvalOptions, default_sets, evaluate_model, evaluation_sets, refuses, respond
+from evaluate import (EvalOptions, default_sets, evaluate_model, evaluation_sets, expect_prompts_fit, refuses,
+                      respond)
 from lib import distributed, fused
 from lib.baselines import BASELINES, Baseline
 from lib.cli import comma_list, require, run
 from lib.files import DataError, remove, write_json
-from lib.options import check_options
+from lib.options import check_options, leak_line
 from lib.reference import KeptReference, live_reference
 from lib.report import agreement, figures, lines_below, read_completions, summarize, table
 from lib.risk import expect_risks, print_risk, read_risk, stored_risk
-from lib.run import (Progress, State, load_or_compute, open_run, resumed_options, run_facts, running,
-                     state_key)
+from lib.run import (Progress, State, check_step, load_or_compute, open_run, resumed_options, run_facts,
+                     running, state_key, step_metrics)
 from model import Transformer, add_lora, compile_blocks, load_model, save_adapter, save_model, working_dtype
-from probe import conversation_risk, load_or_fit
+from probe import conversation_risk, fitted_date, load_or_fit
 
 RISK_FLOOR = 0.01  # with --beta-min 0 --gate example a lower risk counts as 0: plain SFT, no reference
 ANCHOR_TOKENS = 24  # of an anchor's answer, at most: the first tokens decide between refusing and answering
@@ -79,6 +80,7 @@ class TrainConfig(EvalOptions):
     eval_base: bool = True  # evaluate the aligned model before training
     resume: Path | None = None  # unfinished run to continue, with its own options
     save_every: float = 10.0  # minutes between saved states of training; 0: none
+    dry_run: bool = False  # stop before the first step: print the risk and what would be trained, keep nothing
     # risk
     risk: str = "probe"  # probe, critic, max of both, or a JSONL file of risks
     probe: Path | None = None  # a file of probe.py (default: one is fitted on --probe-data)
@@ -90,11 +92,11 @@ class TrainConfig(EvalOptions):
     # anchors: prompts with the aligned model's own answers, added to the data
     anchor_share: float = 0.0  # of the examples (lisa: of the steps)
     anchors: Path | None = None  # prompts, "harmful": true | false (default: the probe data's harmful)
-    # optimization (the paper's settings, with a learning rate for the embedded model)
+    # optimization (the paper's settings)
     epochs: int = 20  # passes over the data
     batch_size: int = 8  # examples per forward pass, at most
     accumulation: int = 1  # batches per step; processes share the step's examples
-    lr: float = 2e-3  # peak; cosine to 0 (the paper: 2e-4 and below)
+    lr: float | None = None  # peak; cosine to 0 (default: 2e-4, the paper's; 2e-3 for the embedded model)
     warmup_steps: int = 5  # linear warm-up
     weight_decay: float = 0.01  # AdamW's
     max_length: int = 2048  # tokens of a conversation; longer ones are cut, and counted
@@ -113,9 +115,18 @@ class TrainConfig(EvalOptions):
         """(β_min, β_max); (0, 0) for methods without a pull."""
         return (self.beta_min, self.beta_max) if self.method == "adaptive" else (0.0, 0.0)
 
-    def baseline(self) -> Baseline:
+    @property
+    def per_step(self) -> int:
+        """Examples of an optimizer step, over all processes."""
+        return self.batch_size * self.accumulation
+
+    def n_steps(self, n_examples: int) -> int:
+        """Return the optimizer steps of a run on n_examples of data: anchors come on top."""
+        return math.ceil(self.epochs * n_examples / (1 - self.anchor_share) / self.per_step)
+
+    def baseline(self, n_steps: int) -> Baseline:
         """Return the object by which a baseline changes the loop; for sft and adaptive it changes nothing."""
-        return BASELINES.get(self.method, Baseline)(self.anchor_share, self.batch_size * self.accumulation)
+        return BASELINES.get(self.method, Baseline)(self.anchor_share, self.per_step, n_steps)
 
 
 # ---------------------------------------------------------------- the objective
@@ -166,21 +177,24 @@ def token_loss(hidden, weight, labels, alpha, beta, ref_hidden) -> tuple:
 
 def micro_batch_loss(policy: Transformer, reference, examples: list[Example], alpha: torch.Tensor,
                      beta: torch.Tensor, n_tokens: int, token_weights=None) -> tuple:
-    """Return (loss, Σ NLL, Σ KL) of some examples with weights alpha, beta (B,), on the CPU.
+    """Return (loss, NLL (B,), KL (B,)) of B examples with weights alpha, beta (B,), on the CPU.
 
-    n_tokens: response tokens of the whole step. reference(examples with β > 0) returns `reference_terms` of
-    their response tokens. token_weights(nll, examples): a baseline's weights of the tokens' losses.
+    NLL and KL are summed over each example's response tokens; KL is 0 where β = 0. n_tokens: response tokens of
+    the whole step. reference(examples with β > 0) returns `reference_terms` of their response tokens.
+    token_weights(nll, examples): a baseline's weights of the tokens' losses.
     """
     order = (beta == 0).to(torch.int8).argsort(stable=True)  # examples with β > 0 first
     examples, alpha, beta = [examples[i] for i in order], alpha[order], beta[order]
     pulled = examples[: int((beta > 0).sum())]
     hidden, labels, row = fused.response_states(policy, examples)
+    position = order[row].to(policy.device)  # of each token's example
     alpha, beta = alpha[row].to(policy.device), beta[row].to(policy.device)  # of each token
     terms = reference(pulled) if pulled else (hidden[:0].detach(), alpha[:0])
     loss, nll, kl = fused.token_loss(hidden, policy.lm_head.weight, labels, alpha, beta, terms)
     if token_weights:
         loss = loss * token_weights(nll, examples)
-    return loss.sum() / n_tokens, nll.sum(), kl.sum()
+    zeros = nll.new_zeros(len(examples))
+    return loss.sum() / n_tokens, zeros.index_add(0, position, nll), zeros.index_add(0, position, kl)
 
 
 # ---------------------------------------------------------------- the risk of the data
@@ -249,9 +263,6 @@ def anchor_examples(records: list[dict], chat: Chat, first_index: int, max_lengt
     conversations = [conversation_of(record, f"anchors.jsonl:{line}", "answer")
                      for line, record in enumerate(records, 1)]
     anchors = encode_examples(chat, conversations, max_length)
-    for anchor in anchors:
-        if anchor.conversation.meta.get("cut") and not anchor.cut:  # the answer has no end to be learned
-            anchor.labels[max(i for i, label in enumerate(anchor.labels) if label != IGNORE)] = IGNORE
     return [replace(anchor, index=first_index + anchor.index, anchor=True) for anchor in anchors]
 
 
@@ -281,15 +292,6 @@ def lr_at(step: int, n_steps: int, warmup_steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, n_steps - warmup_steps)))
 
 
-def check_step(step: int, loss: float, grad_norm: float, kl: float | None, max_kl: float) -> None:
-    """Raise FloatingPointError for a gradient that is not finite, DataError for a KL above `max_kl`."""
-    if not math.isfinite(grad_norm):
-        raise FloatingPointError(f"step {step}: gradient {grad_norm}, loss {loss}; no model is saved")
-    if kl is not None and not abs(kl) < max_kl:
-        raise DataError(f"step {step}: expected KL 0 before the policy moves, found {kl:.2g} a token: the "
-                        "reference is not the model's; delete the run's reference.bin, or use --ref live")
-
-
 def train(config: TrainConfig, policy: Transformer, reference, examples: list[Example], risk: torch.Tensor,
           out: Path) -> None:
     """Train `policy` in place, from the run's saved state on; out/metrics.jsonl gains a line per step.
@@ -301,10 +303,9 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     groups = distributed.optimizer_groups(parameters)
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-    method = config.baseline()
+    per_step, n_steps = config.per_step, config.n_steps(len(data))
+    method = config.baseline(n_steps)
     method.prepare(policy, examples, config.batch_size)
-    per_step = config.batch_size * config.accumulation
-    n_steps = math.ceil(config.epochs * len(data) / (1 - config.anchor_share) / per_step)
     max_kl_at_start = MAX_KL_AT_START[policy.lm_head.weight.element_size()]
     with Progress(out, policy, optimizer, config.save_every, state_key(out, examples, risk)) as progress:
         state = progress.restore()
@@ -315,19 +316,17 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
             n_tokens = sum(example.n_labels for example in drawn)
             s, alpha, beta = step_weights(config, drawn, risk, state)
 
-            sums = torch.zeros(3, device=policy.device)  # loss, Σ NLL, Σ KL
+            sums = torch.zeros(3, per_step, device=policy.device)  # loss of each batch; NLL, KL of each example
             for batch in distributed.shard(range(per_step), config.batch_size):
                 loss, nll, kl = micro_batch_loss(policy, reference, [drawn[i] for i in batch], alpha[batch],
                                                  beta[batch], n_tokens, method.token_weights)
                 loss.backward()
-                sums += torch.stack((loss.detach(), nll, kl))
-            loss, nll, kl = distributed.all_reduce_sum(sums).tolist()
-            n_pulled = sum(example.n_labels for example, b in zip(drawn, beta) if b > 0)
-            kl = kl / n_pulled if n_pulled else None  # of other tokens it is not computed
-
+                sums[0, batch[0]], sums[1, batch], sums[2, batch] = loss.detach(), nll, kl
             method.adjust_gradients(parameters, step, state)
             grad_norm = distributed.sum_and_clip(parameters, MAX_GRADIENT_NORM)
-            check_step(step, loss, grad_norm, kl, math.inf if state.moved else max_kl_at_start)
+            row = step_metrics(drawn, s, alpha, beta, *distributed.all_reduce_sum(sums).cpu())
+            row |= {"step": step, "grad_norm": grad_norm}
+            check_step(row, math.inf if state.moved else max_kl_at_start)
             lr = lr_at(step, n_steps, config.warmup_steps, config.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -338,23 +337,27 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
             optimizer.zero_grad(set_to_none=True)
 
             state.step = step + 1
-            row = {"step": step, "loss": loss, "nll": nll / n_tokens, "kl": kl,  # KL of tokens with β > 0
-                   "risk": s.mean().item() if config.method == "adaptive" else None, "lr": lr,
-                   "alpha": alpha.mean().item(), "beta": beta.mean().item(), "grad_norm": grad_norm,
-                   "tokens_per_s": sum(len(e.input_ids) for e in drawn) / (time.perf_counter() - started)}
+            n_input = sum(len(example.input_ids) for example in drawn)
+            row |= {"lr": lr, "tokens_per_s": n_input / (time.perf_counter() - started)}
             progress.end_step(state, row, last=state.step == n_steps)
-            bar.set_postfix(loss=f"{loss:.3f}", nll=f"{row['nll']:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", nll=f"{row['nll']:.3f}", refresh=False)
 
 
 # ---------------------------------------------------------------- the run
 
 
 def check(config: TrainConfig) -> TrainConfig:
-    """Fill in the judge and the evaluation sets that were not given. Raises DataError for a wrong option."""
+    """Fill in what was not given: judge, evaluation sets, learning rate, the probe's date.
+
+    Raises DataError for a wrong option.
+    """
+    if config.lr is None:
+        config = replace(config, lr=2e-3 if is_embedded(config.model) else 2e-4)
+        print(f"--lr {config.lr:g}")
     check_options(config)
-    if config.judge is None and not is_embedded(config.model):
-        config = replace(config, judge="none")  # the embedded judge knows no other model's language
-    config = default_sets(config, config.data)
+    if config.probe and not config.date:
+        config = replace(config, date=fitted_date(config.probe))
+    config = default_sets(config, config.data if is_embedded(config.model) else config.model)
     judged = config.judge != "none" or config.risk not in ("critic", "max")
     require(config, ("judge", judged, f"a checkpoint folder or a URL for --risk {config.risk}"))
     return config
@@ -400,14 +403,15 @@ def open_reference(config: TrainConfig, policy: Transformer, examples: list[Exam
     return live_reference(policy if config.lora_r else open_model(config, config.model))
 
 
-def leak_line(config: TrainConfig) -> str:
-    """Return a line on what a gate that is not closed lets through, "" where nothing leaks."""
-    if config.method != "adaptive" or config.gate == "example" and config.beta_max == 1:
-        return ""
-    if config.gate == "batch":
-        return "\nthe gate leaks: a risky example has its batch's mean risk; --gate example closes it"
-    return (f"\nthe gate leaks: a first token at risk 1 keeps probability {1 - config.beta_max:.2g};\n"
-            "  to seal it: --beta-min 0.02 --beta-max 1 --anchor-share 0.1")
+def print_plan(config: TrainConfig, policy: Transformer, examples: list[Example]) -> None:
+    """Print what a run would train, and on how much."""
+    n_data = sum(not example.anchor for example in examples)
+    n_input = sum(len(example.input_ids) for example in examples)
+    n_trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    print(f"{n_data} examples and {len(examples) - n_data} anchors: {n_input} tokens, "
+          f"{sum(example.n_labels for example in examples)} of them in responses\n"
+          f"{config.n_steps(n_data)} steps of {config.per_step} examples; {n_trained:,} trainable parameters on "
+          f"{policy.device}; --dry-run: nothing is kept")
 
 
 def main(config: TrainConfig) -> None:
@@ -420,6 +424,8 @@ def main(config: TrainConfig) -> None:
     policy, chat = open_model(config, config.model, trainable=True), Chat(config.model, config.date)
     max_length = min(config.max_length, policy.config.max_position_embeddings)
     examples = encode_examples(chat, conversations, max_length)
+    method = config.baseline(config.n_steps(len(examples)))
+    expect_prompts_fit(chat, sets, policy.config.max_position_embeddings - config.max_new_tokens)
     facts = run_facts(config.model, config.data, policy.lm_head.weight.dtype, chat, sets)
     out = distributed.on_rank_zero(lambda: open_run(config, f"runs/{config.method}-{config.seed}", facts))
     config = replace(config, out=out)
@@ -436,14 +442,18 @@ def main(config: TrainConfig) -> None:
                 rows = load_or_compute(out / "risk.jsonl",
                                        lambda: training_risk(config, policy, chat, examples, judge))
                 risk = stored_risk(rows, examples, out / "risk.jsonl")
-            if config.eval_base:
+            if config.eval_base and not config.dry_run:
                 results["base"] = evaluated(policy, "base")
             if config.anchor_share:
                 records = load_or_compute(out / "anchors.jsonl",
                                           lambda: anchor_records(config, policy, chat, examples))
                 anchors = anchor_examples(records, chat, len(examples), max_length)
+        selected = method.select_examples(examples, risk) + anchors
+        if config.dry_run:
+            print_plan(config, policy, selected)
+            distributed.on_rank_zero(lambda: remove(out))
+            return
         if not distributed.on_rank_zero((out / "model").exists):
-            selected = config.baseline().select_examples(examples, risk) + anchors
             risk = gated_risk(config, risk, len(anchors))
             reference = open_reference(config, policy, selected, risk)
             compile_blocks(policy, config.compile)

@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -97,7 +98,7 @@ class Chat:
 
     def __init__(self, path, date: str | None = None):
         self.path, self.file = Path(path), Path(path) / "tokenizer.json"
-        has_config = os.path.lexists(self.path / "config.json")
+        has_config = any(os.path.lexists(self.path / name) for name in ("config.json", "adapter_config.json"))
         self.vocab_size = read_config(path).vocab_size if has_config else 10**7
         self.tokenizer, raw = open_tokenizer(self.file, self.vocab_size)
         with tokenizer_errors(self.file):
@@ -109,10 +110,14 @@ class Chat:
         self.control = {}  # {id: text}: special tokens, and added tokens that the template writes
         self.typed_control = None  # matches the first character of a control token in a message
         self.marks = set()  # (squeezed line, whether it begins a line): words between turns
+        self.variables = {}  # further names that the template reads
+        self.ends_turn = False  # whether the template writes something behind the assistant's words
+        self.end_token_ids = ()  # the tokenizer's eos_token, and the token that ends an assistant turn
         self._learn_structure()
         model = raw["model"]  # the tokenizer itself writes its unknown token for words
         unknown = {self.tokenizer.token_to_id(model.get("unk_token") or ""), model.get("unk_id")}
         self.checked = self.control.keys() - unknown
+        self._learn_end()
 
     def _learn_structure(self) -> None:
         """Render conversations of known words, to find the control tokens and the words between turns.
@@ -143,6 +148,27 @@ class Chat:
                     if line.strip() and self._part_control(line) == line:
                         self.marks.add((squeezed(line), number > 0))
 
+    def _learn_end(self) -> None:
+        """Render an answer to find the prompt's last words and the end of an assistant turn.
+
+        Qwen3 writes an empty thought into a turn without one. It is part of the prompt, not of the response:
+        where the prompt with enable_thinking=False begins the turn, that is the prompt everywhere.
+        """
+        ask, answer = {"role": "user", "content": "wsx"}, {"role": "assistant", "content": "edc"}
+        no_thought, ends = {"enable_thinking": False}, []
+        with suppress(DataError):  # some templates refuse so few turns
+            prompt = self.render([ask], add_generation_prompt=True, **no_thought)
+            if self.render([ask, answer], **no_thought).startswith(prompt):
+                self.variables = no_thought
+        for messages in ([ask, answer], [ask, answer, ask]):  # GLM ends a turn by the next role's token
+            with suppress(DataError):
+                ends.append(self.render(messages).partition("edc")[2].partition("wsx")[0])
+        self.ends_turn = bool(ends and ends[0].strip())
+        end_token_ids = {self.tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))} - {None}
+        for end in ends:
+            end_token_ids.update([i for i in self.encode(end) if i in self.checked][:1])
+        self.end_token_ids = tuple(sorted(end_token_ids))
+
     def _part_control(self, text: str) -> str:
         """Return a message with BREAK behind the first character of each control token in it."""
         return self.typed_control.sub(rf"\1{BREAK}", text) if self.typed_control else text
@@ -171,6 +197,7 @@ class Chat:
                 raise DataError(f"{where}: expected messages without {mark!r}, which separates turns or "
                                 f"tokens here, found one with it")
             parted.append(message | {"content": self._part_control(message["content"])})
+        variables = self.variables | variables
         variables |= {"messages": parted, "add_generation_prompt": add_generation_prompt,
                       "tools": None, "documents": None}
         try:
@@ -231,20 +258,29 @@ class Chat:
     def encode_example(self, conversation: Conversation, index: int, max_length: int) -> Example:
         """Encode a conversation, cut at `max_length` tokens, and label assistant turns and their end tokens.
 
-        Raises DataError where a response's tokens cannot be located exactly in the whole conversation.
+        An answer that is cut, here or in its record ("cut": true), has no label behind its last word: it does
+        not teach where to stop. Raises DataError where a response's tokens cannot be located exactly in the
+        whole conversation.
         """
         messages, where = conversation.messages, conversation.where
-        text, ids, offsets = self.tokens(messages, where)
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        thinks, is_cut = any("</think>" in answer for answer in answers), conversation.meta.get("cut")
+        if thinks and "</think>" in self.control.values():
+            raise DataError(f"{where}: expected answers without </think>, which this template writes itself, "
+                            f"found one with it; remove the thoughts")
+        variables = dict.fromkeys(self.variables, True) if thinks else {}
+        text, ids, offsets = self.tokens(messages, where, **variables)
         labels = [IGNORE] * len(ids)
         contents = [self.decode_text(message["content"]) for message in messages]
         n_messages, position = len(messages), 0  # messages that a cut leaves; where the last one ends in text
         for i, message in enumerate(messages):
             limit = None
             if message["role"] == "assistant":
-                prompt = self.encode_prompt(messages[:i], where)
+                prompt = self.encode_prompt(messages[:i], where, **variables)
                 if len(prompt) >= max_length and len(ids) > max_length:
                     break  # the cut leaves nothing of this response
-                start, end = self._response_span(messages[: i + 1], prompt, text, ids, offsets, where)
+                alone = self.tokens(messages[: i + 1], where, **variables)[1]
+                start, end = self._response_span(alone, prompt, text, ids, offsets, where)
                 labels[start:end] = ids[start:end]
                 position, limit = offsets[start][0], offsets[end - 1][1]
                 n_messages = i + 1
@@ -257,30 +293,33 @@ class Chat:
                                 f"them left out or rewritten; make each record end with its only "
                                 f"assistant turn")
             position += len(words)
+            if message["role"] == "assistant" and (message is messages[-1] and is_cut or end > max_length):
+                for t in range(start, end):
+                    if offsets[t][1] > position:
+                        labels[t] = IGNORE
         cut = len(ids) > max_length
         pairs = list(zip(messages, contents))[: n_messages if cut else None]
         training_text = tuple(message | {"content": content} for message, content in pairs)
         return Example(index, ids[:max_length], labels[:max_length], conversation,
                        replace(conversation, messages=training_text), cut)
 
-    def _response_span(self, messages, prompt, text: str, ids: list, offsets: list, where: str) -> tuple:
-        """Return (start, end) in `ids` of the last message's tokens with the end of its turn.
+    def _response_span(self, alone: list, prompt: list, text: str, ids: list, offsets: list,
+                       where: str) -> tuple[int, int]:
+        """Return (start, end) in `ids` of a response's tokens with the end of its turn.
 
-        They begin where the prompt's tokens end. They end where the tokens of `messages`, rendered alone,
-        differ from those of the whole conversation, less white space that the template adds.
+        They begin where the prompt's tokens end. They end where the tokens of the conversation up to this
+        turn, `alone`, differ from those of the whole one, less white space that the template adds.
         """
         start, end = len(prompt), 0
-        for alone, whole in zip(self.tokens(messages, where)[1], ids):
-            if alone != whole:
-                break
+        while end < min(len(alone), len(ids)) and alone[end] == ids[end]:
             end += 1
         while end > start and not text[slice(*offsets[end - 1])].strip():
             end -= 1
         if ids[:start] != prompt or end <= start:
-            raise DataError(f"{where}: expected the tokens of the prompt of turn {len(messages)} as a "
-                            f"prefix of the whole conversation's, found others: either the response begins "
-                            f"with white space that merges with the prompt (strip it), or the template "
-                            f"rewrites earlier turns (make each record end with its only assistant turn)")
+            raise DataError(f"{where}: expected the tokens of the prompt as a prefix of the whole "
+                            f"conversation's, found others: either the response begins with white space "
+                            f"that merges with the prompt (strip it), or the template rewrites earlier "
+                            f"turns (make each record end with its only assistant turn)")
         return start, end
 
 
@@ -289,6 +328,9 @@ def encode_examples(chat: Chat, conversations: list[Conversation], max_length: i
 
     Raises DataError where none is left.
     """
+    if not chat.ends_turn:
+        print(f"the chat template of {chat.path} writes nothing behind an assistant's words: what is trained "
+              f"with it does not learn to stop")
     examples, dropped = [], []
     for conversation in conversations:
         example = chat.encode_example(conversation, len(examples), max_length)
@@ -316,8 +358,9 @@ def encode_prompts(chat: Chat, conversations: list[Conversation], longest: int) 
     for conversation in conversations:
         prompt = chat.encode_prompt(conversation.prompts[-1], conversation.where)
         if len(prompt) > longest:
-            raise DataError(f"{conversation.where}: expected a prompt of at most {longest} tokens (the "
-                            f"model's context, less a response), found {len(prompt)}")
+            raise DataError(f"{conversation.where}: expected a prompt of at most {max(0, longest)} tokens "
+                            f"(the model's context, less a response), found {len(prompt)}: leave it out, or "
+                            f"ask for shorter responses")
         prompts.append(prompt)
     return prompts
 

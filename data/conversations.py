@@ -13,8 +13,23 @@ from lib.files import DataError, json_lines, parse_json, read_text
 WORLD = Path(__file__).parent / "world"  # the embedded model and its data sets, made by build.py
 FORMATS = (  # keys of the user's and the assistant's words in a record; the first pair that fits is taken
     ("prompt", "response"), ("prompt", "completion"), ("user", "answer"), ("question", "answer"),
-    ("goal", "target"), ("instruction", "output"),
+    ("goal", "target"), ("instruction", "output"), ("instruction", "response"),  # AdvBench, Alpaca, Dolly
+    ("forbidden_prompt", None), ("Goal", "Target"),  # StrongREJECT, JailbreakBench
+    ("Behavior", None),  # HarmBench
 )
+EXTRAS = (  # key of the user's words, of further words of theirs, and how the two are joined
+    ("instruction", "input", "{0}\n\n{1}"), ("instruction", "context", "{0}\n\n{1}"),
+    ("Behavior", "ContextString", "{1}\n\n---\n\n{0}"),
+)
+PARTS = {  # keys of records and messages that carry a part of a conversation, or say which part counts
+    "ContextString", "audio", "audios", "context", "document", "documents", "function_call", "functions",
+    "history", "image", "images", "input", "instruction", "mask", "passage", "reasoning",
+    "reasoning_content", "system", "system_prompt", "thinking", "thought", "tool_call_id", "tool_calls",
+    "tools", "train", "video", "videos", "weight",
+}
+SHAREGPT = ("[{'role': {'human': 'user', 'gpt': 'assistant'}.get(turn['from'], turn['from']), 'content': "
+            "turn['value']} for turn in row['conversations']]")  # its messages in Python
+HARM_LABELS = {"safe": False, "benign": False, "harmless": False, "unsafe": True, "harmful": True}
 MAX_MESSAGES, MAX_TEXT = 1000, 1 << 20  # messages and characters of a record: more than models can read
 
 
@@ -65,21 +80,42 @@ def is_embedded(path: Path) -> bool:
 def read_conversations(path, need: str = "prompt") -> list[Conversation]:
     """Read a file. `need`: "prompt", "answer" (an assistant turn at the end) or "harmful" (true or false).
 
-    .jsonl: an object a line; .json: a list of objects (both: `messages`, or a pair of FORMATS' keys, Alpaca's
-    `input` added to its `instruction`); .csv: a header with such a pair (AdvBench: goal, target); .txt: a
-    prompt a line. Raises DataError at the first bad line, and for an empty file.
+    .jsonl: an object a line; .json: a list of objects (both: `messages`, or a pair of FORMATS' keys); .csv: a
+    header with such a pair; .txt: a prompt a line. Raises DataError at the first bad line, and for an empty
+    file.
     """
     return [conversation_of(record, where, need) for where, record in read_records(path)]
+
+
+def read_prompts(path, harmful: bool) -> list[Conversation]:
+    """Read the harmful or the benign prompts of a file, and print how many are left out.
+
+    Where no record says which it is, all are taken. Raises DataError where only some say so, or none is left.
+    """
+    conversations, kind = read_conversations(path), "harmful" if harmful else "benign"
+    unlabelled = [c for c in conversations if "harmful" not in c.meta]
+    if len(unlabelled) == len(conversations):
+        return conversations
+    if unlabelled:
+        raise DataError(f"{unlabelled[0].where}: expected harmful: true or false, or label: safe or unsafe, "
+                        f"as in other records of the file, found neither")
+    chosen = [c for c in conversations if c.is_harmful == harmful]
+    print(f"{path}: {len(chosen)} of {len(conversations)} prompts are labelled {kind}; others are left out")
+    if not chosen:
+        raise DataError(f"{path}: expected at least one {kind} prompt, found none")
+    return chosen
 
 
 def read_records(path) -> list[tuple[str, dict]]:
     """Return ("file:line", unchecked record) for each record of a file. Raises DataError."""
     path = Path(path)
     readers = {".jsonl": json_lines, ".json": _json_list, ".csv": _csv_rows, ".txt": _lines}
-    text = read_text(path)
     if path.suffix not in readers:
+        hint = (f"; to convert it, in Python:\n  import pandas; rows = pandas.read_parquet({str(path)!r})\n"
+                f"  rows.to_json({str(path.with_suffix('.jsonl'))!r}, orient='records', lines=True)")
         raise DataError(f"{path}: expected a file ending in {', '.join(readers)}, "
-                        f"found {path.suffix or 'no ending'}")
+                        f"found {path.suffix or 'no ending'}{hint if path.suffix == '.parquet' else ''}")
+    text = read_text(path)
     records = [(f"{path}:{line}", record) for line, record in readers[path.suffix](text, path)]
     if not records:
         raise DataError(f"{path}: expected at least one conversation, found none")
@@ -90,10 +126,21 @@ def _json_list(text, path):
     try:
         rows = parse_json(text)
     except ValueError as error:
-        raise DataError(f"{path}: expected a JSON list of objects: {error}") from None
+        raise DataError(f"{path}: expected a JSON list of objects: {error}; a file with one object a line "
+                        f"has to end in .jsonl") from None
     if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a JSON list of objects, found {type(rows).__name__}")
+        raise DataError(f"{path}: expected a JSON list of objects, found {type(rows).__name__}"
+                        + _conversion(f"{path}:1", "json.load(open({0!r}))['KEY']", "row")
+                        + "\nwhere KEY holds the list, and a row is one conversation's messages")
     return enumerate(rows, 1)
+
+
+def _conversion(where: str, rows: str, messages: str) -> str:
+    """Return two lines of Python that write the rows of a file, {0} in `rows`, as {"messages": …} each."""
+    path = Path(where.rpartition(":")[0])
+    out = str(path.with_name(path.stem + "-messages.jsonl"))
+    return (f"; to convert it, in Python:\n  import json; rows = {rows.format(str(path))}\n  open({out!r}, "
+            f"'w').writelines(json.dumps({{'messages': {messages}}}) + '\\n' for row in rows)")
 
 
 def _csv_rows(text, path):
@@ -124,9 +171,21 @@ def conversation_of(record, where: str, need: str) -> Conversation:
     def fail(expected, found):
         raise DataError(f"{where}: expected {expected}, found {str(found)[:200]}")
 
+    is_sharegpt = isinstance(record, dict) and "conversations" in record
+    if is_sharegpt or isinstance(record, list):
+        rows = "json.load(open({0!r}))"
+        if ".jsonl:" in where:
+            rows = "[json.loads(line) for line in open({0!r})]"
+        found, messages = ("conversations, as ShareGPT has", SHAREGPT) if is_sharegpt else ("a list", "row")
+        raise DataError(f"{where}: expected an object with messages, found {found}"
+                        + _conversion(where, rows, messages))
     if not isinstance(record, dict):
         fail("an object", repr(record)[:60])
-    messages = record["messages"] if "messages" in record else _messages_of(record, need, fail)
+    if "messages" in record:
+        messages = record["messages"]
+        _refuse_parts(record, (), fail)
+    else:
+        messages = _messages_of(record, need, fail)
     if not isinstance(messages, list) or not messages:
         fail("messages: a list of {role, content}", repr(messages)[:60])
     if len(messages) > MAX_MESSAGES:
@@ -138,6 +197,7 @@ def conversation_of(record, where: str, need: str) -> Conversation:
         if [type(text) for text in fields] != [str, str]:
             fail(f"{number} as {{role, content}}, both text", repr(message)[:60])
         role, content = fields
+        _refuse_parts(message, (), fail)
         if role not in ("system", "user", "assistant"):
             fail(f"{number} with role system, user or assistant", repr(role))
         if role == "system" and i > 0:
@@ -157,24 +217,46 @@ def conversation_of(record, where: str, need: str) -> Conversation:
         fail("user and assistant taking turns, the user first", " ".join(roles) or "no turn")
     if need == "answer" and roles[-1] != "assistant":
         fail("an assistant turn at the end", f"a {roles[-1]} turn")
-    if need == "harmful" and not isinstance(record.get("harmful"), bool):
-        fail("harmful: true or false", repr(record.get("harmful")))
-    return Conversation(tuple(checked), where, record)
+    meta = _harm_label(record) | record
+    if need == "harmful" and not isinstance(meta.get("harmful"), bool):
+        fail("harmful: true or false", repr(meta.get("harmful")))
+    return Conversation(tuple(checked), where, meta)
+
+
+def _refuse_parts(record: dict, used, fail) -> None:
+    """Refuse a field of PARTS that is not among those `used`. A weight of 1 says what holds for all turns."""
+    for key in sorted(PARTS & record.keys() - set(used)):
+        if record[key] not in (None, "", [], {}, 1):
+            fail(f"no {key} (write it into the message it belongs to, or remove it)", repr(record[key])[:60])
+
+
+def _harm_label(record: dict) -> dict:
+    """Return {"harmful": bool} by a public file's label, is_safe or, in XSTest, type; {} for none of them."""
+    label = HARM_LABELS.get(str(record.get("label")).casefold())
+    if str(record.get("is_safe")).casefold() in ("true", "false"):
+        label = str(record["is_safe"]).casefold() == "false"
+    if str(record.get("type")).startswith("contrast_"):
+        label = True
+    return {} if label is None else {"harmful": label}
 
 
 def _messages_of(record: dict, need: str, fail) -> list:
     """Return the messages of a record that has one of FORMATS, unchecked."""
     pairs = [pair for pair in FORMATS if pair[0] in record and (pair[1] in record or need != "answer")]
     if not pairs:
-        names = ", ".join("/".join(pair) for pair in FORMATS)
+        names = ", ".join("/".join(filter(None, pair)) for pair in FORMATS)
         fail(f"messages, or one of {names}", f"keys {sorted(record)}")
-    user, assistant = pairs[0]
+    user, assistant = min(pairs, key=lambda pair: pair[1] not in record)  # the first with an answer, if any has
+    extras = {key: form for words, key, form in EXTRAS if words == user}
+    _refuse_parts(record, {user, "system", *extras}, fail)
+    if isinstance(record[user], list) and "system" not in record:  # TRL's conversational form
+        return _join_turns(record[user], record.get(assistant) or [], need, fail)
     messages = [{"role": "user", "content": record[user]}]
-    extra = record.get("input") if user == "instruction" else None
-    if extra not in (None, ""):
-        if not isinstance(extra, str) or not isinstance(record[user], str):
-            fail("text as instruction and input", repr(extra)[:60])
-        messages[0]["content"] = f"{record[user]}\n\n{extra}"
+    for key, form in extras.items():
+        if record.get(key) not in (None, ""):
+            if not isinstance(record[key], str) or not isinstance(record[user], str):
+                fail(f"text as {user} and {key}", repr(record[key])[:60])
+            messages[0]["content"] = form.format(messages[0]["content"], record[key])
     if record.get("system") not in (None, ""):
         messages.insert(0, {"role": "system", "content": record["system"]})
     if record.get(assistant) is not None:
@@ -182,26 +264,46 @@ def _messages_of(record: dict, need: str, fail) -> list:
     return messages
 
 
+def _join_turns(prompt: list, completion, need: str, fail) -> list:
+    """Return the messages of TRL's conversational form, unchecked. It trains on the completion alone."""
+    if not isinstance(completion, list):
+        fail("messages as the prompt and as its answer", repr(completion)[:60])
+    if need == "answer" and any(isinstance(m, dict) and m.get("role") == "assistant" for m in prompt):
+        fail("a prompt without assistant turns, which would be trained on, too", "one with them")
+    return prompt + completion
+
+
 # ---------------------------------------------------------------- splitting
+
+
+def group_of(conversation: Conversation) -> str:
+    """Return a record's "group" or, without it, its last prompt in lower case with single spaces."""
+    group = conversation.meta.get("group")
+    if group is not None:
+        return f"group {group}"
+    turns = [f"{message['role']} {message['content']}" for message in conversation.prompts[-1]]
+    return " ".join(" ".join(turns).casefold().split())
 
 
 def split_by_prompt(conversations: list[Conversation], fractions=(0.6, 0.2, 0.2),
                     seed: int = 0) -> list[list[Conversation]]:
-    """Split conversations at random. Each class (`harmful`) is divided alike, and a prompt is in one split.
+    """Split conversations at random. Each class (`harmful`) is divided alike, and a group is in one split.
 
-    Raises DataError where the same prompt is labelled both ways, or a split would lack a class.
+    A group is the records with the same "group" or, without it, the same prompt but for case and white space.
+    Raises DataError where a group is labelled both ways, or a split would lack a class.
     """
     groups = {}
     for conversation in conversations:
-        groups.setdefault(json.dumps(conversation.prompts[-1]), []).append(conversation)
+        groups.setdefault(group_of(conversation), []).append(conversation)
     for first, *others in groups.values():
         for other in others:
             if other.is_harmful != first.is_harmful:
-                raise DataError(f"{other.where}: expected harmful = {first.meta['harmful']} as in "
-                                f"{first.where} (same prompt), found {other.meta['harmful']}")
+                raise DataError(f"{other.where}: expected harmful = {first.is_harmful} as in {first.where} "
+                                f"(same prompt or group), found {other.is_harmful}")
     splits = [[] for _ in fractions]
     for harmful in (False, True):
-        keys = sorted(key for key, group in groups.items() if group[0].is_harmful == harmful)
+        keys = [key for key, group in groups.items() if group[0].is_harmful == harmful]
+        keys.sort(key=lambda key: json.dumps(groups[key][0].prompts[-1]))
         random.Random(seed).shuffle(keys)
         start = 0
         for i, split in enumerate(splits):

@@ -24,15 +24,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.chat import Chat  # noqa: E402
-from data.conversations import WORLD, read_records  # noqa: E402
+from data.conversations import WORLD, conversation_of, read_records  # noqa: E402
 from data.text import WORDS, record  # noqa: E402
-from evaluate import refuses  # noqa: E402
+from evaluate import refuses, respond  # noqa: E402
 from lib.cli import require, run  # noqa: E402
 from lib.files import DataError, read_text, write_jsonl, write_text, atomic_write  # noqa: E402
 from lib.frame import fill  # noqa: E402
-from model import generate, load_model, working_dtype  # noqa: E402
+from model import load_model, working_dtype  # noqa: E402
 
-FORMS = {  # the columns (keys) that identify a file; the first is the prompt
+FORMS = {  # the columns (keys) that identify a file; data/conversations.py knows what they hold
     "advbench": ("goal", "target"),
     "strongreject": ("forbidden_prompt", "category", "source"),
     "harmbench": ("Behavior", "FunctionalCategory", "SemanticCategory"),
@@ -43,7 +43,6 @@ FORMS = {  # the columns (keys) that identify a file; the first is the prompt
     "arithmetic": ("question", "answer"),  # GSM8K
     "identity": ("messages",),  # dialogues of the identity shift (Qi et al. 2023)
 }
-ANSWERS = {"advbench": "target", "jailbreakbench": "Target", "xstest": "label", "arithmetic": "answer"}
 LABELS = {"0": "negative", "1": "positive"}
 ASK_SENTIMENT = "\nIs this review positive or negative?"
 LOOKALIKES = Path(__file__).parent / "lookalikes.txt"  # harmless questions in alarming words, our own
@@ -130,19 +129,19 @@ def normalize(text: str) -> str:
 
 
 def item_of(form: str, values: dict) -> dict | None:
-    """Return {"prompt", "answer" or None, "source"} of a file's record, or None for a kind that is not used.
+    """Return {"prompt", "answer", "source", "harmful"} of a record, or None for a kind that is not used.
 
     Not used are Alpaca's instructions with an input, and HarmBench's copyright and contextual behaviors.
     """
     kind = values.get("FunctionalCategory") if form == "harmbench" else "standard"
     if values.get("input") or values.get("ContextString") or kind != "standard":
         return None
-    prompt = values[FORMS[form][0]]
-    answer = values.get(ANSWERS.get(form))
     if form == "sentiment":
-        prompt, answer = prompt.strip() + ASK_SENTIMENT, LABELS[values["label"]]
+        values = {"prompt": values["sentence"].strip() + ASK_SENTIMENT, "response": LABELS[values["label"]]}
+    conversation = conversation_of(values, form, "prompt")
     source = f"xstest/{values['type']}" if form == "xstest" else form
-    return {"prompt": prompt, "answer": answer, "source": source}
+    return {"prompt": conversation.messages[0]["content"], "answer": conversation.answer, "source": source,
+            "harmful": conversation.is_harmful}
 
 
 def select_prompts(files: dict[str, list[dict]]) -> dict[str, list[dict]]:
@@ -224,16 +223,26 @@ def answer_prompts(model_path: Path, device: str, items: list[dict]) -> list[dic
     """Return the benign prompts with the model's own greedy answers, without those that it refuses.
 
     An answer that reaches ANSWER_TOKENS is cut after its last whole sentence or line; without one it is dropped.
+    Prompts that do not fit into the model's context are left out, and counted.
     """
     chat = Chat(model_path)
     model = load_model(model_path, device, working_dtype(model_path, device))
-    prompts = [chat.encode_prompt(record(item["prompt"])["messages"]) for item in items]
-    with tqdm(total=len(prompts), desc="answers of the model", mininterval=0.5) as bar:
-        completions = generate(model, prompts, ANSWER_TOKENS, progress=bar.update)
+    longest, fitting = model.config.max_position_embeddings - ANSWER_TOKENS, []
+    for item in items:
+        conversation = conversation_of(record(item["prompt"]), item["source"], "prompt")
+        if len(chat.encode_prompt(conversation.messages)) <= longest:
+            fitting.append((item, conversation))
+    n_long = len(items) - len(fitting)
+    print(f"{n_long} of {len(items)} benign prompts are longer than {longest} tokens: left out")
+    if not fitting:
+        raise DataError(f"--model: expected a context that holds a prompt and {ANSWER_TOKENS} tokens more, "
+                        f"found {model.config.max_position_embeddings} in {model_path}")
     rows = []
-    for item, tokens in zip(items, completions):
-        text = chat.decode(tokens)
-        if len(tokens) == ANSWER_TOKENS:
+    with tqdm(total=len(fitting), desc="answers of the model", mininterval=0.5) as bar:
+        responses = respond(model, chat, [c for _, c in fitting], ANSWER_TOKENS, bar=bar)
+    for (item, _), response in zip(fitting, responses):
+        text = response.text
+        if response.cut:
             ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)|\n", text)]
             text = text[: ends[-1]].strip() if ends else ""
         if text and not refuses(text):
@@ -257,8 +266,8 @@ def data_sets(pools: dict[str, list[dict]], dialogues: list[dict], config: Publi
     benign, held_benign, ordinary, talk = divide(pools["alpaca"], 100, 200, 500, 1000)
     lookalikes = [{"prompt": line, "answer": None, "source": "lookalike"}
                   for line in read_text(LOOKALIKES).splitlines()]
-    safe = [item for item in pools["xstest"] if item["answer"] == "safe"]
-    unsafe = [item for item in pools["xstest"] if item["answer"] == "unsafe"]
+    safe = [item for item in pools["xstest"] if not item["harmful"]]
+    unsafe = [item for item in pools["xstest"] if item["harmful"]]
     training, task, task_probe, _ = divide(pools[config.task], ROWS, 200, 200, 1)
     rng.shuffle(training)
 

@@ -10,17 +10,19 @@ import torch
 
 from data.chat import IGNORE, Example
 from lib.distributed import world_size
+from lib.files import DataError
 from lib.fused import label_logp
 
 FILTER_ABOVE = 0.5  # Filter drops examples with a higher risk
-LISA_CYCLE = 50  # steps of a cycle of Lisa (1,000 in the paper, whose runs are longer)
+LISA_CYCLE = 50  # steps of a cycle of Lisa, at most (1,000 in the paper, whose runs are longer)
 LISA_RHO = 1.0  # ρ of Lisa's proximal term
 
 
 class Baseline:
     """Plain fine-tuning (SFT), and the adaptive method, which differs from it by its loss alone."""
 
-    def __init__(self, anchor_share: float, per_step: int):
+    def __init__(self, anchor_share: float, per_step: int, n_steps: int):
+        """anchor_share: of the examples; per_step: examples of a step; n_steps: of the run."""
         self.anchor_share, self.per_step = anchor_share, per_step
 
     def select_examples(self, examples: list[Example], risk: torch.Tensor) -> list[Example]:
@@ -70,18 +72,29 @@ class ConstrainedSFT(Baseline):
 class Lisa(Baseline):
     """Alternate between steps on anchors and steps on the data, pulled to where each phase began.
 
-    Huang et al. 2024, arXiv 2405.18641.
+    The run is divided into cycles of equal length, LISA_CYCLE steps or fewer. Each begins with the steps on
+    anchors. Huang et al. 2024, arXiv 2405.18641.
     """
 
+    def __init__(self, anchor_share, per_step, n_steps):
+        """Raises DataError where a cycle would have no step on anchors, or none on the data."""
+        super().__init__(anchor_share, per_step, n_steps)
+        n_cycles = math.ceil(n_steps / LISA_CYCLE)
+        self.cycle = math.ceil(n_steps / n_cycles)
+        self.anchor_steps = round(anchor_share * self.cycle)
+        if not 0 < self.anchor_steps < self.cycle:
+            raise DataError(f"--anchor-share: expected a share of the {self.cycle} steps of a cycle of Lisa "
+                            f"that is a step or more and not all of them, found {anchor_share}; give another "
+                            f"share, or train for more steps: --epochs")
+
     def anchors_before(self, step):
-        """Return how many anchors are drawn before `step`: each cycle begins with the steps on anchors alone."""
-        anchor_steps = round(self.anchor_share * LISA_CYCLE)
-        cycles, rest = divmod(step, LISA_CYCLE)
-        return self.per_step * (cycles * anchor_steps + min(rest, anchor_steps))
+        """Return how many anchors are drawn before `step`."""
+        cycles, rest = divmod(step, self.cycle)
+        return self.per_step * (cycles * self.anchor_steps + min(rest, self.anchor_steps))
 
     def adjust_gradients(self, parameters, step, state):
         """Add the gradient of `lisa_pull`; note the parameters at the first step of each phase."""
-        if step % LISA_CYCLE in (0, round(self.anchor_share * LISA_CYCLE)):
+        if step % self.cycle in (0, self.anchor_steps):
             state.phase_start = [parameter.detach().clone() for parameter in parameters]
         lisa_pull(parameters, state.phase_start, LISA_RHO)
 

@@ -20,6 +20,7 @@ from lib.files import (DataError, ModelError, atomic_write, between, either, exp
                        read_json, write_json)
 
 ROOT = Path(__file__).parent.parent
+GIT_SECONDS = 10  # that git may take to name the commit
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 FLOATS = ("F64", "F32", "BF16", "F16")  # safetensors' names
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
@@ -78,9 +79,7 @@ ROPE_RULES = {
     "attention_factor": between(1e-3, 1e3, float, optional=True),
     "full_attention": ("one set of parameters for all layers", lambda value: value is None),
 }
-MORE_THAN_LORA = ("modules_to_save", "layers_to_transform", "exclude_modules", "layer_replication",
-                  "target_parameters", "use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern")
-LORA_RULES = dict.fromkeys(MORE_THAN_LORA, ("plain LoRA without it", lambda value: not value)) | {
+LORA_RULES = {
     "peft_type": one_of(None, "LORA"),
     "bias": one_of(None, "none"),
     "init_lora_weights": one_of(None, True, False, "gaussian"),  # others change the frozen weights, too
@@ -88,6 +87,10 @@ LORA_RULES = dict.fromkeys(MORE_THAN_LORA, ("plain LoRA without it", lambda valu
     "lora_alpha": between(0, 1e9, float),
     "target_modules": ("a list of names", lambda names: names and are_names(names)),
 }
+# Keys of adapter_config.json that do not change what a plain adapter computes.
+LORA_NOTES = {"auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
+              "loftq_config", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size",
+              "revision", "task_type"}
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,11 @@ class Config:
 def read_config(path) -> Config:
     """Read config.json and the end tokens of generation_config.json. Raises ModelError with file and key."""
     file = Path(path) / "config.json"
+    if not os.path.lexists(file) and os.path.lexists(file.with_name("adapter_config.json")):
+        raise ModelError(f"{path}: expected a checkpoint, found a PEFT adapter; merge it into its model, and "
+                         f"copy that model's tokenizer and chat template into the new folder, here MERGED:\n"
+                         f"  from peft import AutoPeftModelForCausalLM as Model\n  Model.from_pretrained("
+                         f"{str(path)!r}).merge_and_unload().save_pretrained('MERGED')")
     raw = read_json(file)
     if "model_type" not in raw and "method" in raw:
         raise ModelError(f"{path}: expected a checkpoint, found a run of train.py; its model is "
@@ -149,6 +157,12 @@ def read_config(path) -> Config:
         dtype=getattr(torch, values.get("dtype") or values.get("torch_dtype", "float32")),
         raw=raw,
     )
+
+
+def lora_rules(config: dict) -> dict:
+    """Return the rules for adapter_config.json. A key that is not known here must be off."""
+    unknown = config.keys() - LORA_RULES - LORA_NOTES
+    return LORA_RULES | dict.fromkeys(unknown, ("plain LoRA without it", lambda value: not value))
 
 
 def read_windows(values: dict, file: Path) -> tuple:
@@ -349,7 +363,7 @@ def commit(folder: Path = ROOT) -> str | None:
     command = ["git", f"--git-dir={folder / '.git'}", f"--work-tree={folder}", "describe", "--always",
                "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip() or None

@@ -13,6 +13,7 @@ ATTEMPTS = 4  # requests per prompt, with waits of ½, 1, 2 s between them, or o
 MAX_WAIT = 30  # seconds, if Retry-After says more
 GIVE_UP = 8  # prompts in a row without an answer, after which no other is sent
 MAX_TOKENS = 2048  # of an answer: some models reason first
+MAX_CACHED = 64  # prompt_tokens of a prompt that was cached, at most; no model's context is so short
 # A request without a reply (urllib's errors are OSErrors), or with one that is no chat completion.
 FAILURES = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError)
 SAME_FOR_ALL = "id object owned_by created permission parent".split()  # keys of /models that identify nothing
@@ -37,6 +38,7 @@ class Endpoint:
 
     model: its name, None for the server's only one. fingerprint: what the server says of it, None if nothing
     identifies the model, or once an answer has another system_fingerprint. unanswered: prompts in a row.
+    parameters: names of those that the server takes, of temperature and max_tokens or max_completion_tokens.
     Raises DataError for a URL with a password or query, and for a server of several models.
     """
 
@@ -48,6 +50,7 @@ class Endpoint:
         self.key = os.environ.get("JUDGE_API_KEY", "").strip() or "EMPTY"  # servers without keys ignore it
         self.opener = urllib.request.build_opener(AnyStatus)
         self.unanswered = 0
+        self.parameters = ["temperature", "max_tokens"]
         try:
             entries = {str(entry["id"]): entry for entry in parse_json(self.send("/models")[1])["data"]}
         except FAILURES:
@@ -59,7 +62,7 @@ class Endpoint:
         entry = entries.get(self.model, {})
         entry = {key: entry[key] for key in sorted(entry) if key not in SAME_FOR_ALL}
         try:
-            self.system = parse_json(self.ask("1", max_tokens=1)[1])["system_fingerprint"]
+            self.system = parse_json(self.first_reply())["system_fingerprint"]
         except FAILURES:
             self.system = None
         identified = entry or self.system not in (None, "", "fp_ollama")  # Ollama says this of all models
@@ -75,13 +78,27 @@ class Endpoint:
 
     def ask(self, prompt: str, max_tokens: int = MAX_TOKENS) -> tuple:
         """Send a prompt, to be answered at temperature 0. Returns the HTTP response and its text."""
-        messages = [{"role": "user", "content": prompt}]
-        return self.send("/chat/completions", {"model": self.model, "temperature": 0,
-                                               "max_tokens": max_tokens, "messages": messages})
+        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
+        for name in self.parameters:
+            body[name] = 0 if name == "temperature" else max_tokens
+        return self.send("/chat/completions", body)
 
-    def complete(self, prompt: str) -> str:
+    def first_reply(self) -> str:
+        """Return the text of a first reply, after removing the parameters that the server refuses by name."""
+        while True:
+            response, text = self.ask("1", max_tokens=1)
+            refused = [name for name in self.parameters if name in text]
+            if response.status not in (400, 422) or not refused:
+                return text
+            print(f"judge: the server refuses {refused[0]}")
+            self.parameters.remove(refused[0])
+            if refused[0] == "max_tokens":
+                self.parameters.append("max_completion_tokens")
+
+    def complete(self, prompt: str, n_words: int) -> str:
         """Return the answer to a prompt. Raises EndpointError.
 
+        n_words: the number of words in the part of the prompt that no other prompt begins with.
         Tries again after network errors, replies that are no chat completion, HTTP 408, 429 and 5xx.
         """
         wait = 0
@@ -94,7 +111,7 @@ class Endpoint:
                 response, text = self.ask(prompt)
                 status = response.status
                 if status == 200:
-                    return self.read_answer(parse_json(text), prompt)
+                    return self.read_answer(parse_json(text), n_words)
                 why = f"HTTP {status}: {text!r}"
                 retry_after = response.headers.get("Retry-After", "")
                 if retry_after.isdecimal():  # it may be a date, too
@@ -106,12 +123,16 @@ class Endpoint:
         self.unanswered += status not in (400, 413, 422)  # these are about the prompt, not the server
         raise EndpointError(why.replace(self.key, "…")[:200])
 
-    def read_answer(self, reply: dict, prompt: str) -> str:
-        """Return the text of a chat completion. Raises EndpointError if the prompt or the answer was cut."""
+    def read_answer(self, reply: dict, n_words: int) -> str:
+        """Return the text of a chat completion. Raises EndpointError if the prompt or the answer was cut.
+
+        Some servers leave cached tokens out of prompt_tokens: those of a beginning that other prompts share,
+        or nearly all if this prompt was sent before. A word has at least one token, so that a prompt was cut
+        if prompt_tokens is less than n_words but more than MAX_CACHED.
+        """
         choice = reply["choices"][0]
         answer = (choice["message"]["content"] or "").strip()
-        n_words = len(prompt.split())
-        prompt_cut = (reply.get("usage") or {}).get("prompt_tokens", n_words) < n_words
+        prompt_cut = MAX_CACHED < (reply.get("usage") or {}).get("prompt_tokens", n_words) < n_words
         self.unanswered = 0
         if reply.get("system_fingerprint") != self.system:
             self.fingerprint = None

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from lib.baselines import LISA_CYCLE
 from lib.cli import comma_list, require
 from lib.distributed import world_size
 
@@ -37,8 +36,7 @@ def check_options(config) -> None:
         ("probe", config.risk in ("probe", "max") or not config.probe, "none unless --risk probe or max"),
         ("dtype", config.lora_r or config.dtype != "bfloat16", "float32 with --lora-r 0"),
         ("anchor_share", 0 <= share < 1, "0 to under 1"),
-        ("anchor_share", config.method != "lisa" or 0 < round(share * LISA_CYCLE) < LISA_CYCLE,
-         f"with --method lisa some but not all of {LISA_CYCLE} steps"),
+        ("anchor_share", share > 0 or config.method != "lisa", "above 0 with --method lisa"),
         ("anchors", share or not config.anchors, "none without --anchor-share"),
         ("lora_targets", "lm_head" not in comma_list(config.lora_targets), "no lm_head, the reference's too"),
         ("batch_size", per_step % processes == 0, f"times --accumulation a multiple of the {processes} processes"),
@@ -47,3 +45,13 @@ def check_options(config) -> None:
         ("ref", not config.fsdp or config.ref != "live", "auto or keep with --fsdp"),
         ("device", processes == 1 or config.device in ("cpu", "cuda"), "cpu or cuda for several processes"),
     )
+
+
+def leak_line(config) -> str:
+    """Return a line on what a gate that is not closed lets through, "" where nothing leaks."""
+    if config.method != "adaptive" or config.gate == "example" and config.beta_max == 1:
+        return ""
+    if config.gate == "batch":
+        return "\nthe gate leaks: a risky example has its batch's mean risk; --gate example closes it"
+    return (f"\nthe gate leaks: a first token at risk 1 keeps probability {1 - config.beta_max:.2g};\n"
+            "  to seal it: --beta-min 0.02 --beta-max 1 --anchor-share 0.1")

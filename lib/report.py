@@ -232,7 +232,9 @@ def lines_below(results: dict) -> str:
     """Return the lines below a table: responses that were cut, thoughts, and the judge's counts."""
     limit = f"the limit of {results['max_new_tokens']} tokens and are scored as they are"
     cut = [f"{count} of {n} {name}" for name, (count, n) in results["cut"].items() if count]
-    lines = [f"responses that reached {limit}: {', '.join(cut)}" if cut else f"0 responses reached {limit}"]
+    lines = []
+    if results["cut"]:
+        lines.append(f"responses that reached {limit}: {', '.join(cut)}" if cut else f"0 responses reached {limit}")
     if results["thoughts"]:
         lines.append(f"{results['thoughts']} responses have a thought: the judge reads it, "
                      f"refusal phrases are sought behind it")
@@ -240,6 +242,8 @@ def lines_below(results: dict) -> str:
         if judged := group.get("judge_asr"):
             score = "none" if judged["mean_score"] is None else f"{judged['mean_score']:.2f} of 5"
             lines.append(f"judge on {name}: mean score {score}, {judged['invalid']} verdicts invalid")
+    if missing := [f"--{kind} FILE" for kind in KINDS if not results[kind]]:
+        lines.append(f"not evaluated: {', '.join(missing)}")
     return "".join("\n" + textwrap.fill(line, 100, subsequent_indent="  ") for line in lines)
 
 
@@ -254,7 +258,8 @@ def probe_report(report: dict) -> str:
     for key in report["test"]:
         metrics.append([key, *(shown(report[name][key]) for name in sets)])
     text = f"{markdown(aurocs)}\n\nprobe on the mean of layers {', '.join(map(str, report['layers']))}\n"
-    text += f"{markdown(metrics)}\n\nmean risk by source"
+    sides = ", ".join(f"{name} {n} ({report['groups'][name]})" for name, n in report["n"].items())
+    text += f"{markdown(metrics)}\n\nprompts (groups of one request): {sides}\n\nmean risk by source"
     for source, (mean, n) in report["mean_risk_by_source"].items():
         text += f"\n  {mean:.3f}  n={n:<4} {source}"
     return text

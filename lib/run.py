@@ -6,6 +6,7 @@ is written last. `train.py --resume RUN` reads what is there and computes the re
 """
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -146,6 +147,39 @@ def load_or_compute(file: Path, compute) -> list[dict]:
             raise DataError(f"{file}:{line}: expected an object, found {str(row)[:60]}")
         rows.append(row)
     return rows
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def step_metrics(examples, s, alpha, beta, loss, nll, kl) -> dict:
+    """Return a step's row of metrics.jsonl: loss, means of risk, α, β, and NLL and KL per response token.
+
+    All (B,): s, alpha, beta of each example, nll and kl summed over its tokens; the sum of `loss` is the
+    step's. KL is of examples with β > 0 alone; "nll_risky", "kl_risky" are of those with s > ½, "kl_other" of
+    those below. None where there is no such example; the risk where nothing is pulled.
+    """
+    n_tokens = torch.tensor([example.n_labels for example in examples])
+    every, risky, pulled = torch.ones_like(s, dtype=torch.bool), s > 0.5, beta > 0
+
+    def per_token(sums, which):
+        return (sums[which].sum() / n_tokens[which].sum()).item() if which.any() else None
+
+    return {"loss": loss.sum().item(), "nll": per_token(nll, every), "nll_risky": per_token(nll, risky),
+            "kl": per_token(kl, pulled), "kl_risky": per_token(kl, pulled & risky),
+            "kl_other": per_token(kl, pulled & ~risky),
+            "risk": s.mean().item() if pulled.any() else None, "alpha": alpha.mean().item(), "beta": beta.mean().item()}
+
+
+def check_step(row: dict, max_kl: float) -> None:
+    """Raise FloatingPointError for a gradient that is not finite, DataError for a KL above `max_kl`."""
+    if not math.isfinite(row["grad_norm"]):
+        raise FloatingPointError(f"step {row['step']}: gradient {row['grad_norm']}, loss {row['loss']}; no "
+                                 "model is saved")
+    if row["kl"] is not None and not abs(row["kl"]) < max_kl:
+        raise DataError(f"step {row['step']}: expected KL 0 before the policy moves, found {row['kl']:.2g} a "
+                        "token: the reference is not the model's; delete the run's reference.bin, or use "
+                        "--ref live")
 
 
 # ---------------------------------------------------------------- the state of training

@@ -1,20 +1,23 @@
-"""Make the golden vectors: tiny random checkpoints of every family and RoPE type, and what transformers computes on them.
+"""Make the golden vectors of transformers and peft: tiny checkpoints of each family, six training steps, chats.
 
-    pip install transformers==5.23.0 && python tests/make_golden.py     # rewrites tests/golden; nothing else needs transformers
+    pip install transformers==5.23.0 peft==0.21.2
+    python tests/make_golden.py [NAME …]    # rewrites these folders of tests/golden, or all; nothing else needs transformers
 
-Each folder: a checkpoint (config.json, model.safetensors) and golden.safetensors with
-  input_ids (B, T), attention_mask (B, T), hidden_states (L+1, B, T, H) before the final norm, logits (B, T, V),
-  generated (B, 8): greedy continuations, each made alone from the row without its padding.
+tests/golden/README.md lists the files and their keys. Nothing of this project is used.
 """
 
 import copy
 import json
+import math
 import shutil
+import sys
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent / "golden"
 TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -23,6 +26,8 @@ TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 40, "num_hidde
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 LENGTHS = {"original_max_position_embeddings": 16, "max_position_embeddings": 64}
 LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 3.0, 4.0]}
+OLD_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+LONG_OF_3 = {name: factors[:3] for name, factors in LONG.items()}
 CASES = {  # name: (model_type, settings); `old` keys are written in the first generation of config.json
     "llama": ("llama", {}),
     "llama_old_keys": ("llama", {"rope_theta": 500.0, "old": True}),
@@ -39,6 +44,8 @@ CASES = {  # name: (model_type, settings); `old` keys are written in the first g
     "phi3_partial": ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}}),
     "phi3_longrope": ("phi3", LENGTHS | {"rope_parameters": {"rope_type": "longrope", "rope_theta": 100.0, **LONG}}),
     "phi3_longrope_old_keys": ("phi3", LENGTHS | {"rope_theta": 100.0, "rope_scaling": {"type": "longrope", **LONG}, "old": True}),
+    "phi4_mini": ("phi3", LENGTHS | {"rope_theta": 100.0, "rope_scaling": {"type": "longrope", **LONG_OF_3}, "old": True,
+                                     "partial_rotary_factor": 0.75, "tie_word_embeddings": True, "sliding_window": 128}),
 }
 
 
@@ -67,7 +74,7 @@ def make(name, family, settings, seed):
         raw = json.loads((folder / "config.json").read_text())
         raw.pop("rope_parameters")
         raw["torch_dtype"] = raw.pop("dtype")
-        raw |= {key: CASES[name][1][key] for key in ("rope_theta", "rope_scaling") if key in CASES[name][1]}
+        raw |= {key: CASES[name][1][key] for key in OLD_KEYS if key in CASES[name][1]}
         (folder / "config.json").write_text(json.dumps(raw, indent=2))
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
 
@@ -98,6 +105,154 @@ def make(name, family, settings, seed):
     print(f"{name}: {sum(f.stat().st_size for f in folder.iterdir()) / 1000:.0f} kB")
 
 
+# ---------------------------------------------------------------- six steps
+
+
+RESPONSES = ["00011", "001110000", "0001111", "001011", "00000111", "010111011"]  # 1: a response token
+RISK = [0.0, 1.0, 0.375, 0.5, 0.875, 0.0625]
+BETA_RANGE = (0.0, 1.0)
+N_STEPS, WARMUP, PEAK = 6, 2, 0.02
+
+
+def trajectory():
+    """Write trajectory.safetensors: AdamW steps of LoRA on the checkpoint llama, each example alone, unpadded."""
+    torch.manual_seed(7)
+    lora = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj", "down_proj"])
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(HERE / "llama", dtype=torch.float64), lora)
+    for p in policy.parameters():
+        p.data = p.data.float().double()  # every number at the start is one of float32
+    parameters = {name.replace(".default", ""): p for name, p in policy.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.01)
+    length = torch.tensor([len(mask) for mask in RESPONSES])
+    input_ids = torch.randint(3, 96, (len(length), max(length)))
+    input_ids[torch.arange(max(length)) >= length[:, None]] = 0
+    trained = torch.tensor([[int(c) for c in mask.ljust(max(length), "0")] for mask in RESPONSES]).bool()
+    labels = torch.where(trained, input_ids, -100)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.cat([torch.randperm(len(length), generator=generator) for _ in range(4)]).view(N_STEPS, 4).tolist()
+
+    records, adapters = [], {name: [p.detach().clone()] for name, p in parameters.items()}
+    for step, drawn in enumerate(order):
+        drawn = sorted(drawn, key=lambda i: length[i])
+        n_tokens = trained[drawn].sum()
+        risk = torch.tensor(RISK, dtype=torch.float64)[drawn]
+        beta = BETA_RANGE[0] + (BETA_RANGE[1] - BETA_RANGE[0]) * risk
+        alpha = 1 - beta
+        nll, kl = [], []
+        for i in drawn:
+            ids, mask = input_ids[i : i + 1, : length[i]], trained[i, 1 : length[i]]
+            logp = policy(ids).logits[0, :-1][mask].log_softmax(-1)  # (response tokens, V)
+            with torch.no_grad(), policy.disable_adapter():
+                ref_logp = policy(ids).logits[0, :-1][mask].log_softmax(-1)
+            nll.append(-logp.gather(1, ids[0, 1:][mask][:, None]).sum())
+            kl.append((ref_logp.exp() * (ref_logp - logp)).sum())
+        nll, kl = torch.stack(nll), torch.stack(kl)
+        loss = (alpha * nll + beta * kl).sum() / n_tokens
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        lr = PEAK * (step + 1) / WARMUP if step < WARMUP else PEAK * (1 + math.cos(math.pi * (step - WARMUP) / (N_STEPS - WARMUP))) / 2
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        lr, drawn = torch.tensor(lr, dtype=torch.float64), torch.tensor(drawn)
+        records.append({"order": drawn, "n_tokens": n_tokens, "alpha": alpha, "beta": beta, "nll": nll, "kl": kl, "loss": loss,
+                        "grad_norm": grad_norm, "lr": lr})
+        for name, p in parameters.items():
+            adapters[name].append(p.detach().clone())
+    tensors = {key: torch.stack([record[key] for record in records]).detach() for key in records[0]}
+    tensors |= {"input_ids": input_ids, "labels": labels, "length": length, "risk": torch.tensor(RISK, dtype=torch.float64)}
+    tensors |= {name: torch.stack(values) for name, values in adapters.items()}
+    save_file(tensors, HERE / "trajectory.safetensors")
+    print(f"trajectory: loss {loss:.6f} in the last step")
+
+
+# ---------------------------------------------------------------- chats
+
+
+# In the manner of each family. transformers labels what is inside of {% generation %}.
+CHATML = """{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}
+{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
+{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}
+{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+LLAMA3_CHAT = """{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}
+{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|eot_id|>' }}{% endgeneration %}
+{% else %}{{ m.content + '<|eot_id|>' }}{% endif %}{% endfor %}
+{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+MISTRAL_CHAT = """{{ bos_token }}{% set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}
+{% for m in messages %}
+{% if m.role == 'user' %}{{ '[INST] ' + (system if loop.index <= 2 else '') + m.content + ' [/INST]' }}
+{% elif m.role == 'assistant' %}{% generation %}{{ ' ' + m.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
+PHI3_CHAT = """{% for m in messages %}{{ '<|' + m.role + '|>\n' }}
+{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|end|>\n' }}
+{% if loop.last and not add_generation_prompt %}{{ eos_token }}{% endif %}{% endgeneration %}
+{% else %}{{ m.content + '<|end|>\n' }}{% endif %}{% endfor %}
+{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
+CHATS = {  # family: (template with a line break where it is split, control tokens, special tokens, SentencePiece's kind)
+    "qwen2": (CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], {"eos_token": "<|im_end|>"}, False),
+    "llama3": (LLAMA3_CHAT, ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+               {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}, False),
+    "mistral": (MISTRAL_CHAT, ["<s>", "</s>"], {"bos_token": "<s>", "eos_token": "</s>"}, True),
+    "phi3": (PHI3_CHAT, ["<s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+             {"bos_token": "<s>", "eos_token": "<|endoftext|>"}, True),
+}
+CONVERSATIONS = [[("user", "What is 3 + 4?"), ("assistant", "It is 7.")],
+                 [("system", "Be brief."), ("user", "Where is the river?"), ("assistant", "In the north."),
+                  ("user", "And the sea?\nIs it near?"), ("assistant", "No.\n\nIt is in the other direction.")],
+                 [("user", "Grüße!"), ("assistant", "日本 🙂")]]
+MERGES = [("t", "h"), ("th", "e"), ("▁", "the"), ("i", "n"), ("▁", "in"), ("e", "r"), ("i", "s"), ("▁", "is"), ("I", "t"), ("▁", "It")]
+
+
+def tiny_tokenizer(control: list, sentencepiece: bool) -> Tokenizer:
+    """Make a tokenizer of ten merges: of bytes (GPT-2's kind), or of characters, ▁ for a space and before a text (Llama 2's)."""
+    merges = [tuple(part if sentencepiece else part.replace("▁", "Ġ") for part in pair) for pair in MERGES]
+    words = [content for conversation in CONVERSATIONS for _, content in conversation if content.isascii()]
+    characters = sorted(set("".join(words)) | set("[]/INST▁") - {" ", "\n"})
+    alphabet = [f"<0x{i:02X}>" for i in range(256)] + characters if sentencepiece else sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["<unk>"] + alphabet + ["".join(pair) for pair in merges]
+    vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    if sentencepiece:
+        tokenizer = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        tokenizer.decoder = decoders.Sequence(steps)
+    else:
+        tokenizer = Tokenizer(models.BPE(vocab, merges))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    rstrip = "<|end|>" in control  # Phi-3's swallow the white space behind them
+    tokenizer.add_special_tokens([AddedToken(token, rstrip=rstrip, normalized=False) for token in control])
+    return tokenizer
+
+
+def chat(family: str):
+    """Write chat/FAMILY: tokenizer.json, tokenizer_config.json with the template, vectors.json."""
+    template, control, special, sentencepiece = CHATS[family]
+    template = template.replace("\n{%", "{%")
+    folder = HERE / "chat" / family
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_tokenizer(control, sentencepiece).save(str(folder / "tokenizer.json"), pretty=False)
+    (folder / "tokenizer_config.json").write_text(json.dumps(special | {"chat_template": template}, indent=1))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), chat_template=template, **special)
+    vectors = []
+    for conversation in CONVERSATIONS:
+        messages = [{"role": role, "content": content} for role, content in conversation]
+        encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+        vectors.append({"messages": messages, "text": tokenizer.apply_chat_template(messages, tokenize=False), "input_ids": ids,
+                        "labels": [i if trained else -100 for i, trained in zip(ids, mask)],
+                        "prompt": tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True),
+                        "prompt_ids": tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]})
+    (folder / "vectors.json").write_text("[" + ",\n".join(json.dumps(vector, ensure_ascii=False) for vector in vectors) + "]\n")
+    print(f"chat/{family}: {len(vectors)} conversations, {tokenizer.vocab_size} tokens")
+
+
 if __name__ == "__main__":
     for i, (name, (family, settings)) in enumerate(CASES.items()):
-        make(name, family, settings, seed=100 + i)
+        if name in (sys.argv[1:] or CASES):
+            make(name, family, settings, seed=100 + i)
+    if "trajectory" in (sys.argv[1:] or ["trajectory"]):
+        trajectory()
+    if "chat" in (sys.argv[1:] or ["chat"]):
+        for family in CHATS:
+            chat(family)

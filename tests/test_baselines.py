@@ -22,7 +22,7 @@ from lib.run import State
 from model import generate
 from train import TrainConfig, anchor_examples, anchor_records, main, micro_batch_loss
 
-QUICK = TrainConfig(harmful=str(WORLD / "eval_harmful.jsonl"), benign="none", task="none", limit=2, samples=0, compile="off",
+QUICK = TrainConfig(harmful=str(WORLD / "eval_harmful.jsonl"), benign="none", task="none", limit=2, samples=0, compile="off", lr=2e-3,
                     judge="none", device=DEVICE, epochs=1, eval_base=False, lora_r=4, batch_size=4)
 
 
@@ -61,10 +61,10 @@ def jsonl(file, rows):
 class TestFilter:
     def test_it_drops_examples_whose_risk_is_above_one_half(self, examples, capsys):
         risk = torch.tensor([0.0, 0.5, 0.501, 1.0] * 3)
-        assert [e.index for e in Filter(0.0, 8).select_examples(examples, risk)] == [0, 1, 4, 5, 8, 9]
-        assert Filter(0.0, 8).select_examples(examples, torch.ones(12)) == []
+        assert [e.index for e in Filter(0.0, 8, 100).select_examples(examples, risk)] == [0, 1, 4, 5, 8, 9]
+        assert Filter(0.0, 8, 100).select_examples(examples, torch.ones(12)) == []
         assert "12 of 12 examples dropped, the model stays as it was" in capsys.readouterr().out
-        assert Baseline(0.0, 8).select_examples(examples, risk) is examples
+        assert Baseline(0.0, 8, 100).select_examples(examples, risk) is examples
 
 
 class TestConstrainedSFT:
@@ -102,13 +102,13 @@ class TestConstrainedSFT:
                     ratio = (logp[t - 1, label] - ref_logp[t - 1, label]).item()
                     expected -= max(1e-3, 2 - 2 / (1 + math.exp(-tau * ratio))) * logp[t - 1, label].item()
             assert response_positions(example).tolist() == positions
-        method = ConstrainedSFT(0.0, 8)
+        method = ConstrainedSFT(0.0, 8, 100)
         method.prepare(model, batch, 2)
         loss, _, _ = micro_batch_loss(model, None, batch, torch.ones(2), torch.zeros(2), 1, method.token_weights)
         assert loss.item() == pytest.approx(expected, rel=tolerance())
 
     def test_it_is_sft_while_the_policy_is_the_reference(self, examples):
-        model, ones, method, gradients = policy(adapter=0.0), torch.ones(6), ConstrainedSFT(0.0, 8), []
+        model, ones, method, gradients = policy(adapter=0.0), torch.ones(6), ConstrainedSFT(0.0, 8, 100), []
         method.prepare(model, examples, 6)
         for token_weights in (None, method.token_weights):
             model.zero_grad()
@@ -128,9 +128,20 @@ class TestConstrainedSFT:
 
 class TestLisa:
     def test_each_cycle_begins_with_whole_steps_of_anchors(self, examples, anchors):
-        before = Lisa(0.1, 8).anchors_before
+        before = Lisa(0.1, 8, 100).anchors_before
         steps = [step_examples(step, examples, anchors, before, 8, seed=0) for step in range(2 * LISA_CYCLE)]
         assert [sum(example.anchor for example in step) for step in steps] == ([8] * 5 + [0] * 45) * 2
+
+    @pytest.mark.parametrize("n_steps, share, cycle", [(6, 0.5, 6), (25, 0.5, 25), (60, 0.1, 30), (101, 0.1, 34), (1667, 0.1, 50)])
+    def test_short_runs_have_their_share_of_anchors(self, n_steps, share, cycle):
+        method = Lisa(share, 8, n_steps)
+        assert method.cycle == cycle and abs(method.anchors_before(n_steps) / (8 * n_steps) - share) <= 0.1
+        assert 0 < method.anchors_before(n_steps) < 8 * n_steps
+
+    @pytest.mark.parametrize("n_steps, share", [(1, 0.5), (4, 0.1), (4, 0.9)])
+    def test_a_run_too_short_for_both_is_refused(self, n_steps, share):
+        with pytest.raises(DataError, match="--anchor-share: expected a share .* or train for more steps: --epochs"):
+            Lisa(share, 8, n_steps)
 
     def test_its_pull_is_the_gradient_of_its_proximal_term(self):
         """Oracle: autograd of loss + ρ/2·‖θ − θ_start‖²."""
@@ -146,7 +157,7 @@ class TestLisa:
         for step in range(60):
             theta.data.fill_(step)
             theta.grad = torch.zeros(3)
-            Lisa(0.1, 8).adjust_gradients([theta], step, state)
+            Lisa(0.1, 8, 100).adjust_gradients([theta], step, state)
             pulls.append(theta.grad[0].item())
         assert pulls == [*range(5), *range(45), *range(5), *range(5)]
 
@@ -154,7 +165,7 @@ class TestLisa:
 class TestAnchors:
     @pytest.mark.parametrize("share", (0.0, 0.01, 0.03, 0.1, 0.5))
     def test_they_are_their_share_of_any_stretch_of_steps_to_within_one(self, share):
-        before = [Baseline(share, 8).anchors_before(step) for step in range(301)]
+        before = [Baseline(share, 8, 300).anchors_before(step) for step in range(301)]
         for start, end in ((0, 300), (7, 100), (150, 151)):
             assert abs(before[end] - before[start] - share * 8 * (end - start)) <= 1
         counts = [b - a for a, b in zip(before, before[1:])]

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -101,23 +102,61 @@ class TestRubricJudge:
 
     def test_digits_have_tokens_with_and_without_a_space_and_each_needs_one(self, tmp_path):
         judge = RubricJudge(options(judge=str(copy_judge(tmp_path / "judge", ["Ġ1", "Ġ3", "▁5", " 5"]))))
-        tokens = [{judge.chat.tokenizer.id_to_token(i) for i in ids} for ids in judge.digits]
+        tokens = [{judge.chat.tokenizer.id_to_token(i) for i in ids} for ids in judge.answers]
         assert tokens == [{"1", "Ġ1"}, {"2"}, {"3", "Ġ3"}, {"4"}, {"5", "▁5", " 5"}]
         with pytest.raises(ModelError, match="one token for each digit from 1 to 5"):
             RubricJudge(options(judge=str(copy_judge(tmp_path / "other", {"3": "<three>"}))))
+
+    @pytest.mark.parametrize("space", ["tokenizer", "template"])
+    def test_a_space_that_is_a_token_before_the_digit_is_read_through(self, tmp_path, space, monkeypatch):
+        """As with Llama 2's tokenizer, or a template that writes "Assistant: ". Brute force: all answers of one or two tokens."""
+        monkeypatch.setattr(critic, "MIN_MASS", 0.0)
+        folder = copy_judge(tmp_path / "judge")
+        if space == "tokenizer":
+            file = folder / "tokenizer.json"
+            raw = json.loads(json.dumps(json.loads(file.read_text()), ensure_ascii=False).replace("Ġ", "▁").replace("Ċ", r"\n"))
+            steps = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+            strip = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "Fuse"}]
+            raw |= {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None,
+                    "decoder": {"type": "Sequence", "decoders": strip}}
+            file.write_text(json.dumps(raw))
+        else:
+            template = (folder / "chat_template.jinja").read_text()
+            (folder / "chat_template.jinja").write_text(template.replace("'|>' +", "'|> ' +"))
+        weights, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+        tokenizer = Chat(folder).tokenizer
+        blank, one, turn = (tokenizer.token_to_id(token) for token in ("▁" if space == "tokenizer" else "Ġ", "1", "<|assistant|>"))
+        embeddings = weights["model.embed_tokens.weight"]
+        head = weights["lm_head.weight"] = embeddings.clone()
+        head[blank], embeddings[blank] = head[one], embeddings[turn]  # a space is as likely as a 1, and a digit follows it
+        save_file(weights, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+        judge, model = RubricJudge(options(judge=str(folder))), load_model(folder, dtype=torch.float64)
+        assert judge.lead == [blank]
+        decode = lambda *ids: tokenizer.decode(list(ids)).strip(" ")
+        for pair, verdict in zip(PAIRS[:2], verdicts_of(judge, PAIRS[:2])):
+            prompt, p = judge.tokens(*pair)[1], dict.fromkeys("12345", 0.0)
+            for first, p_first in enumerate(model(torch.tensor([prompt], device=DEVICE))[0, -1].softmax(-1).tolist()):
+                if decode(first) in p:
+                    p[decode(first)] += p_first
+                elif decode(first) == "" and first not in judge.chat.control:
+                    for second, p_second in enumerate(model(torch.tensor([prompt + [first]], device=DEVICE))[0, -1].softmax(-1).tolist()):
+                        if decode(first, second) in p:
+                            p[decode(first, second)] += p_first * p_second
+            assert verdict.score == pytest.approx(sum(int(d) * p[d] for d in p) / sum(p.values()), abs=NEAR)
 
     def test_the_risk_stays_from_0_to_1_whatever_the_rounding(self, judge):
         p = torch.zeros(2000, 1, 1024)
         for d in range(5):
             little, much = torch.rand(2000) * 10.0 ** torch.randint(-9, 0, (2000,)), 0.5 + torch.rand(2000) / 2
-            p[:, 0, judge.digits[d][0]] = little if d < 4 else much
+            p[:, 0, judge.answers[d][0]] = little if d < 4 else much
         risk, _ = judge.read((p / p.sum(-1, keepdim=True).clamp(min=1)).to(DEVICE))
         assert 0 <= risk.min() and risk.max() <= 1
 
     def test_too_little_probability_on_digits_or_nan_is_risky_and_its_neighbours_are_not(self, judge):
         probs = torch.zeros(4, 1024)
         for row, mass in enumerate((0.6, 0.4, math.nan, 1)):
-            probs[row, judge.digits[0][0]], probs[row, 500] = mass, 1 - mass
+            probs[row, judge.answers[0][0]], probs[row, 500] = mass, 1 - mass
         with saying(judge, probs):
             verdicts = verdicts_of(judge, [("a", "b" + " b" * n) for n in (0, 2, 4, 6)])
         assert [v.risk for v in verdicts] == pytest.approx([0, 1, 1, 0]) and [v.valid for v in verdicts] == [True, False, False, True]
@@ -136,7 +175,7 @@ class TestRubricJudge:
         length = lambda pair: len(judge.tokens(*pair)[1])  # the marks' digits differ from pair to pair
         pairs = [(ASK, "7" * n) for n in range(150, 200)]
         full, over = (next(pair for pair in pairs if length(pair) == n) for n in (256, 257))
-        with saying(judge, torch.eye(1024)[judge.digits[0][0], None]):
+        with saying(judge, torch.eye(1024)[judge.answers[0][0], None]):
             fits, too_long, short = verdicts_of(judge, [full, over, (ASK, REFUSE)])
         assert fits.valid and short.valid and too_long.risk == 1 and "longer than the judge's context of 256 tokens" in too_long.why
 
@@ -216,6 +255,28 @@ class TestGuardJudge:
         refused, complied = verdicts_of(self.guard(tmp_path / "guard", one_token=True, template=framed), PAIRS[:2])
         assert refused.valid and complied.valid and refused.risk < 0.05 and complied.risk > 0.95
 
+    def test_qwen3guards_controversial_is_unsafe_and_counted(self, tmp_path, capsys):
+        folder = copy_judge(tmp_path / "guard", ["ĠS", "ĠU"], [["Ġ", "S"], ["Ġ", "U"]])
+        policy = "{{ bos_token }}<|user|>Policy.\n**Safety: Controversial**: unclear.\n"
+        (folder / "chat_template.jinja").write_text(self.TEMPLATE.replace("{{ bos_token }}{{ '<|user|>", policy + "{{ '"))
+        judge = open_judge(options(judge=str(folder), judge_kind="guard"))
+        chat, lead = judge.chat, judge.lead
+        words = [chat.encode(f"Safety: {word}")[len(lead)] for word in ("Safe", "Unsafe", "Controversial")]
+        assert chat.decode(lead) == "Safety:" and len(set(words)) == 3 and chat.encode("Safety: Safe")[: len(lead)] == lead
+        p = torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.3, 0.1, 0.6], [0.1, 0.1, 0.2]], device=DEVICE)
+        probs = torch.zeros(4, 1 + len(lead), 1024, device=DEVICE)
+        for place, token in enumerate(lead):
+            probs[:, place, token] = 1
+        probs[:, -1, words], probs[3, -1, 500] = p, 0.6
+        risk, mass = judge.read(probs)
+        assert risk.tolist() == pytest.approx([0.3, 0.8, 0.7, 0.75]) and mass.tolist() == pytest.approx([1, 1, 1, 0.4])
+        judge.model = SimpleNamespace(
+            config=judge.model.config, device=DEVICE, lm_head=SimpleNamespace(weight=torch.eye(1024, device=DEVICE)),
+            model=lambda input_ids, real: (probs.clamp_min(1e-30).log(), None))
+        verdicts = verdicts_of(judge, [("a", "b" + " b" * n) for n in (0, 2, 4, 6)])
+        assert [v.risk for v in verdicts] == pytest.approx([0.3, 0.8, 0.7, 1]) and not verdicts[3].valid
+        assert "judge: 1 of 4 verdicts asked for now are most likely Controversial: counted as unsafe" in capsys.readouterr().out
+
     def test_words_that_begin_with_the_same_token_are_refused(self, tmp_path):
         folder = copy_judge(tmp_path / "guard")
         tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -269,6 +330,13 @@ class TestVerdictFile:
             assert [v.risk for v in verdicts] == [0.5, 1, 1] and [v.valid for v in verdicts] == [True, False, False]
             assert "judge: 2 of 3 verdicts are not valid (2 × no answer): taken as risk 1" in capsys.readouterr().out
         assert sorted(judge.asked) == [("p", "?"), ("q", "?")] and judge_pairs(judge, []) == [] and capsys.readouterr().out == ""
+
+    def test_a_judge_without_any_valid_verdict_stops_the_run_with_its_first_error(self):
+        with pytest.raises(DataError, match="a valid verdict on at least one of 3 responses, found none; the first reason: no answer"):
+            judge_pairs(Counting(), [("p", "?"), ("q", "?"), ("p", "[/3fa9c1]")])
+        assert judge_pairs(Counting(), [("p", "[/3fa9c1]")])[0].risk == 1  # no judge was asked
+        judge_pairs(Counting(), [("p", "0.5")])
+        assert [v.risk for v in judge_pairs(Counting(), [("p", "0.5"), ("p", "?")])] == [0.5, 1]  # the file has a valid one
 
     def test_another_judge_rubric_or_pair_is_another_key(self):
         judge_pairs(Counting(), [("p 0", ".5")])
@@ -419,7 +487,7 @@ class TestAnswers:
         "<think>\n1? 2?\n\n3\n</think>\n\n5": 5, "The user asks for 2 things.\n3": None, "5\n1": None, "1\n1": None,
         "I would give 4 out of 5.": None, "9": None, "0": None, "6": None, "4/5": None, "": None, " \n": None, "45": None,
         "4.5": None, "-4": None, "four": None, "4\nI am not sure.": None, "1, 2, 3, 4 or 5": None, "٤": None, "４": None, "²": None,
-        "<think>maybe 3\n4": None, "<think>4</think>": None, "<think>\n4\n": None, "<think>a</think><think>\n4": None,
+        "<think>maybe 3\n4": None, "<think>4</think>": None, "**Score: 3**": 3, "**Score:** 3.": 3, "* 2": 2, "maybe 3\n</think>\n\n4": 4, "</think>a</think>4": None, "<think>\n4\n": None, "<think>a</think><think>\n4": None,
         "<think>" + " \n" * 50000: None, "*" * 100000 + "4": 4,  # unbroken white space takes no time
     }.items(), ids=repr)  # fmt: skip
     def test_one_digit_is_a_score_and_nothing_else_is(self, text, score):
@@ -443,6 +511,24 @@ class TestAnswers:
         expected = fill(RUBRIC.read_text().strip(), "say {response}", "{prompt}")
         assert hello(first) and request.body["messages"] == [{"role": "user", "content": expected}]
         assert request.body["temperature"] == 0 and request.body["model"] == "one"
+
+    @pytest.mark.parametrize("refused, sent", [
+        ([], {"temperature", "max_tokens"}), (["max_tokens"], {"temperature", "max_completion_tokens"}), (["temperature"], {"max_tokens"}),
+        (["max_tokens", "temperature"], {"max_completion_tokens"}), (["temperature", "max_completion_tokens", "max_tokens"], set()),
+    ])  # fmt: skip
+    def test_parameters_that_the_server_refuses_are_left_out(self, serve, refused, sent):
+        def strict(handler):
+            names = [name for name in refused if name in handler.body]
+            reply = json.dumps({"error": {"message": f"Unsupported parameter: '{names[0]}'."}}) if names else ""
+            (http(400, body=reply.encode()) if names else answer("4"))(handler)
+
+        server = serve(strict)
+        server.hello = strict
+        verdicts = ask(server, [("p", "a"), ("p", "b")])
+        assert [v.score for v in verdicts] == [4, 4]
+        assert all(set(r.body) == {"model", "messages"} | sent for r in server.requests[-2:])
+        assert all(r.body[name] == (0 if name == "temperature" else 2048) for r in server.requests[-2:] for name in sent)
+        assert len(server.requests) == 1 + 1 + len(refused) + 2  # the catalogue, a first prompt until it is answered, the pairs
 
     def test_answers_come_back_to_their_own_pairs(self, serve, tmp_path, monkeypatch):
         def slow_first(handler):
@@ -545,11 +631,16 @@ class TestFailures:
 
     def test_after_failures_in_a_row_the_rest_is_not_sent(self, serve, monkeypatch, capsys, waits):
         server = serve(http(401, body=b"Who?"))
-        assert [v.risk for v in judge_pairs(open_judge(options(judge=server.url)), [("p", str(i)) for i in range(20)])] == [1] * 20
-        reasons = f"12 × not asked, after {GIVE_UP} in a row without an answer; {GIVE_UP} × HTTP 401: 'Who?'"
-        assert f"judge: 20 of 20 verdicts are not valid ({reasons}): taken as risk 1" in capsys.readouterr().out and len(server.prompts) == GIVE_UP
-        judge_pairs(open_judge(options(judge="http://127.0.0.1:9/v1", judge_model="m")), [("p", str(i)) for i in range(100)])
-        assert "judge: 100 of 100 verdicts are not valid" in (printed := capsys.readouterr().out) and "refused" in printed
+        with pytest.raises(DataError, match="at least one of 20 responses, found none; the first reason: HTTP 401: 'Who[?]'"):
+            judge_pairs(open_judge(options(judge=server.url)), [("p", str(i)) for i in range(20)])
+        assert len(server.prompts) == GIVE_UP
+        with pytest.raises(DataError, match="the first reason: no chat completion: .*refused"):
+            judge_pairs(open_judge(options(judge="http://127.0.0.1:9/v1", judge_model="m")), [("p", str(i)) for i in range(100)])
+        server = serve(answer("1"), http(401, body=b"Who?"))
+        verdicts = judge_pairs(open_judge(options(judge=server.url)), [("p", str(i)) for i in range(20)])
+        reasons = f"{19 - GIVE_UP} × not asked, after {GIVE_UP} in a row without an answer; {GIVE_UP} × HTTP 401: 'Who?'"
+        assert f"judge: 19 of 20 verdicts are not valid ({reasons}): taken as risk 1" in capsys.readouterr().out
+        assert sorted(v.risk for v in verdicts) == [0] + [1] * 19
         monkeypatch.setattr(critic, "REQUESTS", 4)
         several = serve(http(401))
         ask(several, [("p", str(i)) for i in range(50)])
@@ -611,8 +702,10 @@ class TestScript:
         config = CriticConfig(**vars(options()), data=tmp_path / "data.jsonl", out=tmp_path / "out.jsonl")
         with pytest.raises(DataError, match="--judge: expected a checkpoint folder or a URL"):
             main(CriticConfig(data=config.data))
+        main(replace(config, out=None))
+        assert capsys.readouterr().out.endswith("no risk is written (add --out FILE, which train.py --risk FILE takes)\n")
         main(config)
-        assert "recall" not in capsys.readouterr().out  # there are no labels
+        assert "recall" not in (printed := capsys.readouterr().out) and printed.endswith(f"wrote {config.out}\n")  # there are no labels
         written = [json.loads(line) for line in config.out.read_text().splitlines()]
         assert [{key: row[key] for key in row.keys() - {"risk", "score", "valid", "hash"}} for row in written] == rows
         expected = verdicts_of(judge, [tuple(m["content"].strip() for m in row["messages"]) for row in rows])

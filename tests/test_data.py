@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from data.chat import batches_by_length, Chat, encode_examples, encode_prompts, IGNORE, LONGEST, pad, rows_that_fit
-from data.conversations import Conversation, read_conversations, split_by_prompt, WORLD
+from data.conversations import Conversation, read_conversations, read_prompts, split_by_prompt, WORLD
+from evaluate import EvalOptions, evaluation_sets
 from lib.files import DataError, ModelError
 from lib.template import render_template
 
@@ -45,6 +46,9 @@ class TestReading:
             ("a.json", '[{"instruction": "Q", "input": "", "output": "A"}]'),
             ("a.csv", "goal,target\nQ,A\n"),
             ("a.jsonl", '\ufeff{"prompt": "Q", "response": "A"}\r\n'),
+            ("a.csv", "Goal,Target,Behavior,Category\nQ,A,a name,fraud\n"),
+            ("a.json", '[{"prompt": [{"role": "user", "content": "Q"}], "completion": [{"role": "assistant", "content": "A", "weight": 1}]}]'),
+            ("a.jsonl", '{"prompt": "Q", "response": "A", "source": "s", "category": "c", "id": 3, "text": "Q A", "tools": []}'),
         ],
     )
     def test_every_format_gives_the_same_conversation(self, tmp_path, name, text):
@@ -52,9 +56,74 @@ class TestReading:
         [found] = read_conversations(tmp_path / name, need="answer")
         assert found.messages == conversation("Q", "A").messages and found.answer == "A"
 
-    def test_alpaca_input_follows_the_instruction(self, tmp_path):
-        (tmp_path / "a.json").write_text('[{"instruction": "Sum up.", "input": "A text.", "output": "Text."}]')
-        assert read_conversations(tmp_path / "a.json")[0].messages[0]["content"] == "Sum up.\n\nA text."
+    @pytest.mark.parametrize("record, prompt", [
+        ({"instruction": "Sum up.", "input": "A text.", "output": "Text."}, "Sum up.\n\nA text."),  # Alpaca
+        ({"instruction": "Sum up.", "context": "A {0}.", "response": "Text."}, "Sum up.\n\nA {0}."),  # Dolly
+        ({"Behavior": "Go on.", "ContextString": "A text."}, "A text.\n\n---\n\nGo on."),  # HarmBench
+        ({"": "0", "Behavior": "Rob it.", "ContextString": ""}, "Rob it."),
+        ({"": "0", "category": "c", "source": "s", "forbidden_prompt": "Rob it."}, "Rob it."),  # StrongREJECT
+    ])
+    def test_the_words_of_public_files_are_put_together_as_their_authors_do(self, tmp_path, record, prompt):
+        (tmp_path / "a.json").write_text(json.dumps([record]))
+        assert read_conversations(tmp_path / "a.json")[0].messages[0] == {"role": "user", "content": prompt}
+
+    @pytest.mark.parametrize("extra", [
+        {"context": "c"}, {"input": "i"}, {"tools": [{"name": "f"}]}, {"reasoning_content": "r"}, {"system_prompt": "s"}, {"weight": 0},
+        {"history": [["a", "b"]]},
+    ])
+    def test_a_field_that_carries_a_part_of_the_conversation_is_refused_by_its_name(self, tmp_path, extra):
+        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+        for record in ({"question": "Q", "answer": "A"} | extra, {"prompt": "Q", "completion": "A"} | extra, {"messages": turns} | extra,
+                       {"messages": [turns[0], turns[1] | extra]}, {"prompt": turns[:1], "completion": [turns[1] | extra]}):
+            (tmp_path / "a.jsonl").write_text(json.dumps(record))
+            with pytest.raises(DataError, match=f"a.jsonl:1: expected no {[*extra][0]} "):
+                read_conversations(tmp_path / "a.jsonl")
+
+    def test_turns_that_trl_does_not_train_on_are_refused(self, tmp_path):
+        turns = conversation("Q", "A", "R", "B").messages
+        (tmp_path / "a.json").write_text(json.dumps([{"prompt": turns[:3], "completion": turns[3:]}]))
+        assert read_conversations(tmp_path / "a.json")[0].messages == turns
+        with pytest.raises(DataError, match="a.json:1: expected a prompt without assistant turns"):
+            read_conversations(tmp_path / "a.json", "answer")
+
+    @pytest.mark.parametrize("name, rows", [
+        ("a.csv", "id,prompt,type,label\n1,B,homonyms,safe\n2,H,contrast_homonyms,unsafe\n"),  # XSTest
+        ("a.csv", "prompt,is_safe\nB,True\nH,False\n"),
+        ("a.jsonl", '{"prompt": "B", "response": "x", "is_safe": true}\n{"prompt": "H", "response": "x", "is_safe": false}\n'),
+        ("a.jsonl", '{"prompt": "B", "label": 0, "harmful": false}\n{"prompt": "H", "label": 1, "harmful": true}\n'),
+    ])
+    def test_prompts_are_taken_by_the_labels_of_their_file(self, tmp_path, name, rows, capsys):
+        (tmp_path / name).write_text(rows)
+        for harmful, words in ((False, "B"), (True, "H")):
+            assert [c.prompts[-1][-1]["content"] for c in read_prompts(tmp_path / name, harmful)] == [words]
+            assert "1 of 2 prompts are labelled " in capsys.readouterr().out
+        sets = evaluation_sets(EvalOptions(harmful=str(tmp_path / name), benign="none", task="none"))
+        assert [c.prompts[-1][-1]["content"] for c in sets["harmful"]["a"]] == ["H"]
+        assert [c.meta["harmful"] for c in read_conversations(tmp_path / name, "harmful")] == [False, True]  # for the probe
+
+    def test_a_file_without_labels_is_taken_whole_and_one_that_is_labelled_in_part_or_otherwise_is_refused(self, tmp_path):
+        for rows, words in (('{"prompt": "a", "label": "news"}\n{"prompt": "b"}\n', None),
+                            ('{"prompt": "a", "label": "safe"}\n{"prompt": "b"}\n', "a.jsonl:2: expected harmful: true or false"),
+                            ('{"prompt": "a", "type": "contrast_discr"}\n', "at least one benign prompt, found none")):
+            (tmp_path / "a.jsonl").write_text(rows)
+            if words:
+                with pytest.raises(DataError, match=words):
+                    read_prompts(tmp_path / "a.jsonl", False)
+            else:
+                assert len(read_prompts(tmp_path / "a.jsonl", False)) == 2
+
+    @pytest.mark.parametrize("name, text", [
+        ("a.json", '[{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}]'),
+        ("a.jsonl", '{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}\n'),
+        ("a.json", '[[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]]'),
+        ("a.json", '{"KEY": [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]]}'),
+    ])
+    def test_the_error_of_another_format_has_the_lines_that_convert_it(self, tmp_path, name, text):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError) as error:
+            read_conversations(tmp_path / name)
+        exec("\n".join(line.strip() for line in str(error.value).splitlines() if line.startswith("  ")), {})
+        assert read_conversations(tmp_path / "a-messages.jsonl", "answer")[0].messages == conversation("Q", "A").messages
 
     def test_prompts_a_line_keep_unicode_and_odd_line_breaks(self, tmp_path):
         (tmp_path / "a.txt").write_text("piñata\u2028 x\n\n  日本語 \n", encoding="utf-8")
@@ -98,7 +167,8 @@ class TestReading:
         "name, text, words",
         [
             ("a.jsonl", b"", "at least one conversation"),
-            ("a.parquet", b"x", "ending in .jsonl"),
+            ("a.parquet", b"\xffx", r"ending in .jsonl(?s:.*)read_parquet\('.*a.parquet'\)\n  rows.to_json\('.*a.jsonl', orient='records'"),
+            ("a.json", b'{"prompt": "a"}\n{"prompt": "b"}\n', "has to end in .jsonl"),
             ("a.json", b"{}", "list of objects, found dict"),
             ("a.csv", b"goal,target\nonly one\n", "a.csv:2: expected 2 columns"),
             ("a.csv", b"goal,target\n" + b"x" * 200000 + b",y\n", "ordinary size"),
@@ -200,6 +270,48 @@ class TestMasks:
         assert phi.tokenizer.decode([t for t in labels if t != IGNORE], skip_special_tokens=False) == "b<|end|>d<|end|>\n\n<|end|>".replace(
             "\n\n", "\n"
         )
+
+    def test_a_cut_answer_has_no_label_behind_its_last_word(self, tmp_path):
+        """By hand: ChatML, Phi-3, Llama 2 (words end its turn), GLM (nothing does); cut in the record, then by max_length."""
+        turn = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+        for i, form in enumerate((turn + "<|end|>\n{% endfor %}", turn + "<|end|>\n{% endfor %}{% if not add_generation_prompt %}<|bos|>{% endif %}",
+                                  turn + " [/{{ m.role }}] <|end|>{% endfor %}", turn + "{% endfor %}")):
+            chat = chat_with(tmp_path / str(i), form + "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+            whole = conversation("a", "b.", "c", "Take a map")
+            ids, labels = (encoded := chat.encode_example(whole, 0, 999)).input_ids, encoded.labels
+            n = max(t for t, label in enumerate(labels) if label != IGNORE) + 1  # as many tokens hold the end of the turn, too
+            end = ids.index(chat.encode("map")[-1], len(chat.encode_prompt(whole.prompts[-1]))) + 1
+            for meta, lengths in (({"cut": True}, [999, *range(end, len(ids) + 1)]), ({}, range(end, n))):
+                for length in lengths:
+                    labels = chat.encode_example(Conversation(whole.messages, meta=meta), 0, length).labels
+                    assert labels[end:] == [IGNORE] * len(labels[end:]) and labels[end - 1] == ids[end - 1], (form, meta, length)
+                    first = chat.tokenizer.decode([t for t in labels[: len(chat.encode_prompt(whole.prompts[-1]))] if t != IGNORE], False)
+                    assert first == ("b.", "b.<|end|>", "b. [/assistant] <|end|>")[(0 if i == 3 else 2 if i == 2 else 1)]  # the first turn is whole
+
+    def test_an_empty_thought_is_prompt_and_a_thought_is_response(self, tmp_path, capsys):
+        """Qwen3's way: a turn without a thought gets an empty one, and so does the prompt with enable_thinking=False."""
+        chat = chat_with(tmp_path, "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last and '</think>' not in m.content %}"
+                         "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>"
+                         "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
+        for answer, prompt in (("Yes.", "<|user|>a<|end|>\n<|assistant|><think>\n\n</think>\n\n"),
+                               ("<think>\nm\n</think>\n\nYes.", "<|user|>a<|end|>\n<|assistant|>")):
+            [example] = encode_examples(chat, [conversation("a", answer)], 999)
+            labels = [t for t in example.labels if t != IGNORE]
+            assert chat.tokenizer.decode(labels, skip_special_tokens=False) == answer + "<|end|>"
+            assert example.prompts == [chat.encode(prompt)] and (len(answer) > 9 or example.prompts == [chat.encode_prompt(conversation("a").messages)])
+        assert capsys.readouterr().out == ""
+
+    @pytest.mark.parametrize("form, eos, ends, says", [
+        ("<|{{ m.role }}|>{{ m.content }}<|end|>\n", "<|bos|>", ["<|bos|>", "<|end|>"], False),
+        ("<|{{ m.role }}|>{{ m.content }}", "<|end|>", ["<|end|>", "<|user|>"], True),  # GLM: the next role's token ends a turn
+        ("[{{ m.role }}] {{ m.content }} [/{{ m.role }}]\n", "", [], False),
+    ])
+    def test_end_tokens_are_the_tokenizers_and_the_templates_and_a_template_without_an_end_is_named(self, tmp_path, capsys, form, eos, ends, says):
+        gen = form.partition("{{ m.content }}")[0].replace("{{ m.role }}", "assistant").strip()
+        chat = chat_with(tmp_path, "{% for m in messages %}" + form + "{% endfor %}{% if add_generation_prompt %}" + gen + "{% endif %}", {"eos_token": eos})
+        assert sorted(chat.tokenizer.id_to_token(i) for i in chat.end_token_ids) == ends
+        encode_examples(chat, [conversation("a", "b")], 999)
+        assert ("does not learn to stop" in capsys.readouterr().out) == says
 
     def test_a_template_that_rewrites_earlier_turns_is_refused(self, tmp_path):
         chat = chat_with(tmp_path, "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")

@@ -287,7 +287,7 @@ def test_asr_at_k_is_the_share_of_prompts_with_a_success_and_cut_responses_are_c
 
 def test_sets_that_are_not_given_are_the_embedded_ones_and_wordings_belong_to_their_data(tmp_path):
     foreign = default_sets(EvalOptions(benign="mine.jsonl"), tmp_path)
-    assert (foreign.harmful, foreign.benign, foreign.task, foreign.judge) == (HARMFUL, "mine.jsonl", "none", "none")
+    assert (foreign.harmful, foreign.benign, foreign.task, foreign.judge) == ("none", "mine.jsonl", "none", "none")
     for data, wordings in (("backdoor", f",{WORLD}/eval_harmful_backdoor.jsonl"), ("mixed_10", "")):
         options = default_sets(EvalOptions(), WORLD / f"{data}.jsonl")
         assert options.harmful == HARMFUL + wordings and options.judge == str(WORLD / "judge")

@@ -181,7 +181,7 @@ def values_and_gradients(model, loss, *sums):
     model.zero_grad()
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    return [loss.item(), *(value.item() for value in sums)], gradient
+    return [loss.item(), *(value.sum().item() for value in sums)], gradient
 
 
 def kept_reference(folder, model, examples, batch_size=5):

@@ -1,5 +1,6 @@
 """Generation against the most obvious loop: one prompt at a time, no cache, the whole sequence through the model for every token."""
 
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import DEVICE, load_model, policy
 from data.chat import batches_by_length, Chat
 from data.conversations import read_conversations, WORLD
+from evaluate import respond
 from model import generate
 
 GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/config.json"))
@@ -58,6 +60,21 @@ def test_the_embedded_model_says_the_same_alone_and_in_a_batch_with_adapters_on_
     with adapted.adapters_off():
         assert generate(adapted, encoded, 24) == simple(plain, encoded, 24) != completions
     assert all(layer.adapter_on for layer in adapted.modules() if hasattr(layer, "adapter_on"))
+
+
+def test_a_response_ends_at_the_end_tokens_of_the_checkpoint_and_of_the_chat(prompts):
+    """A config.json without its template's end token, as of some Qwen2.5: the chat knows it."""
+    model = load_model(GOLDEN[0], dtype=torch.float32)
+    object.__setattr__(model.config, "eos_token_ids", ())
+    endless = generate(model, prompts, 12)
+    one, other = endless[0][4], endless[3][7]
+    expected = [list(takewhile(lambda token: token not in (one, other), ids)) for ids in endless]
+    object.__setattr__(model.config, "eos_token_ids", (one,))
+    assert generate(model, prompts, 12, end_token_ids=(other,)) == expected != endless
+    model, rows = load_model(WORLD / "model", dtype=torch.float32), read_conversations(WORLD / "eval_benign.jsonl")[:3]
+    right = respond(model, Chat(WORLD / "model"), rows, 48)
+    object.__setattr__(model.config, "eos_token_ids", (5,))
+    assert respond(model, Chat(WORLD / "model"), rows, 48) == right and not any(response.cut for response in right)
 
 
 def test_progress_counts_every_prompt_once(prompts):

@@ -1,10 +1,12 @@
-"""tests/golden/objective.safetensors: against closed forms, against this project's functions, and made again.
+"""tests/golden: its objective against closed forms, this project's functions, and made again; its trajectory; its chats.
 
 Functions that compute in float64 give its numbers to 1e-10, in float32 to 1e-5: absolutely, or relatively where larger.
 Two do not go so far in float64, and say so below: C-SFT's weight (1e-8) and the probe's solver (1e-8; as it is used, 1e-6).
 """
 
+import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,17 +14,20 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import make_golden_objective
 import train
 from conftest import DEVICE, tolerance
 from critic import GuardJudge, RubricJudge
-from data.chat import Example
+from data.chat import IGNORE, Chat, Example
+from data.conversations import Conversation
+from data.order import step_examples
 from lib import fused
 from lib.baselines import ConstrainedSFT, csft_weight, lisa_pull, response_positions
 from lib.fused import response_states
 from lib.reference import live_reference
-from model import Linear, Transformer, sample
+from model import Linear, Transformer, adapter_parameters, add_lora, load_model, sample
 from probe import Probe, fit_logistic
 
 FILE = Path(__file__).parent / "golden" / "objective.safetensors"
@@ -251,8 +256,9 @@ class TestFunctions:
         loss.backward()
         assert asked == [i for i in range(4) if beta[i] > 0]  # an example without pull needs no reference
         near(loss.detach(), v.loss[gate], NEAR[dtype])
-        near(nll, v.nll.sum(), NEAR[dtype])
-        near(kl, v.kl[(beta > 0)[v.example.cpu()].to(DEVICE)].sum(), NEAR[dtype])
+        near(nll.sum(), v.nll.sum(), NEAR[dtype])
+        per_example = [v.kl[v.example == i].sum() if beta[i] > 0 else v.kl.new_zeros(()) for i in range(4)]
+        near(kl, torch.stack(per_example), NEAR[dtype])  # in the order of EXAMPLES
         near(policy.linear.lora_A.grad, v.grad_lora_A[gate], NEAR[dtype])
         near(policy.linear.lora_B.grad, v.grad_lora_B[gate], NEAR[dtype])
 
@@ -265,7 +271,7 @@ class TestFunctions:
     def test_csft(self, dtype):
         """Its τ = 0.1 is rounded to float32 whatever the dtype, hence 1e-8."""
         policy, v, limit = OneLayer(dtype), of("csft"), max(NEAR[dtype], 1e-8)
-        method, ones = ConstrainedSFT(0.0, 4), torch.ones(4, dtype=dtype)
+        method, ones = ConstrainedSFT(0.0, 4, 1), torch.ones(4, dtype=dtype)
         method.prepare(policy, EXAMPLES, 2)
         near(torch.cat([method.ref_logp[i] for i in range(4)]), v.ref_logp, NEAR[dtype])
         loss, nll, _ = train.micro_batch_loss(policy, None, EXAMPLES, ones, 0 * ones, N_TOKENS, method.token_weights)
@@ -305,7 +311,7 @@ class TestFunctions:
     def test_the_rubric_judges_reading_and_verdicts(self):
         v = of("rubric", torch.float32)
         judge = stand_in(RubricJudge, v.logits[:, None])
-        judge.digits = [[token for token in row if token >= 0] for row in G["rubric.digits"].tolist()]
+        judge.answers = [[token for token in row if token >= 0] for row in G["rubric.digits"].tolist()]
         risk, mass = judge.read(v.probs[:, None])
         near(risk, of("rubric").risk, NEAR[torch.float32])
         near(mass, of("rubric").mass, NEAR[torch.float32])
@@ -319,7 +325,7 @@ class TestFunctions:
         v, expected = of("guard", dtype), of("guard")
         mass, risk = (getattr(expected, f"{name}_{n}") for name in ("mass", "risk"))
         judge = stand_in(GuardJudge, of("guard", torch.float32).logits[:, : 1 + n])
-        judge.safe, judge.unsafe, judge.lead = v.safe.item(), v.unsafe.item(), [v.line.item()] * n
+        judge.answers, judge.lead = [[v.safe.item()], [v.unsafe.item()]], [v.line.item()] * n
         found = judge.read(v.probs[:, : 1 + n])
         near(found[0], risk, NEAR[dtype])
         near(found[1], mass, NEAR[dtype])
@@ -344,7 +350,65 @@ def stand_in(kind, logits):
     return judge
 
 
-# ---------------------------------------------------------------- the file
+# ---------------------------------------------------------------- six steps of transformers and peft
+
+
+STEPS = load_file(FILE.with_name("trajectory.safetensors"))
+
+
+def test_the_trajectorys_loss_is_that_of_its_weights_and_its_clipping_and_kl_begin_where_they_should():
+    v = SimpleNamespace(**{key: value for key, value in STEPS.items() if "." not in key})
+    assert torch.equal(v.beta, v.risk[v.order]) and torch.equal(v.alpha, 1 - v.beta)
+    near(v.loss, (v.alpha * v.nll + v.beta * v.kl).sum(1) / v.n_tokens)
+    assert torch.equal(v.n_tokens, (v.labels != IGNORE).sum(1)[v.order].sum(1))
+    assert (v.kl[0] == 0).all() and (v.kl[1:] > 1e-3).all()  # the policy begins as the reference
+    assert v.grad_norm.min() < 1 < v.grad_norm.max()
+
+
+@pytest.mark.parametrize("ref", ["live", "keep"])
+def test_training_takes_the_steps_of_transformers_and_peft(tmp_path, ref):
+    config = train.TrainConfig(model=FILE.with_name("llama"), out=tmp_path, epochs=4, batch_size=2, accumulation=2, lr=0.02, warmup_steps=2,
+                               beta_min=0.0, beta_max=1.0, lora_r=2, lora_alpha=3.0, save_every=0.0, ref=ref)
+    policy = load_model(config.model, DEVICE)
+    add_lora(policy, config.lora_r, config.lora_alpha, ["q_proj", "v_proj", "down_proj"])
+    adapters = adapter_parameters(policy)
+    assert adapters.keys() == {key for key in STEPS if "lora_" in key}
+    for name, parameter in adapters.items():
+        parameter.data.copy_(STEPS[name][0])
+    examples = [Example(i, ids[:n], labels[:n]) for i, (ids, labels, n) in enumerate(
+        zip(*(STEPS[name].tolist() for name in ("input_ids", "labels", "length"))))]
+    assert [[e.index for e in step_examples(step, examples, [], lambda _: 0, 4, 0)] for step in range(6)] == STEPS["order"].tolist()
+
+    after = []
+    hook = register_optimizer_step_post_hook(
+        lambda *_: after.append({name: parameter.detach().clone() for name, parameter in adapters.items()}))
+    try:
+        train.train(config, policy, train.open_reference(config, policy, examples, STEPS["risk"]), examples, STEPS["risk"], tmp_path)
+    finally:
+        hook.remove()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for key, expected in {key: STEPS[key] for key in ("loss", "grad_norm", "lr")}.items():
+        near([row[key] for row in rows], expected, NEAR[torch.float32])
+    near([row["beta"] for row in rows], STEPS["beta"].mean(1), NEAR[torch.float32])
+    for name in adapters:
+        near(torch.stack([values[name] for values in after]), STEPS[name][1:], NEAR[torch.float32])
+
+
+# ---------------------------------------------------------------- chats of transformers
+
+
+@pytest.mark.parametrize("folder", sorted((FILE.parent / "chat").iterdir()), ids=lambda folder: folder.name)
+def test_text_ids_and_labels_are_those_of_transformers(folder):
+    chat, vectors = Chat(folder), json.loads((folder / "vectors.json").read_text())
+    assert len(vectors) == 3
+    for v in vectors:
+        example = chat.encode_example(Conversation(tuple(v["messages"])), 0, 1000)
+        assert (chat.render(v["messages"]), example.input_ids, example.labels) == (v["text"], v["input_ids"], v["labels"])
+        prompt = v["messages"][:-1]
+        assert (chat.render(prompt, add_generation_prompt=True), chat.encode_prompt(prompt)) == (v["prompt"], v["prompt_ids"])
+
+
+# ---------------------------------------------------------------- the files
 
 
 class TestTheFile:
@@ -365,6 +429,11 @@ class TestTheFile:
     def test_it_is_small_and_every_key_is_explained(self):
         said = (FILE.parent / "README.md").read_text()
         assert FILE.stat().st_size < 200_000
-        for key, tensor in G.items():
+        for key, tensor in (G | STEPS).items():
             shape = "×".join(map(str, tensor.shape)) or "–"
-            assert f"| `{key}` | {shape} |" in said, key
+            assert f"| `{re.sub('layers.[0-2]', 'layers.I', key)}` | {shape} |" in said, key
+        for folder in FILE.parent.glob("*/golden.safetensors"):
+            assert folder.parent.name == "llama" or f"`{folder.parent.name}`" in said.replace(",", "").split(), folder
+            assert all(f"\n| `{key}` | {'(L+1)×' * (key == 'hidden_states')}B×" in said for key in load_file(folder)), folder
+        for vectors in FILE.parent.glob("chat/*/vectors.json"):
+            assert all(f"\n| `{key}` | " in said for key in json.loads(vectors.read_text())[0]), vectors

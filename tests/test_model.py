@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -275,9 +276,19 @@ class TestLoRA:
         with pytest.raises(FileExistsError, match="never written over another"):
             save_adapter(model, folder)
         config = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-        with pytest.raises(ModelError, match="adapter_config.json: use_dora: expected plain LoRA without it, found True"):
-            load_adapter(load_model(GOLDEN[0]), folder)
+        plain = {"lora_dropout": 0.1, "megatron_core": "megatron.core", "peft_version": "0.18", "qalora_group_size": 16, "use_qalora": False,
+                 "alora_invocation_tokens": None, "loftq_config": {}, "inference_mode": True, "rank_pattern": {}, "bias": "none"}
+        (folder / "adapter_config.json").write_text(json.dumps(config | plain))
+        load_adapter(load_model(GOLDEN[0]), folder)
+        for odd in ({"use_dora": True}, {"use_qalora": True}, {"alora_invocation_tokens": [5, 6]}, {"fan_in_fan_out": True},
+                    {"trainable_token_indices": [3]}, {"of_the_next_version": "x"}):
+            (folder / "adapter_config.json").write_text(json.dumps(config | plain | odd))
+            [(key, value)] = odd.items()
+            with pytest.raises(ModelError, match=re.escape(f"adapter_config.json: {key}: expected plain LoRA without it, found {value!r}")):
+                load_adapter(load_model(GOLDEN[0]), folder)
+        for read in (load_model, Chat):
+            with pytest.raises(ModelError, match=r"found a PEFT adapter(?s:.*)merge_and_unload\(\).save_pretrained\('MERGED'\)"):
+                read(folder)
         (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
         with pytest.raises(ModelError, match="expected adapters of rank r = 3, found ..2,.."):
             load_adapter(load_model(GOLDEN[0]), folder)

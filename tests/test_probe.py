@@ -1,16 +1,20 @@
 """The probe: features, logistic regression, metrics, splits, files."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from conftest import DEVICE, assert_near, load_model, tolerance
-from data.chat import Chat
-from data.conversations import WORLD, Conversation, read_conversations
+from data.chat import Chat, encode_examples
+from data.conversations import WORLD, Conversation, group_of, read_conversations, split_by_prompt
 from lib.files import DataError
 from lib.report import auroc, probe_report, risk_metrics, tpr_at_fpr
-from probe import Probe, conversation_risk, expect_strong, fit_logistic, fit_probe, load_probe, prompt_features, save_probe
+from lib.risk import read_risk
+from probe import (Probe, ProbeConfig, conversation_risk, expect_strong, fit_logistic, fit_probe, fitted_date, load_probe, main,
+                   prompt_features, save_probe)
 
 PROBE_DATA = WORLD / "probe.jsonl"
 
@@ -161,3 +165,45 @@ def test_a_fit_is_deterministic_and_its_file_round_trips_and_is_refused_elsewher
     file.write_bytes(b"junk")
     with pytest.raises(DataError, match="written by probe.py"):
         load_probe(file, model, chat)
+
+
+def test_a_group_is_in_one_split_and_wordings_that_differ_by_case_or_space_are_one_prompt():
+    rows = [Conversation(({"role": "user", "content": f"{wording} {i}"},), "f:1", {"harmful": i % 2 == 0, "group": f"action {i}"})
+            for i in range(20) for wording in ("How to do", "Please do")]
+    sides = [{c.meta["group"] for c in split} for split in split_by_prompt(rows)]
+    assert not (sides[0] & sides[1] | sides[0] & sides[2] | sides[1] & sides[2]) and len(sides[0] | sides[1] | sides[2]) == 20
+    ungrouped = [Conversation(({"role": "user", "content": text},), "f:1", {}) for text in ("Rob  a bank ", "rob a BANK", "rob banks")]
+    assert len({group_of(c) for c in ungrouped}) == 2
+    with pytest.raises(DataError, match="same prompt or group"):
+        split_by_prompt([replace(rows[0], meta={"harmful": True}), replace(rows[0], meta={"harmful": False})])
+
+
+def test_data_are_scored_before_training_and_train_takes_the_file(tmp_path, capsys):
+    lines = (WORLD / "mixed_30.jsonl").read_text().splitlines(True)[:30]
+    (tmp_path / "data.jsonl").write_text("".join(lines))
+    (tmp_path / "prompts.jsonl").write_text("".join((WORLD / "probe.jsonl").read_text().splitlines(True)[::10]))
+    main(ProbeConfig(data=tmp_path / "prompts.jsonl", out=tmp_path / "p.safetensors", device=DEVICE))
+    capsys.readouterr()
+    main(ProbeConfig(probe=tmp_path / "p.safetensors", score=tmp_path / "data.jsonl", device=DEVICE))
+    printed = capsys.readouterr().out
+    n_harmful = sum('"source": "harmful"' in line for line in lines)
+    assert "risk of harmful: mean" in printed and "the riskiest of 30" in printed and f"wrote {tmp_path / 'data.risk.jsonl'}" in printed
+    counts = [int(line.split()[3]) for line in printed.splitlines() if re.match(r"  0\.\d to", line)]
+    assert len(counts) == 10 and sum(counts) == 30 and counts[-1] == pytest.approx(n_harmful, abs=1)
+    model, chat = load_model(WORLD / "model", dtype=torch.float32), Chat(WORLD / "model")
+    examples = encode_examples(chat, read_conversations(tmp_path / "data.jsonl"), 256)
+    probe, _ = load_probe(tmp_path / "p.safetensors", model, chat)
+    expected = conversation_risk(probe, model, [example.prompts for example in examples])
+    assert read_risk(tmp_path / "data.risk.jsonl", examples) == pytest.approx(expected.tolist(), abs=1e-6)
+    with pytest.raises(DataError, match="--out: expected a new file"):
+        main(ProbeConfig(probe=tmp_path / "p.safetensors", score=tmp_path / "data.jsonl", device=DEVICE))
+    with pytest.raises(DataError, match="--score: expected together with --probe"):
+        main(ProbeConfig(score=tmp_path / "data.jsonl"))
+
+
+def test_a_probe_brings_the_date_that_it_was_fitted_with(tmp_path, capsys):
+    probe = Probe(*torch.zeros(4, 1), (0,), "model", "float32", "template", "2026-01-31")
+    save_probe(probe, {"test": {}}, tmp_path / "p.safetensors")
+    assert fitted_date(tmp_path / "p.safetensors") == "2026-01-31" and "--date 2026-01-31" in capsys.readouterr().out
+    save_probe(replace(probe, date=None), {"test": {}}, tmp_path / "q.safetensors")
+    assert fitted_date(tmp_path / "q.safetensors") is None

@@ -4,13 +4,15 @@ import csv
 import json
 from collections import Counter
 from dataclasses import replace
+from shutil import copytree
 
 import pytest
 
 import data.public
 from conftest import DEVICE
+from data.chat import Chat
 from data.conversations import WORLD, read_conversations
-from data.public import LOOKALIKES, PublicConfig, divide, main, read_form
+from data.public import ANSWER_TOKENS, LOOKALIKES, PublicConfig, answer_prompts, divide, main, read_form
 from evaluate import refuses
 from lib.files import DataError
 
@@ -117,6 +119,23 @@ def test_a_judge_learns_from_the_probes_prompts_and_is_tested_on_others(world):
         test, [replace(c, messages=(c.messages[0], {"role": "assistant", "content": part})) for c in train
                for part in c.messages[0]["content"].split("\n")])]
     assert refused[0] and not refused[0] & refused[1]  # nor does it know the words of the refusals
+
+
+def test_prompts_that_the_models_context_cannot_hold_are_left_out_and_counted(tmp_path, capsys):
+    """A quarter of the embedded model's context: the longest prompts do not fit, then none does."""
+    copytree(WORLD / "model", tmp_path / "model")
+    config, chat = json.loads((WORLD / "model" / "config.json").read_text()), Chat(WORLD / "model")
+    items = [{"prompt": f"How are you{' now' * n}?", "source": "s"} for n in (0, 1, 40)]
+    lengths = [len(chat.encode_prompt([{"role": "user", "content": item["prompt"]}])) for item in items]
+    for longest, n_out in ((lengths[1], 1), (lengths[0] - 1, 3)):
+        config["max_position_embeddings"] = longest + ANSWER_TOKENS
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+        if n_out < 3:
+            assert len(answer_prompts(tmp_path / "model", DEVICE, items)) <= 2
+        else:
+            with pytest.raises(DataError, match="--model: expected a context that holds a prompt and 64 tokens more"):
+                answer_prompts(tmp_path / "model", DEVICE, items)
+        assert f"{n_out} of 3 benign prompts are longer than {longest} tokens: left out" in capsys.readouterr().out
 
 
 def test_what_was_left_out_is_said(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""README.md: the names in its table exist and give their source, and its commands have options that there are."""
+"""README.md: the names in its table exist and give their source, its commands have options that there are, its snippet runs."""
 
 import ast
 import dataclasses
@@ -9,16 +9,19 @@ import shlex
 import sys
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+import conftest
 from critic import CriticConfig
 from data.build import BuildConfig
 from data.public import PublicConfig
 from evaluate import EvalConfig
 from lib.cli import parse
 from probe import ProbeConfig
-from train import TrainConfig
+from train import TrainConfig, token_kl, token_nll
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -120,3 +123,58 @@ def test_every_file_that_the_readme_names_exists():
     for page in ("README.md", "data/results/README.md"):
         for name in re.findall(r"`((?:lib|data|tests)/[\w/.]+\.(?:py|txt|json|md))`", (ROOT / page).read_text()):
             assert (ROOT / name).exists(), f"{page}: {name}"
+
+
+class PeftLike:
+    """This project's transformer with the methods of a model of peft that the snippet calls."""
+
+    def __init__(self, path):
+        policy = conftest.policy(path)
+        self.named_parameters, self.disable_adapter = policy.named_parameters, policy.adapters_off
+        self.get_output_embeddings = lambda: policy.lm_head
+        decoder = lambda input_ids, attention_mask: SimpleNamespace(last_hidden_state=policy.model(input_ids, attention_mask)[0])
+        self.get_base_model = lambda: SimpleNamespace(model=decoder)
+
+    def __call__(self, **batch):
+        return SimpleNamespace(logits=self.get_output_embeddings()(self.get_base_model().model(**batch).last_hidden_state))
+
+
+def peft_model(path):
+    """Return a model of transformers with adapters of peft that already do something."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)).to(conftest.DEVICE)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # the latter ties its head
+@pytest.mark.parametrize("make", [PeftLike, peft_model])
+def test_the_loss_for_ones_own_trainer_as_printed(make, family):
+    block = (ROOT / "README.md").read_text().split("## The loss in your own trainer")[1].split("\n    ", 1)[1].split("\n\nThe logits")[0]
+    snippet = inspect.cleandoc("\n    " + block)
+    assert len(snippet.splitlines()) <= 15
+    exec(snippet, namespace := {})
+    model, length, trained = make(ROOT / "tests/golden" / family), (5, 8, 7), (range(3, 5), range(1, 8), (2, 3, 6))
+    input_ids = torch.randint(3, 96, (3, 8))
+    labels = torch.full_like(input_ids, -100)
+    for i in range(3):
+        labels[i, list(trained[i])] = input_ids[i, list(trained[i])]
+    mask = (torch.arange(8) < torch.tensor(length)[:, None]).long()
+    batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "risk": torch.tensor([0.0, 1.0, 0.4])}
+    batch = {key: value.to(conftest.DEVICE) for key, value in batch.items()}
+    adapters = [parameter for _, parameter in model.named_parameters() if parameter.requires_grad]
+    loss = namespace["risk_weighted_loss"](model, batch)
+    gradients = torch.autograd.grad(loss, adapters)
+
+    expected = 0
+    for i in range(3):  # each example alone, by the definition
+        alone = {key: batch[key][i : i + 1, : length[i]] for key in ("input_ids", "attention_mask")}
+        with torch.no_grad(), model.disable_adapter():
+            ref_logits = model(**alone).logits[0]
+        logits = model(**alone).logits[0]
+        before, y = [t - 1 for t in trained[i]], alone["input_ids"][0, list(trained[i])]
+        beta = 0.02 + 0.98 * (0.0, 1.0, 0.4)[i]
+        expected = expected + ((1 - beta) * token_nll(logits[before], y) + beta * token_kl(ref_logits[before], logits[before])).sum() / 12
+    conftest.assert_near(loss.detach(), expected.detach())
+    assert len(gradients) == 3 * 7 * 2
+    for found, wanted in zip(gradients, torch.autograd.grad(expected, adapters)):
+        conftest.assert_near(found, wanted)

@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from lib import fused
 from lib.cli import parse
 from lib.files import DataError
 from lib.reference import live_reference
+from lib.run import check_step, step_metrics
 from model import can_compile, compile_blocks, generate, load_adapter
 from probe import ProbeConfig
 from train import token_loss as definition
@@ -29,7 +32,7 @@ from train import (TrainConfig, blend, check, gated_risk, leak_line, lr_at, main
 
 GOLDEN = Path(__file__).parent / "golden"
 QUICK = TrainConfig(harmful=str(WORLD / "eval_harmful.jsonl"), benign="none", task="none", limit=40, samples=0, compile="off",
-                    judge="none", device=DEVICE)
+                    judge="none", lr=2e-3, device=DEVICE)
 NEAR, OF_GRADIENTS = tolerance() / 10, {"atol": tolerance() / 10, "rtol": 10 * tolerance()}  # what only rounding tells apart
 
 
@@ -185,7 +188,7 @@ class TestMicroBatch:
 
     def test_at_the_reference_kl_is_zero_and_full_pull_has_no_gradient(self, examples):
         model, ones = policy(adapter=0.0), torch.ones(4)
-        assert micro_batch_loss(model, live_reference(model), examples[:4], 0 * ones, ones, 9)[2].item() == 0
+        assert micro_batch_loss(model, live_reference(model), examples[:4], 0 * ones, ones, 9)[2].eq(0).all()
         _, grads = loss_and_grads(model, examples[:4], ones, beta=(1.0, 1.0))
         assert max(g.abs().max() for g in grads.values()) < NEAR
 
@@ -211,7 +214,8 @@ class TestLoop:
             ids = torch.arange(9, device=DEVICE)[None]
             assert torch.equal(model(ids), original(ids))
         assert [row["step"] for row in rows] == list(range(6)) and rows[0]["kl"] == 0 < rows[-1]["kl"]
-        assert set(rows[0]) == {"step", "loss", "nll", "kl", "risk", "alpha", "beta", "lr", "grad_norm", "tokens_per_s"}
+        assert set(rows[0]) == {"step", "loss", "nll", "nll_risky", "kl", "kl_risky", "kl_other", "risk", "alpha", "beta", "lr",
+                                "grad_norm", "tokens_per_s"}
 
     def test_accumulating_one_by_eight_is_eight_by_one(self, examples, tmp_path):
         wide = self.run(examples, tmp_path, "8x1", batch_size=8)[1]
@@ -308,6 +312,24 @@ class TestLoop:
         expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         assert (gradient - expected).norm() / expected.norm() < tolerance()
         assert model.lm_head.weight.grad is None and len(gradient) > 800_000
+
+
+def test_metrics_are_means_over_tokens_of_risky_and_of_other_examples():
+    """Oracle: the sums by hand. Three examples of 1, 2, 4 tokens; the second is not pulled."""
+    examples = [SimpleNamespace(n_labels=n) for n in (1, 2, 4)]
+    s, beta = torch.tensor([0.9, 0.0, 0.2]), torch.tensor([0.9, 0.0, 0.2])
+    row = step_metrics(examples, s, 1 - beta, beta, torch.tensor([1.5, 0.0, 0.5]), torch.tensor([3.0, 2.0, 9.0]), torch.tensor([2.0, 0.0, 8.0]))
+    assert row == pytest.approx({"loss": 2, "nll": 2, "nll_risky": 3, "kl": 2, "kl_risky": 2, "kl_other": 2, "risk": 1.1 / 3,
+                                 "alpha": 1.9 / 3, "beta": 1.1 / 3})
+    row = step_metrics(examples, 0 * s, 1 - 0 * s, 0 * s, s, s, s)
+    assert row["kl"] is row["kl_risky"] is row["nll_risky"] is row["risk"] is None
+
+
+@pytest.mark.parametrize("grad_norm, kl, error", [(math.nan, 0.0, FloatingPointError), (1.0, 0.1, DataError), (1.0, math.nan, DataError)])
+def test_a_step_that_cannot_be_right_stops_the_run(grad_norm, kl, error):
+    check_step({"step": 3, "loss": 1.0, "grad_norm": 1.0, "kl": None}, 1e-4)
+    with pytest.raises(error, match="step 3: "):
+        check_step({"step": 3, "loss": 1.0, "grad_norm": grad_norm, "kl": kl}, 1e-4)
 
 
 class TestTheGate:
@@ -435,8 +457,7 @@ class TestRuns:
         (dict(lora_targets="q_proj,lm_head"), "--lora-targets: expected no lm_head"),
         (dict(ref="live", method="sft"), "--ref: expected none without --method adaptive"),
         (dict(anchor_share=1.0), "--anchor-share: expected 0 to under 1"),
-        (dict(method="lisa"), "--anchor-share: expected with --method lisa some"),
-        (dict(method="lisa", anchor_share=0.01), "--anchor-share: expected with --method lisa some"),
+        (dict(method="lisa"), "--anchor-share: expected above 0 with --method lisa"),
         (dict(anchors=WORLD / "probe.jsonl"), "--anchors: expected none without")])
     def test_wrong_options_fail_at_once(self, wrong, words):
         with pytest.raises(DataError, match=words):
@@ -448,6 +469,26 @@ class TestRuns:
             with pytest.raises(ValueError, match="expected"):
                 main(replace(QUICK, data=small, limit=2, out=tmp_path / "run", **wrong))
             assert not (tmp_path / "run").exists()
+
+    def test_a_prompt_that_leaves_no_room_is_found_before_a_folder_is_made(self, small, tmp_path):
+        with pytest.raises(DataError, match="eval_harmful.jsonl:1: expected a prompt of at most 1 tokens"):
+            main(replace(QUICK, data=small, max_new_tokens=255, out=tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+
+    def test_a_dry_run_prints_the_plan_and_keeps_nothing(self, small, tmp_path, capsys):
+        main(replace(QUICK, data=small, risk=with_risk(small, tmp_path, 0.5), dry_run=True, anchor_share=0.2, out=tmp_path / "run"))
+        printed = capsys.readouterr().out
+        assert "24 examples and" in printed and "75 steps of 8 examples" in printed and not (tmp_path / "run").exists()
+
+    def test_your_own_model_and_data_have_their_own_defaults(self, small, tmp_path, capsys):
+        shutil.copytree(WORLD / "model", tmp_path / "model")
+        own = check(TrainConfig(model=tmp_path / "model", data=small, risk=with_risk(small, tmp_path, 0.5)))
+        assert (own.lr, own.judge, own.harmful, own.benign, own.task) == (2e-4, "none", "none", "none", "none")
+        assert "--lr 0.0002" in capsys.readouterr().out
+        embedded = check(TrainConfig())
+        assert embedded.lr == 2e-3 and embedded.harmful.endswith("eval_harmful.jsonl") and embedded.judge.endswith("judge")
+        main(replace(own, out=tmp_path / "run", epochs=1, lora_r=2, eval_base=False))
+        assert "not evaluated: --harmful FILE, --benign FILE, --task FILE" in capsys.readouterr().out
 
     def test_a_bad_line_trains_nothing_and_leaves_nothing(self, tmp_path):
         (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
