@@ -14,21 +14,26 @@ The objective (Goel, Maji, Mazumder 2026, arXiv 2602.17546), over response token
     β_i  = β_min + (β_max − β_min) · s_i        α_i = 1 − β_i     s_i ∈ [0, 1]: the risk of example i
            --gate batch: s̃, the smoothed mean risk of the step; sft and the baselines: β = 0
 
-    NLL  token_nll    KL  token_kl    α, β  blend    s̃  smooth    [ … ]  token_loss    L  micro_batch_loss
-    s    training_risk: by probe.py (before generation), by critic.py (after it), or from a file
-    π_θ  policy       π_ref  reference: the policy before its first step
+    NLL  token_nll    KL  token_kl    α, β  blend    s̃  smooth    L  micro_batch_loss
+    [ … ]  token_loss is the definition; training runs its equal, lib/fused.token_loss
+    s      training_risk: from the prompt (probe.py), from prompt and response (critic.py), or from a file
+    π_θ    policy       π_ref  the reference: the aligned model, which is the policy before its first step
 
-It follows that N · ∂L/∂logits_it = π_θ − (α·onehot(y) + β·π_ref); the optimum is the mixture α·δ_y + β·π_ref.
-At β_max < 1 the gate leaks: at risk 1 a first token keeps probability 1 − β_max; --sealed closes it.
-Refusals stay where β > 0 on prompts that are refused; --anchor-share adds such prompts to the data.
+It follows that N · ∂L/∂logits_it = π_θ − (α·onehot(y) + β·π_ref): the optimum is α·onehot(y) + β·π_ref.
+The map from risk to β is the gate. It leaks at β_max < 1: the optimum gives the first token of an answer of
+risk 1 a probability of 1 − β_max or more, and a first token decides between refusing and answering. Only
+prompts that the aligned model refuses, trained with β > 0, hold its refusals in place. Data without harm have
+none; anchors add some. --sealed does both: β_max = 1, and anchors.
 
 Differences from the paper (P) and from its authors' code (C):
- 1. One risk per example, graded: the probe's probability, or (score − 1)/4 of the critic. C thresholds one,
-    clamps (score − 2)/3 of the other, and lets an example gate its batch. P smooths a batch's: --gate batch.
+ 1. One graded risk per example: the probe's probability, or (score − 1)/4 of the critic. C makes the probe's
+    risk 0 or 1 by a threshold, clamps (score − 2)/3 of the critic, and weighs a whole batch by one example's
+    risk. P weighs a batch by its smoothed risk: --gate batch.
  2. Risk is computed once, before training: neither ref nor the data change. C computes it in every epoch.
  3. NLL and KL share one denominator, the response tokens of the step. C divides them by different counts.
  4. The reference is the policy itself before its first step. Its terms of KL are computed once and stored in
-    the run's folder, or computed in every step (--ref live). C holds a second model and runs it twice a step.
+    the run's folder, or computed in every step (--ref live, which holds a second model for full fine-tuning).
+    C holds a second model and runs it twice a step.
  5. The head is frozen, in full fine-tuning too, so that policy and reference share it.
  6. An unknown risk is 1: null, NaN and failed verdicts, which are counted and printed. In C it is 0.
 """
@@ -82,7 +87,7 @@ class TrainConfig(EvalOptions):
     eval_base: bool = True  # evaluate the aligned model before training
     resume: Path | None = None  # unfinished run to continue, with its own options
     save_every: float = 10.0  # minutes between saved states of training; 0: none
-    dry_run: bool = False  # stop before the first step: print the risk and what would be trained, keep nothing
+    dry_run: bool = False  # stop before the first step; print the risk and the number of steps and tokens
     # risk
     risk: str = "probe"  # probe, critic, max of both, or a JSONL file of risks
     probe: Path | None = None  # a file of probe.py (default: one is fitted on --probe-data)
@@ -111,7 +116,7 @@ class TrainConfig(EvalOptions):
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA above 100 M parameters
     gradient_checkpointing: bool = False  # recompute activations, to save memory
     fsdp: bool = False  # shard the blocks over the processes (torchrun, torch 2.8)
-    given: tuple = field(default=(), compare=False)
+    given: tuple = field(default=(), compare=False)  # names of the options that were typed: lib.cli.parse
 
     @property
     def beta_range(self) -> tuple[float, float]:
@@ -128,7 +133,7 @@ class TrainConfig(EvalOptions):
         return math.ceil(self.epochs * n_examples / (1 - self.anchor_share) / self.per_step)
 
     def baseline(self, n_steps: int) -> Baseline:
-        """Return the object by which a baseline changes the loop; for sft and adaptive it changes nothing."""
+        """Return the object by which a baseline changes the loop; that of sft and adaptive is the default."""
         return BASELINES.get(self.method, Baseline)(self.anchor_share, self.per_step, n_steps)
 
 
@@ -180,24 +185,25 @@ def token_loss(hidden, weight, labels, alpha, beta, ref_hidden) -> tuple:
 
 def micro_batch_loss(policy: Transformer, reference, examples: list[Example], alpha: torch.Tensor,
                      beta: torch.Tensor, n_tokens: int, token_weights=None) -> tuple:
-    """Return (loss, NLL (B,), KL (B,)) of B examples with weights alpha, beta (B,), on the CPU.
+    """Return (loss, NLL (B,), KL (B,)) of B examples with weights alpha, beta (B,).
 
-    NLL and KL are summed over each example's response tokens; KL is 0 where β = 0. n_tokens: response tokens of
-    the whole step. reference(examples with β > 0) returns `reference_terms` of their response tokens.
-    token_weights(nll, examples): a baseline's weights of the tokens' losses.
+    alpha and beta are on the CPU, the results on the policy's device. NLL and KL are summed over each example's
+    response tokens; KL is 0 where β = 0. n_tokens: response tokens of the whole step. reference(examples)
+    returns `fused.reference_terms` of the response tokens of examples with β > 0. token_weights(nll, examples):
+    a baseline's weights of the tokens' losses.
     """
     order = (beta == 0).to(torch.int8).argsort(stable=True)  # examples with β > 0 first
     examples, alpha, beta = [examples[i] for i in order], alpha[order], beta[order]
     pulled = examples[: int((beta > 0).sum())]
-    hidden, labels, row = fused.response_states(policy, examples)
-    position = order[row].to(policy.device)  # of each token's example
-    alpha, beta = alpha[row].to(policy.device), beta[row].to(policy.device)  # of each token
-    terms = reference(pulled) if pulled else (hidden[:0].detach(), alpha[:0])
+    hidden, labels, row = fused.response_states(policy, examples)  # row (N,): the example of each token
+    alpha, beta = alpha[row].to(policy.device), beta[row].to(policy.device)  # (N,)
+    no_terms = hidden.detach()[:0], hidden.detach()[:0, 0]
+    terms = reference(pulled) if pulled else no_terms
     loss, nll, kl = fused.token_loss(hidden, policy.lm_head.weight, labels, alpha, beta, terms)
     if token_weights:
         loss = loss * token_weights(nll, examples)
-    zeros = nll.new_zeros(len(examples))
-    return loss.sum() / n_tokens, zeros.index_add(0, position, nll), zeros.index_add(0, position, kl)
+    zeros, example = nll.new_zeros(len(examples)), order[row].to(policy.device)
+    return loss.sum() / n_tokens, zeros.index_add(0, example, nll), zeros.index_add(0, example, kl)
 
 
 # ---------------------------------------------------------------- the risk of the data
@@ -205,9 +211,9 @@ def micro_batch_loss(policy: Transformer, reference, examples: list[Example], al
 
 def training_risk(config: TrainConfig, policy: Transformer, chat: Chat, examples: list[Example],
                   judge) -> list[dict]:
-    """Return a row for each example: its "risk" in [0, 1], the risk by each source, its place, its hash.
+    """Return a row for each example: its "risk" in [0, 1], that of each source, where it stands, its hash.
 
-    Probe and critic see the text that is trained on: where it is cut, a record may say something else.
+    Probe and critic see the conversation that is trained on, which may be less than the record: it may be cut.
     """
     texts, sources = [example.training_text for example in examples], {}
     if config.risk in ("probe", "max"):
@@ -234,7 +240,7 @@ def training_risk(config: TrainConfig, policy: Transformer, chat: Chat, examples
 
 
 def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat, examples: list[Example]) -> list[dict]:
-    """Return anchors, no more than the run draws: prompts that the data lack, with the policy's greedy answers.
+    """Return anchors: prompts that the data lack, with the policy's greedy answers, about as many as are drawn.
 
     Data without harmful examples hold no refusal in place, whatever the gate; anchors do. A harmful prompt
     that the policy answers anchors nothing, nor does a benign one that it refuses: both are left out, and of
@@ -248,13 +254,14 @@ def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat, example
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(config.seed)).tolist()
     n_drawn = config.epochs * len(examples) * config.anchor_share / (1 - config.anchor_share)
     candidates = [candidates[i] for i in order[: math.ceil(n_drawn) + config.batch_size]]
-    responses, records = respond(policy, chat, candidates, ANCHOR_TOKENS) if candidates else [], []
-    for c, (thought, text, cut) in zip(candidates, responses):
+    responses = respond(policy, chat, candidates, ANCHOR_TOKENS) if candidates else []
+    records = []
+    for c, (_, text, cut) in zip(candidates, responses):
         if text.strip() and not text.startswith("<think>") and refuses(text) == c.is_harmful:
             turns = [*c.prompts[-1], {"role": "assistant", "content": text}]
-            records.append(c.meta | {"messages": turns, "cut": cut})
-    print(f"anchors: {len(records)} of {file}; left out: {len(candidates) - len(records)}, harmful and not "
-          f"refused, or benign and refused")
+            records.append({"messages": turns, "harmful": c.is_harmful, "cut": cut})
+    print(f"anchors: {len(records)} of {file}; left out: {len(candidates) - len(records)} (harmful and not "
+          f"refused, benign and refused, or without an answer)")
     if not records:
         raise DataError(f"{file}: expected prompts that {config.data} lacks, harmful and refused or benign "
                         f'("harmful": false) and answered, found none')
@@ -273,9 +280,10 @@ def anchor_examples(records: list[dict], chat: Chat, first_index: int, max_lengt
 
 
 def step_weights(config: TrainConfig, examples: list[Example], risk: torch.Tensor, state: State) -> tuple:
-    """Return (s, α, β) of a step's examples: their risk or, with --gate batch, the smoothed mean of the data's.
+    """Return (s, α, β) of a step's examples, all (B,).
 
-    Anchors have α = 0, β = 1 where the method has a pull. All (B,).
+    s is an example's risk or, with --gate batch, the smoothed mean risk of the step's examples without its
+    anchors; state.smoothed_risk is updated. Anchors have α = 0, β = 1 where the method has a pull.
     """
     s = risk[[example.index for example in examples]].float()
     is_anchor = torch.tensor([example.anchor for example in examples])
@@ -299,7 +307,7 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
           out: Path) -> None:
     """Train `policy` in place, from the run's saved state on; out/metrics.jsonl gains a line per step.
 
-    reference: as in micro_batch_loss. risk (examples,) in [0, 1], looked up by an example's index.
+    reference: as in micro_batch_loss. risk: in [0, 1], of all examples of the run, looked up by example.index.
     """
     data = [example for example in examples if not example.anchor]
     anchors = [example for example in examples if example.anchor]
@@ -308,7 +316,7 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
     per_step, n_steps = config.per_step, config.n_steps(len(data))
     method = config.baseline(n_steps)
-    method.prepare(policy, examples, config.batch_size)
+    method.prepare(policy, examples, config.batch_size)  # before restore(): the policy is still the reference
     max_kl_at_start = MAX_KL_AT_START[policy.lm_head.weight.element_size()]
     with Progress(out, policy, optimizer, config.save_every, state_key(out, examples, risk)) as progress:
         state = progress.restore()
@@ -333,7 +341,7 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
             lr = lr_at(step, n_steps, config.warmup_steps, config.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            # Until an example has α > 0, θ = ref, and AdamW would scale KL's rounding noise up to full steps.
+            # While all α were 0, the gradient is rounding noise, which AdamW would scale up to full steps.
             state.moved = state.moved or bool(alpha.any())
             if state.moved:
                 optimizer.step()
@@ -349,8 +357,8 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
 # ---------------------------------------------------------------- the run
 
 
-def check(config: TrainConfig) -> TrainConfig:
-    """Fill in what was not given: judge, evaluation sets, learning rate, the probe's date.
+def complete_options(config: TrainConfig) -> TrainConfig:
+    """Fill in what was not given: learning rate, --sealed, the probe's date, evaluation sets, judge.
 
     Raises DataError for a wrong option.
     """
@@ -363,16 +371,17 @@ def check(config: TrainConfig) -> TrainConfig:
     check_options(config)
     if config.probe and not config.date:
         config = replace(config, date=fitted_date(config.probe))
+    # The embedded sets are the default where model and data are embedded; the data's name picks one of them.
     config = default_sets(config, config.data if is_embedded(config.model) else config.model)
-    judged = config.judge != "none" or config.risk not in ("critic", "max")
-    require(config, ("judge", judged, f"a checkpoint folder or a URL for --risk {config.risk}"))
+    has_judge = config.judge != "none" or config.risk not in ("critic", "max")
+    require(config, ("judge", has_judge, f"a checkpoint folder or a URL for --risk {config.risk}"))
     return config
 
 
 def open_model(config: TrainConfig, path: Path, trainable: bool = False) -> Transformer:
     """Load a model on its device, or sharded with --fsdp.
 
-    trainable: with LoRA adapters, or with --lora-r 0 all weights except the head, in float32.
+    trainable: with LoRA adapters, or with --lora-r 0 all weights except the head. --lora-r 0: in float32.
     """
     dtype = working_dtype(path, config.device, config.dtype) if config.lora_r else torch.float32
     model = load_model(path, "cpu" if config.fsdp else config.device, dtype)
@@ -380,7 +389,7 @@ def open_model(config: TrainConfig, path: Path, trainable: bool = False) -> Tran
         add_lora(model, config.lora_r, config.lora_alpha, comma_list(config.lora_targets), config.seed)
     elif trainable:
         model.model.requires_grad_(True)
-        model.lm_head.requires_grad_(False)  # the reference's too, and with it a tied embedding
+        model.lm_head.requires_grad_(False)  # the reference shares it; a tied embedding is frozen with it
     if config.fsdp:
         distributed.shard_model(model, config.device)
     model.model.gradient_checkpointing = config.gradient_checkpointing
@@ -388,7 +397,7 @@ def open_model(config: TrainConfig, path: Path, trainable: bool = False) -> Tran
 
 
 def gated_risk(config: TrainConfig, risk: torch.Tensor, n_anchors: int) -> torch.Tensor:
-    """Return risk behind the gate: 0 below RISK_FLOOR where β_min = 0, so that no reference is run; anchors 1."""
+    """Return the risk with 0 below RISK_FLOOR where β_min = 0, so that no reference is run, and 1 for anchors."""
     floor = RISK_FLOOR if config.gate == "example" and config.beta_range[0] == 0 else 0.0
     risk = torch.where(expect_risks(risk) < floor, 0.0, risk)
     return torch.cat((risk, risk.new_ones(n_anchors)))
@@ -397,12 +406,12 @@ def gated_risk(config: TrainConfig, risk: torch.Tensor, n_anchors: int) -> torch
 def open_reference(config: TrainConfig, policy: Transformer, examples: list[Example], risk: torch.Tensor):
     """Return the reference for `train`, stored in the run's folder or live; None where no example has β > 0."""
     beta = blend(risk, *config.beta_range)[1]
-    pulled = [e for e in examples if beta[e.index] > 0 or config.gate == "batch" and beta.any()]
+    pulled = [e for e in examples if beta[e.index] > 0 or (config.gate == "batch" and beta.any())]
     if not pulled:
         return None
     kept = KeptReference(config.out / "reference.bin", policy, pulled, config.batch_size)
     worth_it = config.epochs > 1 and distributed.on_rank_zero(kept.fits_half_the_disk)
-    if config.ref == "keep" or config.fsdp or config.ref == "auto" and worth_it:
+    if config.ref == "keep" or config.fsdp or (config.ref == "auto" and worth_it):
         kept.compute(policy)
         return kept.terms
     print("the reference runs in every step")
@@ -423,8 +432,7 @@ def print_plan(config: TrainConfig, policy: Transformer, examples: list[Example]
 def main(config: TrainConfig) -> None:
     """Train and evaluate: records → examples → risk → loss → checkpoint → evaluation."""
     distributed.init()
-    config = check(distributed.on_rank_zero(lambda: resumed_options(config)) if config.resume else config)
-    torch.manual_seed(config.seed)
+    config = complete_options(distributed.on_rank_zero(lambda: resumed_options(config)) if config.resume else config)
     sets, conversations = evaluation_sets(config), read_conversations(config.data, need="answer")
     judge = open_judge(config) if distributed.rank() == 0 else None
     policy, chat = open_model(config, config.model, trainable=True), Chat(config.model, config.date)
@@ -465,7 +473,7 @@ def main(config: TrainConfig) -> None:
             compile_blocks(policy, config.compile)
             train(config, policy, reference, selected, risk, out)
             if config.lora_r:
-                distributed.on_rank_zero(lambda: remove(out / "adapter"))  # of a run killed just after it
+                distributed.on_rank_zero(lambda: remove(out / "adapter"))  # of a run killed between the two writes
                 save_adapter(policy, out / "adapter")
             save_model(policy, out / "model")
             del reference

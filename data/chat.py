@@ -49,7 +49,7 @@ class Example:
     labels: list
     conversation: Conversation | None = None  # the record as it was read
     training_text: Conversation | None = None  # the messages that the tokens decode to, cut and normalized
-    cut: bool = False
+    cut: bool = False  # whether tokens are left out at max_length
     anchor: bool = False  # a prompt with the reference's own answer, which is not part of the data
 
     @property

@@ -1,7 +1,7 @@
 """The baselines that the adaptive method is compared with: filtering, constrained SFT (C-SFT) and Lisa.
 
-`Baseline` is plain fine-tuning: each of its methods leaves the training loop as it is. A baseline overrides
-what it changes.
+`Baseline` is the default, also of sft and adaptive: all examples, anchors spread evenly, no change of losses or
+gradients. A baseline overrides what it changes.
 """
 
 import math
@@ -93,7 +93,7 @@ class Lisa(Baseline):
         return self.per_step * (cycles * self.anchor_steps + min(rest, self.anchor_steps))
 
     def adjust_gradients(self, parameters, step, state):
-        """Add the gradient of `lisa_pull`; note the parameters at the first step of each phase."""
+        """Add Lisa's proximal gradient; note the parameters at the first step of each phase."""
         if step % self.cycle in (0, self.anchor_steps):
             state.phase_start = [parameter.detach().clone() for parameter in parameters]
         lisa_pull(parameters, state.phase_start, LISA_RHO)
@@ -106,7 +106,7 @@ def csft_weight(logp: torch.Tensor, ref_logp: torch.Tensor, position: torch.Tens
     """Return C-SFT's weights w (N,) of the tokens' NLL, at least 0.001 and without gradient.
 
     w = 2·(1 − σ(τ·(log π_θ(y) − log π_ref(y)))), where τ is 0.5 at position 1 of a turn, 2 at positions
-    2 … 5, then 0.1: a label that became likelier than under the reference is pushed less, at first most.
+    2 … 5, then 0.1: a label that became likelier than under the reference is pushed less, most strongly at positions 2 … 5.
     logp, ref_logp, position (N,). Qi et al. 2024, arXiv 2406.05946.
     """
     tau = torch.where(position == 1, 0.5, torch.where(position <= 5, 2.0, 0.1))

@@ -1,4 +1,4 @@
-"""torchrun support: rank and world size, collectives, FSDP2. With one process every function is a no-op.
+"""torchrun support: rank and world size, collectives, FSDP2. With one process the collectives do nothing.
 
 A collective is called by all processes, or by none.
 """

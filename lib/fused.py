@@ -1,13 +1,14 @@
 """NLL and KL of response tokens, without the logits of all tokens and without a second model.
 
     NLL(h) = logsumexp(W h) − ⟨w_y, h⟩
-    KL(h)  = NLL(h) − ⟨g, h⟩ + c            exact, over the full vocabulary
-    g = Wᵀ(p_ref − onehot(y)),   c = ⟨g, h_ref⟩ − NLL(h_ref)
+    KL(h)  = NLL(h) − NLL(h_ref) − ⟨g, h − h_ref⟩        g = ∇NLL(h_ref) = Wᵀ(p_ref − onehot(y))
+           = NLL(h) − ⟨g, h⟩ + c                         c = ⟨g, h_ref⟩ − NLL(h_ref)
 
 h is the policy's final hidden state before a response token y, h_ref the reference's, W the head that both
-share. KL(π_ref ‖ π_θ) is the Bregman divergence of A(h) = logsumexp(W h), A(h) − A(h_ref) − ⟨Wᵀp_ref, h − h_ref⟩.
-So a vector g and a number c per token are all that KL needs of the reference. They never change during
-training, as long as W is frozen and the temperature is 1.
+share. NLL is convex in h, and KL(π_ref ‖ π_θ) is what it exceeds its tangent at h_ref by: the Bregman
+divergence of logsumexp(W h), from which NLL differs by a linear term. So a vector g and a number c per token
+are all that KL needs of the reference, over the full vocabulary and exact but for the rounding of g. They never
+change during training, as long as W is frozen and the temperature is 1.
 
 Prior art: keeping Wᵀp_ref of a teacher for distillation (jonathanc.net/blog/kl-cache-trick, May 2026; it
 says that DeepSeek-V4 keeps the teacher's hidden states); keeping its top-K logits (arXiv 2608.03796).
@@ -128,9 +129,9 @@ def reference_terms(ref_hidden, weight, labels, dtype: torch.dtype | None = None
 def response_states(model, examples: list[Example]) -> tuple:
     """Return the hidden states (N, H) before the response tokens, these tokens (N,), the example of each (N,).
 
-    Response tokens are those with a label: every assistant turn with its end. This is the only place where
-    labels are shifted: of padded states it would be hidden[:, :-1][labels[:, 1:] != IGNORE]. Padding is left
-    out of the computation. Right padding needs no mask, since causal attention never looks there.
+    Response tokens are those with a label: every assistant turn with its end. The result equals
+    hidden[:, :-1][labels[:, 1:] != IGNORE] of padded states: labels are shifted here. Only
+    attention computes padding. It stands on the right, where causal attention never looks, and needs no mask.
     """
     device = model.device
     labels = pad([e.labels for e in examples], IGNORE, "right")  # (B, T)

@@ -77,8 +77,11 @@ class KeptReference:
         return rows
 
     def checksum(self) -> str:
-        """Return the SHA-256 of which rows there are and of the file's bytes."""
-        digest = hashlib.sha256(repr((self.row_format, self.rows)).encode())
+        """Return the SHA-256 of the examples' tokens and labels and of the file's bytes."""
+        digest = hashlib.sha256(repr(self.row_format).encode())
+        for batch in self.batches:
+            for example in batch:
+                digest.update(repr((example.index, example.input_ids, example.labels)).encode())
         with open(self.file, "rb") as stream:
             while chunk := stream.read(1 << 24):
                 digest.update(chunk)

@@ -103,7 +103,9 @@ def open_run(config, default: str, facts: dict) -> Path:
 
 @contextmanager
 def running(out: Path, resumed: bool, judge: str):
-    """Lock the run's folder. An error within says how to resume; a new run that stored nothing is removed.
+    """Lock the run's folder. An interrupt, a full disk or a lack of memory says how to resume.
+
+    A new run that stored nothing is removed.
 
     Raises DataError where another process runs in the folder.
     """
@@ -157,7 +159,7 @@ def step_metrics(examples, s, alpha, beta, loss, nll, kl) -> dict:
 
     All (B,): s, alpha, beta of each example, nll and kl summed over its tokens; the sum of `loss` is the
     step's. KL is of examples with β > 0 alone; "nll_risky", "kl_risky" are of those with s > ½, "kl_other" of
-    those below. None where there is no such example; the risk where nothing is pulled.
+    the others. A value is None where it is of no example, and "risk" where no example has β > 0.
     """
     n_tokens = torch.tensor([example.n_labels for example in examples])
     every, risky, pulled = torch.ones_like(s, dtype=torch.bool), s > 0.5, beta > 0
@@ -172,14 +174,13 @@ def step_metrics(examples, s, alpha, beta, loss, nll, kl) -> dict:
 
 
 def check_step(row: dict, max_kl: float) -> None:
-    """Raise FloatingPointError for a gradient that is not finite, DataError for a KL above `max_kl`."""
+    """Raise FloatingPointError for a gradient that is not finite, DataError for |KL| above `max_kl`, or NaN."""
     if not math.isfinite(row["grad_norm"]):
         raise FloatingPointError(f"step {row['step']}: gradient {row['grad_norm']}, loss {row['loss']}; no "
                                  "model is saved")
     if row["kl"] is not None and not abs(row["kl"]) < max_kl:
         raise DataError(f"step {row['step']}: expected KL 0 before the policy moves, found {row['kl']:.2g} a "
-                        "token: the reference is not the model's; delete the run's reference.bin, or use "
-                        "--ref live")
+                        "token: the reference is not the model's; delete the run's reference.bin and resume")
 
 
 # ---------------------------------------------------------------- the state of training

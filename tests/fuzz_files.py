@@ -123,7 +123,7 @@ def prepare():
     from critic import Verdict, judge_pairs
     from model import add_lora, load_adapter, load_model, save_adapter
     from probe import Probe, depends_on, load_probe
-    from train import TrainConfig, check
+    from train import TrainConfig, complete_options
 
     golden = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/golden.safetensors"))
     world, chat = load_model(WORLD / "model"), Chat(WORLD / "model")
@@ -311,7 +311,7 @@ def prepare():
 
     def read_resume(folder):
         out = folder / "stopped"
-        check(resumed_options(TrainConfig(resume=out)))
+        complete_options(resumed_options(TrainConfig(resume=out)))
         risk = stored_risk(load_or_compute(out / "risk.jsonl", list), [example], out / "risk.jsonl")
         assert 0 <= risk.item() <= 1
         with progress(folder) as resumed:

@@ -233,6 +233,17 @@ class TestAnchors:
         assert 0 < len(shorter) < len(anchors) and all(anchor.n_labels for anchor in shorter)
         assert [anchor.index for anchor in shorter] == list(range(12, 12 + len(shorter)))
 
+    def test_anchors_may_come_in_any_form_of_record(self, tmp_path, model, chat, examples):
+        harmful = [json.loads(line)["messages"] for line in (WORLD / "probe.jsonl").read_text().splitlines() if '"harmful": true' in line]
+        prompts = [turns[0]["content"] for turns in harmful if len(turns) == 1][:4]
+        rows = [{"instruction": prompt, "input": "", "output": "ignored"} for prompt in prompts[:2]] + [{"goal": p, "target": "Sure"} for p in prompts[2:]]
+        (tmp_path / "forms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = replace(QUICK, anchor_share=0.5, epochs=1, anchors=tmp_path / "forms.jsonl")
+        with model.adapters_off():
+            records = anchor_records(config, model, chat, examples)
+        anchors = anchor_examples(records, chat, len(examples), 256)
+        assert sorted(a.training_text.prompts[-1][-1]["content"] for a in anchors) == sorted(prompts)
+
     def test_a_run_stores_its_anchors_and_its_reference_holds_them(self, tmp_path, capsys):
         data = tmp_path / "data.jsonl"
         data.write_text("".join((WORLD / "benign.jsonl").read_text().splitlines(True)[:24]))

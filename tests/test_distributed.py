@@ -15,7 +15,7 @@ from data.conversations import WORLD
 from lib import distributed
 from lib.cli import run
 from lib.files import DataError
-from train import TrainConfig, check
+from train import TrainConfig, complete_options
 
 ROOT = Path(__file__).parent.parent
 CASES = {
@@ -187,7 +187,7 @@ def test_a_script_that_runs_in_one_process_is_refused_under_torchrun(monkeypatch
 def test_what_several_processes_cannot_share_is_refused(world, wrong, words, monkeypatch):
     monkeypatch.setattr("lib.options.world_size", lambda: world)
     with pytest.raises(DataError, match=words):
-        check(TrainConfig(**wrong))
+        complete_options(TrainConfig(**wrong))
 
 
 def test_with_one_process_every_collective_is_the_identity(device):

@@ -27,7 +27,7 @@ from lib.run import check_step, step_metrics
 from model import can_compile, compile_blocks, generate, load_adapter
 from probe import ProbeConfig
 from train import token_loss as definition
-from train import (TrainConfig, blend, check, gated_risk, leak_line, lr_at, main, micro_batch_loss, open_model, smooth,
+from train import (TrainConfig, blend, complete_options, gated_risk, leak_line, lr_at, main, micro_batch_loss, open_model, smooth,
                    token_kl, token_nll, train)
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -461,7 +461,7 @@ class TestRuns:
         (dict(anchors=WORLD / "probe.jsonl"), "--anchors: expected none without")])
     def test_wrong_options_fail_at_once(self, wrong, words):
         with pytest.raises(DataError, match=words):
-            check(replace(QUICK, **wrong))
+            complete_options(replace(QUICK, **wrong))
 
     def test_a_bad_risk_file_or_target_leaves_nothing_behind(self, small, tmp_path):
         (tmp_path / "risk.jsonl").write_text('{"risk": 1}\n')
@@ -482,10 +482,10 @@ class TestRuns:
 
     def test_your_own_model_and_data_have_their_own_defaults(self, small, tmp_path, capsys):
         shutil.copytree(WORLD / "model", tmp_path / "model")
-        own = check(TrainConfig(model=tmp_path / "model", data=small, risk=with_risk(small, tmp_path, 0.5)))
+        own = complete_options(TrainConfig(model=tmp_path / "model", data=small, risk=with_risk(small, tmp_path, 0.5)))
         assert (own.lr, own.judge, own.harmful, own.benign, own.task) == (2e-4, "none", "none", "none", "none")
         assert "--lr 0.0002" in capsys.readouterr().out
-        embedded = check(TrainConfig(sealed=True, anchor_share=0.3, given=("sealed", "anchor_share")))
+        embedded = complete_options(TrainConfig(sealed=True, anchor_share=0.3, given=("sealed", "anchor_share")))
         assert (embedded.beta_min, embedded.beta_max, embedded.anchor_share, embedded.sealed) == (0.02, 1.0, 0.3, False)
         assert embedded.lr == 2e-3 and embedded.harmful.endswith("eval_harmful.jsonl") and embedded.judge.endswith("judge")
         main(replace(own, out=tmp_path / "run", epochs=1, lora_r=2, eval_base=False))
