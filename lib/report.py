@@ -234,7 +234,8 @@ def lines_below(results: dict) -> str:
     cut = [f"{count} of {n} {name}" for name, (count, n) in results["cut"].items() if count]
     lines = []
     if results["cut"]:
-        lines.append(f"responses that reached {limit}: {', '.join(cut)}" if cut else f"0 responses reached {limit}")
+        reached = f"responses that reached {limit}: {', '.join(cut)}"
+        lines.append(reached if cut else f"0 responses reached {limit}")
     if results["thoughts"]:
         lines.append(f"{results['thoughts']} responses have a thought: the judge reads it, "
                      f"refusal phrases are sought behind it")

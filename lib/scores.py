@@ -67,7 +67,7 @@ def words_in(text: str) -> list[str]:
 
 
 def metric_of(conversation: Conversation) -> str:
-    """Return a record's `metric`; default: "number" for ####, or for digits, "label" for a word, or "exact".
+    """Return a record's `metric`; default: "number" for ####, or digits, "label" for a word, else "exact".
 
     Raises DataError for a `metric` that is none of METRICS, and for an answer that leaves open what is
     correct: "number" needs one number (behind #### where there is one), "label" one word.
