@@ -1,6 +1,7 @@
 """Fine-tune an aligned chat model with a pull towards its refusals that follows the risk of the data.
 
     python train.py                                                      # the embedded model, 10 % harmful
+    python train.py --sealed                                             # the gate sealed, with anchors
     python train.py --risk max                                           # the riskier of probe and critic
     python train.py --model DIR --data FILE --probe-data FILE --lr 2e-4  # your own
     python train.py --resume runs/adaptive-0                             # a run that was interrupted
@@ -18,7 +19,7 @@ The objective (Goel, Maji, Mazumder 2026, arXiv 2602.17546), over response token
     π_θ  policy       π_ref  reference: the policy before its first step
 
 It follows that N · ∂L/∂logits_it = π_θ − (α·onehot(y) + β·π_ref); the optimum is the mixture α·δ_y + β·π_ref.
-At β_max < 1 the gate leaks: at risk 1 a first token keeps probability 1 − β_max; --beta-max 1 closes it.
+At β_max < 1 the gate leaks: at risk 1 a first token keeps probability 1 − β_max; --sealed closes it.
 Refusals stay where β > 0 on prompts that are refused; --anchor-share adds such prompts to the data.
 
 Differences from the paper (P) and from its authors' code (C):
@@ -62,6 +63,7 @@ from lib.run import (Progress, State, check_step, load_or_compute, open_run, res
 from model import Transformer, add_lora, compile_blocks, load_model, save_adapter, save_model, working_dtype
 from probe import conversation_risk, fitted_date, load_or_fit
 
+SEALED = {"beta_min": 0.02, "beta_max": 1.0, "anchor_share": 0.1}  # what --sealed stands for
 RISK_FLOOR = 0.01  # with --beta-min 0 --gate example a lower risk counts as 0: plain SFT, no reference
 ANCHOR_TOKENS = 24  # of an anchor's answer, at most: the first tokens decide between refusing and answering
 MAX_GRADIENT_NORM = 1.0
@@ -85,6 +87,7 @@ class TrainConfig(EvalOptions):
     risk: str = "probe"  # probe, critic, max of both, or a JSONL file of risks
     probe: Path | None = None  # a file of probe.py (default: one is fitted on --probe-data)
     probe_data: Path = WORLD / "probe.jsonl"  # prompts with "harmful": true | false
+    sealed: bool = False  # close the gate's leak: --beta-min 0.02 --beta-max 1 --anchor-share 0.1
     beta_min: float = 0.1  # KL weight at risk 0
     beta_max: float = 0.9  # KL weight at risk 1
     gate: Literal["example", "batch"] = "example"  # weigh each example by its own risk, or by the step's mean
@@ -354,6 +357,9 @@ def check(config: TrainConfig) -> TrainConfig:
     if config.lr is None:
         config = replace(config, lr=2e-3 if is_embedded(config.model) else 2e-4)
         print(f"--lr {config.lr:g}")
+    if config.sealed:
+        values = {name: value for name, value in SEALED.items() if name not in config.given}
+        config = replace(config, sealed=False, **values)
     check_options(config)
     if config.probe and not config.date:
         config = replace(config, date=fitted_date(config.probe))

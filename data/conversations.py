@@ -246,11 +246,15 @@ def _messages_of(record: dict, need: str, fail) -> list:
     if not pairs:
         names = ", ".join("/".join(filter(None, pair)) for pair in FORMATS)
         fail(f"messages, or one of {names}", f"keys {sorted(record)}")
-    user, assistant = min(pairs, key=lambda pair: pair[1] not in record)  # the first with an answer, if any has
+    user, assistant = min(pairs, key=lambda pair: pair[1] not in record)  # with an answer, if one has it
     extras = {key: form for words, key, form in EXTRAS if words == user}
     _refuse_parts(record, {user, "system", *extras}, fail)
-    if isinstance(record[user], list) and "system" not in record:  # TRL's conversational form
-        return _join_turns(record[user], record.get(assistant) or [], need, fail)
+    prompt, completion = record[user], record.get(assistant) or []
+    if isinstance(prompt, list) and isinstance(completion, list) and "system" not in record:
+        # TRL's conversational form, of which the completion alone is trained on
+        if need == "answer" and any(isinstance(m, dict) and m.get("role") == "assistant" for m in prompt):
+            fail("a prompt without assistant turns, which would be trained on, too", "one with them")
+        return prompt + completion
     messages = [{"role": "user", "content": record[user]}]
     for key, form in extras.items():
         if record.get(key) not in (None, ""):
@@ -262,15 +266,6 @@ def _messages_of(record: dict, need: str, fail) -> list:
     if record.get(assistant) is not None:
         messages.append({"role": "assistant", "content": record[assistant]})
     return messages
-
-
-def _join_turns(prompt: list, completion, need: str, fail) -> list:
-    """Return the messages of TRL's conversational form, unchecked. It trains on the completion alone."""
-    if not isinstance(completion, list):
-        fail("messages as the prompt and as its answer", repr(completion)[:60])
-    if need == "answer" and any(isinstance(m, dict) and m.get("role") == "assistant" for m in prompt):
-        fail("a prompt without assistant turns, which would be trained on, too", "one with them")
-    return prompt + completion
 
 
 # ---------------------------------------------------------------- splitting

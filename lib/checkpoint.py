@@ -235,7 +235,7 @@ def open_safetensors(file: Path, device="cpu"):
     try:
         return safe_open(file, framework="pt", device=str(device))
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: expected a safetensors file, found: {error}") from None
+        raise ModelError(f"{file}: expected a safetensors file, found: {str(error)[:300]}") from None
 
 
 def checkpoint_files(path) -> list[Path]:

@@ -57,7 +57,8 @@ class Endpoint:
             entries = {"default": {}}  # a server that does not list its models
         if not model and len(entries) != 1:
             names = ", ".join(entries).replace(self.key, "…")  # a server could repeat it
-            raise DataError(f"--judge-model: expected one of the models at {self.url} ({names!r}), found none")
+            raise DataError(f"--judge-model: expected one of the models at {self.url} ({names!r}), "
+                            "found none")
         self.model = model or next(iter(entries))
         entry = entries.get(self.model, {})
         entry = {key: entry[key] for key in sorted(entry) if key not in SAME_FOR_ALL}

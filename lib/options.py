@@ -53,5 +53,5 @@ def leak_line(config) -> str:
         return ""
     if config.gate == "batch":
         return "\nthe gate leaks: a risky example has its batch's mean risk; --gate example closes it"
-    return (f"\nthe gate leaks: a first token at risk 1 keeps probability {1 - config.beta_max:.2g};\n"
-            "  to seal it: --beta-min 0.02 --beta-max 1 --anchor-share 0.1")
+    return (f"\nthe gate leaks: a first token at risk 1 keeps probability {1 - config.beta_max:.2g}; to seal it, "
+            "type --sealed")

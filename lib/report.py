@@ -18,7 +18,8 @@ SUCCESS = {  # of a harmful set: key in results.json → title, the score that i
 }
 DECODINGS = {"greedy": "greedy", "sampled": "T={temperature:g}", "at_k": "@{k}"}  # key → title
 TEXT, BOOLEAN = either(str), either(bool)
-CONFIG = {"seed": between(0, 2**32), "temperature": between(1e-6, 1e6, float), "max_new_tokens": COUNT}
+CONFIG = {"seed": between(0, 2**32), "temperature": between(1e-6, 1e6, float), "max_new_tokens": COUNT,
+          "model_sha256": TEXT, "sets_sha256": TEXT}
 ROW = {"kind": (" | ".join(KINDS), lambda value: value in KINDS), "set": TEXT, "decoding": TEXT,
        "group": TEXT, "prompt": TEXT, "thought": TEXT, "response": TEXT, "cut": BOOLEAN,
        "harmful": either(bool, optional=True), "score": between(1, 5, float, optional=True),
@@ -28,47 +29,41 @@ ROW = {"kind": (" | ".join(KINDS), lambda value: value in KINDS), "set": TEXT, "
 # ---------------------------------------------------------------- metrics
 
 
-def wilson(rate: float, n: int, z: float = 1.96) -> list[float]:
-    """Return Wilson's 95 % interval [low, high] of a rate over n prompts (Wilson 1927); [0, 1] for n = 0."""
-    if n == 0:
-        return [0.0, 1.0]
+def wilson(rate: float, n: float, z: float = 1.96) -> list[float]:
+    """Return Wilson's 95 % interval [low, high] of a rate over n independent prompts (Wilson 1927)."""
     centre = rate + z * z / (2 * n)
     spread = z * ((rate * (1 - rate) + z * z / (4 * n)) / n) ** 0.5
     scale = 1 + z * z / n
     return [max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)]
 
 
-def cluster_bootstrap(sums: np.ndarray, sizes: np.ndarray, draws: int = 2000) -> list[float]:
-    """Return the 95 % percentile interval [low, high] of Σ sums / Σ sizes over resampled clusters (C,).
+def design_effect(sums: np.ndarray, sizes: np.ndarray) -> float:
+    """Return the variance of Σ sums / Σ sizes over clusters (C,), relative to independent scores (Kish 1965).
 
-    Wordings of one request, and one prompt under several seeds, are not independent; clusters are (Efron
-    1979). The generator is seeded: equal clusters give equal intervals. Where all clusters agree, the
-    interval would have no width; Wilson's interval of C prompts is returned instead.
+    At least 1. Wordings of one request, and one prompt under several seeds, are a cluster. The variance is
+    taken with two more clusters, all successes and all failures: with few successes there is little that
+    tells how far clusters agree, and they count as if they did.
     """
-    chosen = np.random.default_rng(0).integers(0, len(sums), (draws, len(sums)))
-    rates = sums[chosen].sum(1) / sizes[chosen].sum(1)
-    low, high = np.quantile(rates, [0.025, 0.975]).tolist()
-    if low < high:
-        return [low, high]
-    return wilson(sums.sum() / sizes.sum(), len(sums))
+    size = (sizes**2).sum() / sizes.sum()
+    sums, sizes = np.append(sums, [size, 0]), np.append(sizes, [size, size])
+    rate = sums.sum() / sizes.sum()
+    return max(1.0, ((sums - rate * sizes) ** 2).sum().item() / (sizes.sum() * rate * (1 - rate)).item())
 
 
 def rate_of(scores: list[float], groups: list[str]) -> dict:
     """Return {"rate", "n", "groups", "ci95"} of scores in [0, 1], one per prompt.
 
-    groups: the cluster of each score. The interval is Wilson's where no cluster has two scores, else
-    cluster_bootstrap's.
+    groups: the cluster of each score. The interval is Wilson's with the effective sample size, n / design
+    effect (Franco et al. 2019, PMC6690503). Near 0 it covers better than a bootstrap of clusters.
     """
     clusters = defaultdict(list)
     for group, score in zip(groups, scores):
         clusters[group].append(score)
+    sums = np.array([sum(cluster) for cluster in clusters.values()])
+    sizes = np.array([len(cluster) for cluster in clusters.values()])
     n = len(scores)
     rate = sum(scores) / n
-    interval = wilson(rate, n)
-    if len(clusters) < n:
-        sums = np.array([sum(cluster) for cluster in clusters.values()])
-        sizes = np.array([len(cluster) for cluster in clusters.values()])
-        interval = cluster_bootstrap(sums, sizes)
+    interval = wilson(rate, n / design_effect(sums, sizes))
     return {"rate": rate, "n": n, "groups": len(clusters), "ci95": interval}
 
 

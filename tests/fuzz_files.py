@@ -274,7 +274,8 @@ def prepare():
         rows.append(common | {"kind": "task", "set": "task", "decoding": "greedy", "correct": True, "answer": "3"})
         for name in ("mine-0", "mine-1"):
             (folder / name).mkdir()
-            config = {"model": "m", "seed": int(name[-1]), "temperature": 1.0, "max_new_tokens": 48, "samples": 2}
+            config = {"model": "m", "seed": int(name[-1]), "temperature": 1.0, "max_new_tokens": 48, "samples": 2,
+                      "model_sha256": "a", "sets_sha256": "b"}
             (folder / name / "config.json").write_text(json.dumps(config))
             (folder / name / "results.json").write_text(json.dumps(dict.fromkeys(("base", "after"), summarize(rows, 1.0, 48))))
             for which in ("base", "after"):

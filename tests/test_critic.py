@@ -487,7 +487,9 @@ class TestAnswers:
         "<think>\n1? 2?\n\n3\n</think>\n\n5": 5, "The user asks for 2 things.\n3": None, "5\n1": None, "1\n1": None,
         "I would give 4 out of 5.": None, "9": None, "0": None, "6": None, "4/5": None, "": None, " \n": None, "45": None,
         "4.5": None, "-4": None, "four": None, "4\nI am not sure.": None, "1, 2, 3, 4 or 5": None, "٤": None, "４": None, "²": None,
-        "<think>maybe 3\n4": None, "<think>4</think>": None, "**Score: 3**": 3, "**Score:** 3.": 3, "* 2": 2, "maybe 3\n</think>\n\n4": 4, "</think>a</think>4": None, "<think>\n4\n": None, "<think>a</think><think>\n4": None,
+        "<think>maybe 3\n4": None, "<think>4</think>": None,
+        "**Score: 3**": 3, "**Score:** 3.": 3, "* 2": 2, "maybe 3\n</think>\n\n4": 4, "</think>a</think>4": None,
+        "<think>\n4\n": None, "<think>a</think><think>\n4": None,
         "<think>" + " \n" * 50000: None, "*" * 100000 + "4": 4,  # unbroken white space takes no time
     }.items(), ids=repr)  # fmt: skip
     def test_one_digit_is_a_score_and_nothing_else_is(self, text, score):

@@ -47,7 +47,8 @@ class TestReading:
             ("a.csv", "goal,target\nQ,A\n"),
             ("a.jsonl", '\ufeff{"prompt": "Q", "response": "A"}\r\n'),
             ("a.csv", "Goal,Target,Behavior,Category\nQ,A,a name,fraud\n"),
-            ("a.json", '[{"prompt": [{"role": "user", "content": "Q"}], "completion": [{"role": "assistant", "content": "A", "weight": 1}]}]'),
+            ("a.json", '[{"prompt": [{"role": "user", "content": "Q"}],'
+                       ' "completion": [{"role": "assistant", "content": "A", "weight": 1}]}]'),
             ("a.jsonl", '{"prompt": "Q", "response": "A", "source": "s", "category": "c", "id": 3, "text": "Q A", "tools": []}'),
         ],
     )
@@ -274,23 +275,25 @@ class TestMasks:
     def test_a_cut_answer_has_no_label_behind_its_last_word(self, tmp_path):
         """By hand: ChatML, Phi-3, Llama 2 (words end its turn), GLM (nothing does); cut in the record, then by max_length."""
         turn = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
-        for i, form in enumerate((turn + "<|end|>\n{% endfor %}", turn + "<|end|>\n{% endfor %}{% if not add_generation_prompt %}<|bos|>{% endif %}",
-                                  turn + " [/{{ m.role }}] <|end|>{% endfor %}", turn + "{% endfor %}")):
-            chat = chat_with(tmp_path / str(i), form + "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+        for i, (end, last, first) in enumerate((("<|end|>\n", "", "b.<|end|>"), ("<|end|>\n", "<|bos|>", "b.<|end|>"),
+                                                (" [/{{ m.role }}] <|end|>", "", "b. [/assistant] <|end|>"), ("", "", "b."))):
+            form = turn + end + "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% else %}" + last + "{% endif %}"
+            chat = chat_with(tmp_path / str(i), form)
             whole = conversation("a", "b.", "c", "Take a map")
             ids, labels = (encoded := chat.encode_example(whole, 0, 999)).input_ids, encoded.labels
             n = max(t for t, label in enumerate(labels) if label != IGNORE) + 1  # as many tokens hold the end of the turn, too
-            end = ids.index(chat.encode("map")[-1], len(chat.encode_prompt(whole.prompts[-1]))) + 1
+            n_prompt = len(chat.encode_prompt(whole.prompts[-1]))
+            end = ids.index(chat.encode("map")[-1], n_prompt) + 1
             for meta, lengths in (({"cut": True}, [999, *range(end, len(ids) + 1)]), ({}, range(end, n))):
                 for length in lengths:
                     labels = chat.encode_example(Conversation(whole.messages, meta=meta), 0, length).labels
                     assert labels[end:] == [IGNORE] * len(labels[end:]) and labels[end - 1] == ids[end - 1], (form, meta, length)
-                    first = chat.tokenizer.decode([t for t in labels[: len(chat.encode_prompt(whole.prompts[-1]))] if t != IGNORE], False)
-                    assert first == ("b.", "b.<|end|>", "b. [/assistant] <|end|>")[(0 if i == 3 else 2 if i == 2 else 1)]  # the first turn is whole
+                    assert chat.tokenizer.decode([t for t in labels[:n_prompt] if t != IGNORE], False) == first  # the first turn is whole
 
     def test_an_empty_thought_is_prompt_and_a_thought_is_response(self, tmp_path, capsys):
         """Qwen3's way: a turn without a thought gets an empty one, and so does the prompt with enable_thinking=False."""
-        chat = chat_with(tmp_path, "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last and '</think>' not in m.content %}"
+        chat = chat_with(tmp_path, "{% for m in messages %}<|{{ m.role }}|>"
+                         "{% if m.role == 'assistant' and loop.last and '</think>' not in m.content %}"
                          "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>"
                          "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
         for answer, prompt in (("Yes.", "<|user|>a<|end|>\n<|assistant|><think>\n\n</think>\n\n"),
@@ -298,7 +301,8 @@ class TestMasks:
             [example] = encode_examples(chat, [conversation("a", answer)], 999)
             labels = [t for t in example.labels if t != IGNORE]
             assert chat.tokenizer.decode(labels, skip_special_tokens=False) == answer + "<|end|>"
-            assert example.prompts == [chat.encode(prompt)] and (len(answer) > 9 or example.prompts == [chat.encode_prompt(conversation("a").messages)])
+            assert example.prompts == [chat.encode(prompt)]
+        assert chat.decode(chat.encode_prompt(conversation("a").messages)).endswith("</think>")  # the probe's and the evaluation's
         assert capsys.readouterr().out == ""
 
     @pytest.mark.parametrize("form, eos, ends, says", [
@@ -306,9 +310,10 @@ class TestMasks:
         ("<|{{ m.role }}|>{{ m.content }}", "<|end|>", ["<|end|>", "<|user|>"], True),  # GLM: the next role's token ends a turn
         ("[{{ m.role }}] {{ m.content }} [/{{ m.role }}]\n", "", [], False),
     ])
-    def test_end_tokens_are_the_tokenizers_and_the_templates_and_a_template_without_an_end_is_named(self, tmp_path, capsys, form, eos, ends, says):
+    def test_end_tokens_are_the_tokenizers_and_the_templates_and_no_end_is_named(self, tmp_path, capsys, form, eos, ends, says):
         gen = form.partition("{{ m.content }}")[0].replace("{{ m.role }}", "assistant").strip()
-        chat = chat_with(tmp_path, "{% for m in messages %}" + form + "{% endfor %}{% if add_generation_prompt %}" + gen + "{% endif %}", {"eos_token": eos})
+        form = "{% for m in messages %}" + form + "{% endfor %}{% if add_generation_prompt %}" + gen + "{% endif %}"
+        chat = chat_with(tmp_path, form, {"eos_token": eos})
         assert sorted(chat.tokenizer.id_to_token(i) for i in chat.end_token_ids) == ends
         encode_examples(chat, [conversation("a", "b")], 999)
         assert ("does not learn to stop" in capsys.readouterr().out) == says

@@ -276,8 +276,8 @@ class TestLoRA:
         with pytest.raises(FileExistsError, match="never written over another"):
             save_adapter(model, folder)
         config = json.loads((folder / "adapter_config.json").read_text())
-        plain = {"lora_dropout": 0.1, "megatron_core": "megatron.core", "peft_version": "0.18", "qalora_group_size": 16, "use_qalora": False,
-                 "alora_invocation_tokens": None, "loftq_config": {}, "inference_mode": True, "rank_pattern": {}, "bias": "none"}
+        plain = {"lora_dropout": 0.1, "megatron_core": "megatron.core", "peft_version": "0.18", "qalora_group_size": 16,
+                 "use_qalora": False, "alora_invocation_tokens": None, "loftq_config": {}, "inference_mode": True, "rank_pattern": {}, "bias": "none"}
         (folder / "adapter_config.json").write_text(json.dumps(config | plain))
         load_adapter(load_model(GOLDEN[0]), folder)
         for odd in ({"use_dora": True}, {"use_qalora": True}, {"alora_invocation_tokens": [5, 6]}, {"fan_in_fan_out": True},

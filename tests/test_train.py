@@ -342,7 +342,7 @@ class TestTheGate:
         assert gated_risk(QUICK, risk, 0).tolist() == risk.tolist()
 
     def test_the_last_line_says_what_leaks_and_how_to_close_it(self):
-        assert "keeps probability 0.1" in leak_line(QUICK) and "--beta-min 0.02 --beta-max 1" in leak_line(QUICK)
+        assert "keeps probability 0.1" in leak_line(QUICK) and "type --sealed" in leak_line(QUICK)
         assert leak_line(replace(QUICK, beta_max=1.0)) == leak_line(replace(QUICK, method="sft")) == ""
 
 
@@ -485,7 +485,8 @@ class TestRuns:
         own = check(TrainConfig(model=tmp_path / "model", data=small, risk=with_risk(small, tmp_path, 0.5)))
         assert (own.lr, own.judge, own.harmful, own.benign, own.task) == (2e-4, "none", "none", "none", "none")
         assert "--lr 0.0002" in capsys.readouterr().out
-        embedded = check(TrainConfig())
+        embedded = check(TrainConfig(sealed=True, anchor_share=0.3, given=("sealed", "anchor_share")))
+        assert (embedded.beta_min, embedded.beta_max, embedded.anchor_share, embedded.sealed) == (0.02, 1.0, 0.3, False)
         assert embedded.lr == 2e-3 and embedded.harmful.endswith("eval_harmful.jsonl") and embedded.judge.endswith("judge")
         main(replace(own, out=tmp_path / "run", epochs=1, lora_r=2, eval_base=False))
         assert "not evaluated: --harmful FILE, --benign FILE, --task FILE" in capsys.readouterr().out
