@@ -1,4 +1,4 @@
-"""Score a response: is it a refusal, a correct answer, or garbled text?"""
+"""Score a response: is it a refusal (arXiv 2307.15043), a correct answer (arXiv 2110.14168), or garbled text?"""
 
 import math
 import re
