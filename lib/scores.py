@@ -1,4 +1,4 @@
-"""Score a response: is it a refusal (arXiv 2307.15043), a correct answer (arXiv 2110.14168), or garbled text?"""
+"""Score responses: refusals (arXiv 2307.15043), correct answers (arXiv 2110.14168), garbled text."""
 
 import math
 import re
