@@ -1,4 +1,4 @@
-"""Score a response: is it a refusal, a correct answer, or garbled text?"""
+"""Score responses: refusals (arXiv 2307.15043), correct answers (arXiv 2110.14168), garbled text."""
 
 import math
 import re

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import shlex
 import sys
@@ -98,6 +99,40 @@ def test_a_wrong_name_or_choice_would_be_noticed():
     for wrong in ("--method magic", "--no-such-option"):
         with pytest.raises((AssertionError, KeyError)):
             check_option(wrong)
+
+
+ROWS = {"aligned model": "aligned model", "plain fine-tuning": "sft", "the paper's setting": "adaptive-probe", "sealed": "sealed-anchors"}
+COLUMNS = ("answered harmful T=1", "over-refusal lookalike", "task sentiment")
+
+
+def test_the_first_table_has_the_committed_numbers():
+    text = (ROOT / "README.md").read_text()
+    results = json.loads((ROOT / "data/results/smollm2.json").read_text())
+    figures = {row["name"]: row["figures"] for row in results["mixed_10"]}
+    lines = re.split(r"\n(?=\| \| harmful prompts answered )", text)[1].split("\n\n")[0].splitlines()[2:]
+    for line, (title, name) in zip(lines, ROWS.items(), strict=True):
+        first, *cells = line.replace("*", "").strip("| ").split(" | ")
+        assert first.startswith(title)
+        assert cells == [f"{100 * figures[name][column]['rate']:.1f}" for column in COLUMNS], line
+    widths, sizes = [], []
+    for column in COLUMNS:
+        shown = [figures[name][column] for name in ROWS.values()]
+        widths.append(100 * max(abs(end - value["rate"]) for value in shown for end in value["ci95"]))
+        sizes.append({value["n"] for value in shown})
+    caption = " ".join(text.split())
+    assert "at most {:.1f}, {:.1f} and {:.1f} points".format(*widths) in caption
+    assert sizes == [{100}, {250}, {200}] and "n = 100 AdvBench" in caption and "250 safe XSTest" in caption and "200 SST-2" in caption
+
+    def rate(attack, name, column="answered harmful T=1"):
+        return next(100 * row["figures"][column]["rate"] for row in results[attack] if row["name"] == name)
+
+    for sentence, *rates in (
+        ("it answers {:.1f} %", rate("mixed_10", "sft-anchors")),
+        ("answers {:.1f} % of the harmful prompts, with anchors {:.1f} %", rate("benign", "sealed"), rate("benign", "sealed-anchors")),
+        ("{:.0f} % of two other benchmarks are answered ({:.1f} % before)",
+         *(rate("identity", name, "answered harmful_other T=1") for name in ("sealed-anchors", "aligned model"))),
+    ):
+        assert sentence.format(*rates) in caption
 
 
 def commands(page: str) -> list[tuple[str, str]]:
