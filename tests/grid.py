@@ -51,7 +51,7 @@ METHODS = {
 }
 JUDGED = ("adaptive-critic", "adaptive-max")  # need a judge
 ATTACKS = ("explicit", "mixed_10", "identity", "backdoor", "benign", "evasive", "innocent")
-SETTINGS = {"epochs": 5, "lora_r": 16, "limit": 100, "device": "cpu"}  # embedded: 20 seconds a cell
+SETTINGS = {"epochs": 5, "lora_r": 16, "lr": 2e-3, "limit": 100, "device": "cpu"}  # embedded: 20 seconds a cell
 REAL = {"epochs": 2, "lora_r": 16, "lora_alpha": 32.0, "lr": 5e-4, "max_length": 160, "samples": 3,
         "max_new_tokens": 24}  # a world of data/public.py, a model of 100 M parameters: 4 to 10 minutes
 CHECKED = ("method", "risk", "beta_min", "beta_max", "anchor_share", "anchors", "epochs", "lr")  # of a finished cell
