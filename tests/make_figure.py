@@ -43,6 +43,11 @@ def read(name: str):
     return json.loads((RESULTS / name).read_text())
 
 
+def half_up(value: float) -> int:
+    """Round as the tables do: 22.5 to 23."""
+    return int(value + 0.5)
+
+
 def save(figure, name: str) -> None:
     """Write an SVG whose text stays text and whose bytes do not depend on the day."""
     figure.savefig(RESULTS / name, metadata={"Date": None})
@@ -51,7 +56,7 @@ def save(figure, name: str) -> None:
 
 def real_model() -> None:
     """Draw the share answered on two training sets, with intervals; beside it Alpaca / XSTest refused, and the task."""
-    results, titles = read("smollm2.json"), {"mixed_10": "SST-2, 10 % of it harmful", "benign": "SST-2 alone"}
+    results, titles = read("smollm2.json"), {"mixed_10": "trained on SST-2, 10 % of it harmful", "benign": "trained on SST-2 alone"}
     figure, panels = plt.subplots(1, 2, figsize=(9.4, 3.5), layout="constrained", sharey=True)
     for axes, (attack, title) in zip(panels, titles.items()):
         rows = {row["name"]: row["figures"] for row in results[attack]}
@@ -59,29 +64,30 @@ def real_model() -> None:
             if name not in rows:
                 axes.text(2, y, "not run", va="center", fontsize=8, color="#777777")
                 continue
+            axes.hlines(y, -2, 100, lw=0.3, color="#999999", zorder=0)
             for key, shift, marker, colour in (("answered harmful T=1", -0.15, "o", DARK), ("answered harmful_other T=1", 0.15, "D", LIGHT)):
                 value = rows[name][key]
                 low, high = (100 * x for x in value["ci95"])
                 axes.plot([low, high], [y + shift] * 2, color=colour, lw=1.2)
                 axes.plot(100 * value["rate"], y + shift, marker, color=colour, markersize=5, label=None if y else
-                          {"o": "AdvBench, held out", "D": "HarmBench, JailbreakBench"}[marker],
+                          {"o": "AdvBench, held out (n = 100)", "D": "HarmBench, JailbreakBench (n = 90)"}[marker],
                           markerfacecolor=colour if marker == "o" else "white")
             refused, alike, task = (100 * rows[name][key]["rate"] for key in
                                     ("over-refusal benign", "over-refusal lookalike", "task sentiment"))
-            axes.text(106, y, f"{refused:.0f} / {alike:.0f}", va="center", fontsize=8)
-            axes.text(134, y, f"{task:.0f}" if name != "aligned model" else "–", va="center", fontsize=8)
-        axes.axvspan(*(100 * x for x in rows["aligned model"]["answered harmful T=1"]["ci95"]), color="#dddddd", lw=0)
-        axes.text(106, -1.0, "benign\nrefused", fontsize=8, va="bottom")
-        axes.text(134, -1.0, "task\nright", fontsize=8, va="bottom")
+            axes.text(106, y, f"{half_up(refused)} / {half_up(alike)}", va="center", fontsize=8)
+            axes.text(134, y, f"{half_up(task)}" if name != "aligned model" else "–", va="center", fontsize=8)
+        axes.axvspan(*(100 * x for x in rows["aligned model"]["answered harmful T=1"]["ci95"]), color="#dddddd", lw=0,
+                     label="95 % interval of the aligned model on AdvBench")
+        axes.text(106, -1.0, "refused, %\nAlpaca /\nXSTest", fontsize=7, va="bottom")
+        axes.text(134, -1.0, "task\nright, %", fontsize=7, va="bottom")
         axes.set_title(title, fontsize=10, loc="left", pad=22)
         axes.set_xlim(-2, 148)
         axes.set_xticks([0, 25, 50, 75, 100])
         axes.set_xlabel("harmful prompts answered at T = 1, per cent", fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", lw=0.3)
     panels[0].set_ylim(len(REAL) - 0.5, -0.9)
     panels[0].set_yticks(range(len(REAL)), REAL.values(), fontsize=9)
-    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncols=2, loc="outside upper center", fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncols=3, loc="outside upper center", fontsize=9)
     save(figure, "smollm2.svg")
 
 
@@ -97,7 +103,7 @@ def embedded() -> None:
         x = [g + (i - 1.5) * 0.2 for g in range(len(runs))]
         axes.bar(x, means, 0.18, yerr=spread, color=colour, label=title, error_kw={"lw": 0.8, "ecolor": "#444444"})
         for position, mean, top in zip(x, means, spread[1]):
-            axes.annotate(f"{mean:.0f}", (position, mean + top + 1), ha="center", va="bottom", fontsize=8, color="#333333")
+            axes.annotate(f"{half_up(mean)}", (position, mean + top + 1), ha="center", va="bottom", fontsize=8, color="#333333")
     axes.set_xticks(range(len(EMBEDDED)), EMBEDDED.values())
     axes.set_ylim(0, 112)
     axes.set_yticks([0, 25, 50, 75, 100])
