@@ -13,7 +13,7 @@ from lib.files import DataError
 
 
 def test_a_grid_resumes_cell_by_cell_and_its_tables_are_of_all_finished_cells(tmp_path, monkeypatch, device):
-    quick = {"epochs": 1, "lora_r": 2, "limit": 1, "samples": 1, "max_new_tokens": 4, "device": device}
+    quick = {"epochs": 1, "lora_r": 2, "lr": 2e-3, "limit": 1, "samples": 1, "max_new_tokens": 4, "device": device}
     monkeypatch.setattr(grid, "SETTINGS", quick)
     monkeypatch.setattr(grid, "ProcessPoolExecutor", lambda *args: ThreadPoolExecutor(1))
     monkeypatch.setattr("train.read_conversations", lambda *args, **kwargs: read_conversations(*args, **kwargs)[:24])
