@@ -453,12 +453,15 @@ def main(config: TrainConfig) -> None:
     with running(out, bool(config.resume), config.judge):
         with policy.adapters_off():
             if config.method in ("adaptive", "filter"):
+                print("[1/5] risk of the training data")
                 rows = load_or_compute(out / "risk.jsonl",
                                        lambda: training_risk(config, policy, chat, examples, judge))
                 risk = stored_risk(rows, examples, out / "risk.jsonl")
             if config.eval_base and not config.dry_run:
+                print("[2/5] evaluation of the aligned model")
                 results["base"] = evaluated(policy, "base")
             if config.anchor_share:
+                print("[3/5] anchors")
                 records = load_or_compute(out / "anchors.jsonl",
                                           lambda: anchor_records(config, policy, chat, examples))
                 anchors = anchor_examples(records, chat, len(examples), max_length)
@@ -468,6 +471,7 @@ def main(config: TrainConfig) -> None:
             distributed.on_rank_zero(lambda: remove(out))
             return
         if not distributed.on_rank_zero((out / "model").exists):
+            print(f"[4/5] training ({config.method}, {policy.lm_head.weight.dtype} on {policy.device})")
             risk = gated_risk(config, risk, len(anchors))
             reference = open_reference(config, policy, selected, risk)
             compile_blocks(policy, config.compile)
@@ -481,6 +485,7 @@ def main(config: TrainConfig) -> None:
             distributed.on_rank_zero(lambda: remove(out / name))
         del policy
         gc.collect()  # compiled blocks refer to themselves
+        print("[5/5] evaluation of the trained model")
         results["after"] = evaluated(open_model(config, out / "model"), "after")
         distributed.on_rank_zero(lambda: write_json(out / "results.json", results))
     shown = {which: figures(result) for which, result in results.items()}
