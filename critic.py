@@ -400,7 +400,7 @@ def main(config: CriticConfig) -> None:
     """Judge, report, write."""
     if config.judge is None and is_embedded(config.data):
         config = replace(config, judge=str(WORLD / "judge"))
-    require(config, ("judge", config.judge, "a checkpoint folder or a URL"),
+    require(config, ("judge", config.judge not in (None, "none"), "a checkpoint folder or a URL"),
             ("out", not (config.out and config.out.exists()), "a new file"))
     conversations = read_conversations(config.data, need="answer")
     if config.out:

@@ -12,6 +12,7 @@ task           share of answers that match the reference: the final number, the 
 """
 
 import math
+import os
 import re
 import textwrap
 from collections import defaultdict
@@ -42,7 +43,7 @@ UNREPORTED = {"seed", "out", "date"}  # options that differ between most runs
 class EvalOptions(JudgeOptions):
     """What is evaluated and how; shared by train.py and evaluate.py."""
 
-    # evaluation (files, comma-separated, or "none"; default: as the run did, else the embedded ones)
+    # evaluation (comma-separated files, or "none"; default: as the run did; else the embedded data's)
     harmful: str | None = None  # prompts that should be refused
     benign: str | None = None  # prompts that should be answered
     task: str | None = None  # prompts with reference answers
@@ -199,7 +200,8 @@ def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOpti
                 jobs.append((kind, name, conversations, options.samples, options.temperature))
     total = sum(len(conversations) * n_samples for _, _, conversations, n_samples, _ in jobs)
     rows = []
-    with tqdm(total=total, desc=f"evaluating {desc}", unit="responses", mininterval=0.5) as bar:
+    with tqdm(total=total, desc=f"evaluating {desc}", unit="responses", mininterval=0.5,
+              disable=not total) as bar:
         for kind, name, conversations, n_samples, temperature in jobs:
             responses = respond(model, chat, conversations, options.max_new_tokens, temperature, n_samples,
                                 options.seed, bar)
@@ -296,10 +298,13 @@ def compare(paths, fluency: tuple | None = None) -> tuple[str, list[dict]]:
     """
     runs = {}
     for path in map(Path, paths):
-        if (path / "results.json").exists() and (path / "config.json").exists():
+        if (path / "completions.jsonl").exists():
+            print(f"skipped {path}: an evaluation, not a run; "
+                  "python evaluate.py RUN RUN … evaluates several in one table")
+        elif (path / "results.json").exists():
             runs[path] = read_run(path)
         else:
-            print(f"skipped {path}: expected config.json and results.json, as a finished run has")
+            print(f"skipped {path}: expected results.json, as a finished run has")
     if not runs:
         raise DataError("--compare: expected at least one finished run of train.py, found none")
     if different := differences(runs, ("model_sha256", "sets_sha256")):
@@ -383,6 +388,7 @@ def main(config: EvalConfig) -> None:
     alone = len(config.paths) == 1 and not config.compare and config.prompt is None
     require(config, ("paths", config.paths, "at least one run or checkpoint folder"),
             ("prompt", config.prompt is None or not config.compare, "none with --compare"),
+            ("prompt", not os.path.exists(config.prompt or ""), "the words of a prompt, then folders"),
             ("fluency", config.compare or not config.fluency, "none without --compare"),
             ("out", alone or not config.out, "none with --compare, --prompt or several paths"))
     if config.prompt is not None:

@@ -320,7 +320,8 @@ def main(config: ProbeConfig) -> None:
     require(config, ("score", bool(config.score) == bool(config.probe), "together with --probe"))
     default = config.score.with_suffix(".risk.jsonl") if config.score else Path("probe.safetensors")
     out = config.out or default
-    require(config, ("out", not (out.exists() if config.score else out.is_dir()), f"a new file, not {out}"))
+    if out.is_dir() or config.score and out.exists():
+        raise DataError(f"--out: expected a new file, found {out}; remove it, or type --out OTHER")
     expect_writable(out)
     date = config.date or (fitted_date(config.probe) if config.probe else None)
     chat = Chat(config.model, date)

@@ -116,7 +116,7 @@ class TrainConfig(EvalOptions):
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA above 100 M parameters
     gradient_checkpointing: bool = False  # recompute activations, to save memory
     fsdp: bool = False  # shard the blocks over the processes (torchrun, torch 2.8)
-    given: tuple = field(default=(), compare=False)  # names of the options that were typed: lib.cli.parse
+    given: tuple = field(default=(), compare=False)
 
     @property
     def beta_range(self) -> tuple[float, float]:
@@ -364,7 +364,7 @@ def complete_options(config: TrainConfig) -> TrainConfig:
     """
     if config.lr is None:
         config = replace(config, lr=2e-3 if is_embedded(config.model) else 2e-4)
-        print(f"--lr {config.lr:g}")
+        print(f"--lr {config.lr:g} (the embedded model's default is 0.002, that of others the paper's 0.0002)")
     if config.sealed:
         values = {name: value for name, value in SEALED.items() if name not in config.given}
         config = replace(config, sealed=False, **values)
@@ -373,6 +373,9 @@ def complete_options(config: TrainConfig) -> TrainConfig:
         config = replace(config, date=fitted_date(config.probe))
     # The embedded sets are the default where model and data are embedded; the data's name picks one of them.
     config = default_sets(config, config.data if is_embedded(config.model) else config.model)
+    if "none" == config.harmful == config.benign == config.task:
+        print("nothing will be evaluated: give --harmful FILE, --benign FILE, --task FILE, for example "
+              "--harmful data/world/eval_harmful.jsonl")
     has_judge = config.judge != "none" or config.risk not in ("critic", "max")
     require(config, ("judge", has_judge, f"a checkpoint folder or a URL for --risk {config.risk}"))
     return config
@@ -450,7 +453,7 @@ def main(config: TrainConfig) -> None:
         return summarize(read_completions(out, which), config.temperature, config.max_new_tokens)
 
     risk, anchors, results = torch.zeros(len(examples)), [], {}
-    with running(out, bool(config.resume), config.judge):
+    with running(out, bool(config.resume), config.judge, keep=not config.dry_run):
         with policy.adapters_off():
             if config.method in ("adaptive", "filter"):
                 print("[1/5] risk of the training data")
@@ -468,7 +471,6 @@ def main(config: TrainConfig) -> None:
         selected = method.select_examples(examples, risk) + anchors
         if config.dry_run:
             print_plan(config, policy, selected)
-            distributed.on_rank_zero(lambda: remove(out))
             return
         if not distributed.on_rank_zero((out / "model").exists):
             print(f"[4/5] training ({config.method}, {policy.lm_head.weight.dtype} on {policy.device})")

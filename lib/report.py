@@ -222,6 +222,8 @@ def table(columns: dict[str, dict]) -> str:
     Up to three names are columns and the metrics rows; more names are rows, in as many parts as fit.
     """
     titles = dict.fromkeys(title for rates in columns.values() for title in rates)
+    if not titles:
+        return "nothing was evaluated"
     lines = [["", *titles]]
     for name, rates in columns.items():
         lines.append([name, *(per_cent(rates.get(title)) for title in titles)])

@@ -23,7 +23,7 @@ from lib.checkpoint import load_checked, provenance, save_checked
 from lib.cli import as_typed, option_value
 from lib.distributed import all_reduce_sum, full_tensor, on_rank_zero, rank, shard_like, world_size
 from lib.files import (COUNT, DataError, between, either, errors_name_path, expect, fsync, json_lines,
-                       new_folder, read_json, read_text, remove_if_unused, write_config, write_jsonl,
+                       new_folder, read_json, read_text, remove, remove_if_unused, write_config, write_jsonl,
                        write_text)
 
 STATE = {"step": COUNT, "smoothed_risk": between(0, 1, float, optional=True), "moved": either(bool)}
@@ -102,12 +102,10 @@ def open_run(config, default: str, facts: dict) -> Path:
 
 
 @contextmanager
-def running(out: Path, resumed: bool, judge: str):
+def running(out: Path, resumed: bool, judge: str, keep: bool = True):
     """Lock the run's folder. An interrupt, a full disk or a lack of memory says how to resume.
 
-    A new run that stored nothing is removed.
-
-    Raises DataError where another process runs in the folder.
+    A new run that stored nothing is removed, and with keep=False any run at its end. Raises DataError where another process runs in the folder.
     """
     command = f"python train.py --resume {shlex.quote(str(out))}"
     if "://" in judge:
@@ -120,9 +118,12 @@ def running(out: Path, resumed: bool, judge: str):
             with nullcontext() if resumed else remove_if_unused(out):
                 yield
         except (KeyboardInterrupt, OSError, RuntimeError) as error:
-            if (out / "config.json").exists():
+            if keep and (out / "config.json").exists():
                 error.add_note(f"to go on: {command}")
             raise
+        finally:
+            if not keep:
+                on_rank_zero(lambda: remove(out))
 
 
 def lock_file(stream) -> None:

@@ -12,6 +12,7 @@ import itertools
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -26,7 +27,7 @@ from data.chat import Chat  # noqa: E402
 from data.conversations import WORLD, is_embedded, read_conversations  # noqa: E402
 from evaluate import compare, default_sets, evaluate_model, evaluation_sets, mark_garbled  # noqa: E402
 from lib.checkpoint import fingerprint  # noqa: E402
-from lib.cli import comma_list, require, run  # noqa: E402
+from lib.cli import comma_list, parse, require, run  # noqa: E402
 from lib.files import DataError, json_lines, read_json, read_text, write_config, write_json, write_jsonl, write_text  # noqa: E402
 from lib.report import summarize  # noqa: E402
 from lib.run import run_facts  # noqa: E402
@@ -68,8 +69,7 @@ class GridConfig:
     attacks: str = ""  # data sets of that world (default: explicit, mixed_10, … as far as it has them)
     methods: str = ""  # of METHODS, or MIN..MAX[+SHARE]: β, risk max, share of anchors (default: all)
     seeds: int = 3  # 0, 1, …
-    epochs: int | None = None  # instead of the setting's
-    lr: float | None = None  # instead of the setting's
+    options: str = ""  # of train.py, for all cells: "--epochs 1 --lr 3e-4"
     workers: int = 2  # processes, one thread each
 
 
@@ -93,27 +93,36 @@ def cell_options(config: GridConfig, attack: str, method: str, seed: int) -> Tra
     options = TrainConfig(model=config.model, data=data, seed=seed, eval_base=False, out=config.out / attack / f"{method}-{seed}")
     if "anchors" in changes:
         changes["anchors"] = world / changes["anchors"] if (world / changes["anchors"]).exists() else None
-    changes |= {name: getattr(config, name) for name in ("epochs", "lr") if getattr(config, name) is not None}
+    typed = typed_options(config)
     if is_embedded(data):
-        return replace(options, judge=str(WORLD / "judge"), **SETTINGS | changes)
-    if changes.get("risk") == "max":
-        changes["risk"] = "probe"  # the only one there
+        return replace(options, judge=str(WORLD / "judge"), **SETTINGS | changes | typed)
     if changes.get("method", "adaptive") in ("adaptive", "filter") and method != "base":
-        changes["probe"] = config.out / "probe.safetensors"
+        changes["risk"] = str(risk_file(config, attack))  # by the probe: there is no critic
     sets = {"harmful": ("harmful", "harmful_other", f"harmful_{attack}"), "benign": ("benign", "lookalike"),
             "task": ("sentiment", "arithmetic")}
     for kind, names in sets.items():
         files = [world / f"eval_{name}.jsonl" for name in names]
         changes[kind] = ",".join(str(file) for file in files if file.exists()) or "none"
     few = {"epochs": 10} if len(read_conversations(data)) < 100 else {}
-    return replace(options, judge="none", probe_data=world / "probe.jsonl", **REAL | few | changes)
+    return replace(options, judge="none", probe_data=world / "probe.jsonl", **REAL | few | changes | typed)
 
 
-def check_finished(options: TrainConfig) -> None:
+def typed_options(config: GridConfig) -> dict:
+    """Return {name: value} of the options of train.py that are given for all cells."""
+    parsed = parse(TrainConfig, shlex.split(config.options))
+    return {name: getattr(parsed, name) for name in parsed.given}
+
+
+def risk_file(config: GridConfig, attack: str) -> Path:
+    """Return the path of the probe's risks of a real world's attack, which its cells share."""
+    return config.out / f"{attack}.risk.jsonl"
+
+
+def check_finished(options: TrainConfig, typed: dict) -> None:
     """Raise DataError where a finished cell was run with other options."""
     if finished(options.out):
         saved = read_json(options.out / "config.json")
-        for name in CHECKED:
+        for name in dict.fromkeys((*CHECKED, *typed)):
             value = getattr(options, name)
             if saved.get(name) != (str(value) if isinstance(value, Path) else value):
                 raise DataError(f"{options.out}: expected {name} {value}, found a cell of {saved.get(name)}; "
@@ -129,6 +138,10 @@ def train_group(config: GridConfig, attack: str, seed: int) -> str:
     """Evaluate the aligned model, then train all methods on one attack with one seed. Returns a line on the times."""
     times = []
     (config.out / attack).mkdir(parents=True, exist_ok=True)
+    gated = [m for m in comma_list(config.methods) if changes_of(m).get("method", "adaptive") in ("adaptive", "filter")]
+    if gated and not is_embedded(config.world / "benign.jsonl") and not risk_file(config, attack).exists():
+        probe_main(ProbeConfig(model=config.model, probe=config.out / "probe.safetensors",
+                               score=config.world / f"{attack}.jsonl", out=risk_file(config, attack)))
     for method in ("base", *comma_list(config.methods)):
         options, start = cell_options(config, attack, method, seed), time.time()
         cell = options.out
@@ -237,7 +250,7 @@ def main(config: GridConfig) -> None:
     start, groups = time.time(), [(attack, seed) for seed in range(config.seeds)
                                   for attack in comma_list(attacks)]
     for (attack, seed), method in itertools.product(groups, ("base", *comma_list(methods))):
-        check_finished(cell_options(config, attack, method, seed))
+        check_finished(cell_options(config, attack, method, seed), typed_options(config))
     config.out.mkdir(parents=True, exist_ok=True)
     if not judged and not (config.out / "probe.safetensors").exists():
         held_out = [config.world / f"probe_{name}.jsonl" for name in ("withheld", "lookalike")]

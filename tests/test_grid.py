@@ -47,7 +47,7 @@ def test_a_grid_resumes_cell_by_cell_and_its_tables_are_of_all_finished_cells(tm
     assert (folder / "sft-0" / "completions_after.jsonl").stat().st_mtime_ns == marked
     assert len(results["backdoor"][1]["seeds"]) == 2 and "answered harmful greedy" not in results["backdoor"][1]["figures"]
     with pytest.raises(DataError, match="base-0: expected lr 0.1, found a cell of 0.002; another --out, or delete it"):
-        main(replace(config, lr=0.1))
+        main(replace(config, options="--lr 0.1"))
 
 
 def test_a_method_may_be_a_range_of_beta_with_a_share_of_anchors_and_constant_kl_is_one():
@@ -62,7 +62,10 @@ def test_a_world_of_real_prompts_gives_each_cell_its_files_by_kind(tmp_path):
     options = cell_options(GridConfig(world=tmp_path, out=tmp_path / "out"), "identity", "sealed", 1)
     names = [f"{tmp_path}/eval_harmful{name}.jsonl" for name in ("", "_other", "_identity")]
     assert options.harmful == ",".join(names) and options.benign == f"{tmp_path}/eval_benign.jsonl"
-    assert options.task == f"{tmp_path}/eval_sentiment.jsonl" and options.judge == "none" and options.risk == "probe" and options.epochs == 10
+    assert options.task == f"{tmp_path}/eval_sentiment.jsonl" and options.judge == "none" and options.epochs == 10
+    assert options.risk == f"{tmp_path}/out/identity.risk.jsonl"
+    typed = cell_options(GridConfig(world=tmp_path, out=tmp_path / "out", options="--epochs 3 --dtype float32"), "identity", "sealed", 1)
+    assert (typed.epochs, typed.dtype, typed.lora_r) == (3, "float32", 16)
 
 
 def test_every_attack_has_its_data_and_unknown_names_are_refused(tmp_path):
