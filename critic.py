@@ -26,12 +26,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data.chat import LONGEST, Chat, batches_by_length, pad_left
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations
 from lib.checkpoint import fingerprint
-from lib.cli import require, run
+from lib.cli import progress_bar, require, run
 from lib.endpoint import GIVE_UP, Endpoint, EndpointError
 from lib.files import DataError, ModelError, expect_writable, write_jsonl
 from lib.frame import fill, find_forged_markup, read_rubric
@@ -357,7 +356,7 @@ def judge_pairs(judge, pairs: list[tuple[str, str]], desc: str = "judging",
                 verdicts[pair] = Verdict(as_risk(row[0], f"{verdict_file}: verdict on {str(pair)[:60]}"))
             else:
                 todo.append(pair)
-        with tqdm(desc=desc, total=len(todo), unit="pairs", disable=not todo) as bar:
+        with progress_bar(desc=desc, total=len(todo), unit="pairs", disable=not todo) as bar:
             for batch in judge(todo):
                 verdicts |= batch
                 for pair, verdict in batch.items():

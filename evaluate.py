@@ -27,7 +27,7 @@ from data.chat import LONGEST, Chat, encode_prompts, rows_that_fit, today
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations, read_prompts
 from lib import distributed
 from lib.checkpoint import read_config
-from lib.cli import as_typed, comma_list, option_value, printable, require, run
+from lib.cli import as_typed, comma_list, option_value, printable, progress_bar, require, run
 from lib.files import (DataError, new_folder, read_json, remove_if_unused, write_config, write_json,
                        write_jsonl)
 from lib.report import KINDS, figures, lines_below, read_completions, read_run, summarize, table
@@ -200,8 +200,7 @@ def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOpti
                 jobs.append((kind, name, conversations, options.samples, options.temperature))
     total = sum(len(conversations) * n_samples for _, _, conversations, n_samples, _ in jobs)
     rows = []
-    with tqdm(total=total, desc=f"evaluating {desc}", unit="responses", mininterval=0.5,
-              disable=not total) as bar:
+    with progress_bar(total=total, desc=f"evaluating {desc}", unit="responses", disable=not total) as bar:
         for kind, name, conversations, n_samples, temperature in jobs:
             responses = respond(model, chat, conversations, options.max_new_tokens, temperature, n_samples,
                                 options.seed, bar)

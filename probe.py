@@ -20,13 +20,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data.chat import Chat, batches_by_length, encode_examples, encode_prompts, pad_left
 from data.conversations import (WORLD, Conversation, group_of, is_embedded, read_conversations,
                                 split_by_prompt)
 from lib.checkpoint import Config, fingerprint, load_checked, save_checked
-from lib.cli import comma_list, printable, require, run
+from lib.cli import comma_list, printable, progress_bar, require, run
 from lib.distributed import on_rank_zero
 from lib.files import COUNT, DataError, either, expect, expect_writable, parse_json, write_jsonl
 from lib.report import probe_report, risk_metrics
@@ -97,7 +96,7 @@ def prompt_features(model: Transformer, prompts: list[list[int]], layers, batch_
     """
     features = torch.empty(len(prompts), len(layers), model.config.hidden_size)
     batches = batches_by_length([len(ids) for ids in prompts], batch_size)
-    for batch in tqdm(batches, desc, disable=not desc):
+    for batch in progress_bar(batches, desc, disable=not desc):
         input_ids, real = pad_left([prompts[i] for i in batch], model.device)
         _, states = model.model(input_ids, real, layers=layers, pool=lambda hidden: hidden[:, -1].float())
         features[batch] = torch.stack(states, 1).cpu()

@@ -40,6 +40,7 @@ Differences from the paper (P) and from its authors' code (C):
 
 import gc
 import math
+import shlex
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,7 +48,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from critic import conversation_verdicts, open_judge
 from data.chat import Chat, Example, encode_examples
@@ -57,7 +57,7 @@ from evaluate import (EvalOptions, default_sets, evaluate_model, evaluation_sets
                       respond)
 from lib import distributed, fused
 from lib.baselines import BASELINES, Baseline
-from lib.cli import comma_list, require, run
+from lib.cli import as_typed, printable, progress_bar, require, run
 from lib.files import DataError, remove, write_json
 from lib.options import check_options, leak_line
 from lib.reference import KeptReference, live_reference
@@ -72,6 +72,7 @@ SEALED = {"beta_min": 0.02, "beta_max": 1.0, "anchor_share": 0.1}  # what --seal
 RISK_FLOOR = 0.01  # with --beta-min 0 --gate example a lower risk counts as 0: plain SFT, no reference
 ANCHOR_TOKENS = 24  # of an anchor's answer, at most: the first tokens decide between refusing and answering
 MAX_GRADIENT_NORM = 1.0
+WEIGHT_DECAY = 0.01
 MAX_KL_AT_START = {4: 1e-4, 2: 1e-2}  # per token, of a policy that has not moved, by bytes of its dtype
 
 
@@ -79,43 +80,41 @@ MAX_KL_AT_START = {4: 1e-4, 2: 1e-2}  # per token, of a policy that has not move
 class TrainConfig(EvalOptions):
     """Fine-tune a chat model: with a KL pull to the aligned model that follows the risk, or a baseline."""
 
-    # what to train
+    # first of all
     model: Path = WORLD / "model"  # folder of the aligned model
-    data: Path = WORLD / "mixed_10.jsonl"  # conversations to train on
-    out: Path | None = None  # new folder of the run (default: runs/METHOD-SEED)
-    method: Literal["adaptive", "sft", "filter", "csft", "lisa"] = "adaptive"  # the paper's, or a baseline
-    eval_base: bool = True  # evaluate the aligned model before training
-    resume: Path | None = None  # unfinished run to continue, with its own options
-    save_every: float = 10.0  # minutes between saved states of training; 0: none
-    dry_run: bool = False  # stop before the first step; print the risk and the number of steps and tokens
-    # risk
-    risk: str = "probe"  # probe, critic, max of both, or a JSONL file of risks
-    probe: Path | None = None  # a file of probe.py (default: one is fitted on --probe-data)
-    probe_data: Path = WORLD / "probe.jsonl"  # prompts with "harmful": true | false
+    data: Path = WORLD / "mixed_10.jsonl"  # conversations to fine-tune on
+    probe_data: Path = WORLD / "probe.jsonl"  # prompts with "harmful": true or false, to fit the probe on
     sealed: bool = False  # close the gate's leak: --beta-min 0.02 --beta-max 1 --anchor-share 0.1
-    beta_min: float = 0.1  # KL weight at risk 0
-    beta_max: float = 0.9  # KL weight at risk 1
-    gate: Literal["example", "batch"] = "example"  # weigh each example by its own risk, or by the step's mean
-    ema: float = 0.0  # smoothing λ of the batch's risk over steps, in [0, 1)
+    out: Path | None = None  # new folder of the run (default: runs/METHOD-SEED)
+    epochs: int | None = None  # passes over the data (default: 20, the paper's; 5 for the embedded model)
+    lr: float | None = None  # peak learning rate (default: 2e-4, the paper's; 2e-3 for the embedded model)
+    method: Literal["adaptive", "sft", "filter", "csft", "lisa"] = "adaptive"  # the paper's, or a baseline
+    resume: Path | None = None  # folder of an interrupted run, to continue with its own options
+    dry_run: bool = False  # stop before the first step; print risks and the number of steps and tokens
+    # risk, and the gate from risk to β
+    risk: str = "probe"  # source of the risk: probe, critic, max of both, or a JSONL file of risks
+    probe: Path | None = None  # file of a fitted probe, by probe.py (default: fitted on --probe-data)
+    beta_min: float = 0.1  # weight β of KL at risk 0
+    beta_max: float = 0.9  # weight β of KL at risk 1
+    gate: Literal["example", "batch"] = "example"  # β follows each example's risk, or the step's mean
+    ema: float = 0.0  # with --gate batch: smoothing λ of the mean over steps, from 0 to under 1
     # anchors: prompts with the aligned model's own answers, added to the data
-    anchor_share: float = 0.0  # of the examples (lisa: of the steps)
-    anchors: Path | None = None  # prompts, "harmful": true | false (default: the probe data's harmful)
+    anchor_share: float = 0.0  # share of anchors among the examples (lisa: among the steps)
+    anchors: Path | None = None  # prompts with "harmful": true or false (default: the probe data's harmful)
     # optimization (the paper's settings)
-    epochs: int = 20  # passes over the data
     batch_size: int = 8  # examples per forward pass, at most
     accumulation: int = 1  # batches per step; processes share the step's examples
-    lr: float | None = None  # peak; cosine to 0 (default: 2e-4, the paper's; 2e-3 for the embedded model)
-    warmup_steps: int = 5  # linear warm-up
-    weight_decay: float = 0.01  # AdamW's
+    warmup_steps: int = 5  # steps of linear warm-up, before the cosine to 0
     max_length: int = 2048  # tokens of a conversation; longer ones are cut, and counted
-    lora_r: int = 64  # LoRA rank; 0: full fine-tuning
-    lora_alpha: float = 16.0  # LoRA α; the update is scaled by α/r
-    lora_targets: str = ""  # linears to adapt, comma-separated (default: all but the head)
+    lora_r: int = 64  # rank of LoRA; 0: full fine-tuning
+    lora_alpha: float = 16.0  # LoRA's α; its update is scaled by α/r
     # machine
-    ref: Literal["auto", "keep", "live"] = "auto"  # store the reference's terms, or compute them in every step
+    ref: Literal["auto", "keep", "live"] = "auto"  # store the reference's terms, or compute them every step
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA above 100 M parameters
-    gradient_checkpointing: bool = False  # recompute activations, to save memory
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
     fsdp: bool = False  # shard the blocks over the processes (torchrun, torch 2.8)
+    save_every: float = 10.0  # minutes between saved states of training; 0: none
+    eval_base: bool = True  # evaluate the aligned model, too
     given: tuple = field(default=(), compare=False)
 
     @property
@@ -313,14 +312,14 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
     anchors = [example for example in examples if example.anchor]
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     groups = distributed.optimizer_groups(parameters)
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
     per_step, n_steps = config.per_step, config.n_steps(len(data))
     method = config.baseline(n_steps)
     method.prepare(policy, examples, config.batch_size)  # before restore(): the policy is still the reference
     max_kl_at_start = MAX_KL_AT_START[policy.lm_head.weight.element_size()]
     with Progress(out, policy, optimizer, config.save_every, state_key(out, examples, risk)) as progress:
         state = progress.restore()
-        bar = tqdm(range(state.step, n_steps), config.method, n_steps, initial=state.step, mininterval=0.5)
+        bar = progress_bar(range(state.step, n_steps), config.method, n_steps, initial=state.step)
         for step in bar:
             started = time.perf_counter()
             drawn = step_examples(step, data, anchors, method.anchors_before, per_step, config.seed)
@@ -362,9 +361,11 @@ def complete_options(config: TrainConfig) -> TrainConfig:
 
     Raises DataError for a wrong option.
     """
-    if config.lr is None:
-        config = replace(config, lr=2e-3 if is_embedded(config.model) else 2e-4)
-        print(f"--lr {config.lr:g} (the embedded model's default is 0.002, that of others the paper's 0.0002)")
+    defaults = {"lr": 2e-3, "epochs": 5} if is_embedded(config.model) else {"lr": 2e-4, "epochs": 20}
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    if missing:
+        config = replace(config, **missing)
+        print(f"by default: {as_typed(missing, TrainConfig)}")
     if config.sealed:
         values = {name: value for name, value in SEALED.items() if name not in config.given}
         config = replace(config, sealed=False, **values)
@@ -389,7 +390,7 @@ def open_model(config: TrainConfig, path: Path, trainable: bool = False) -> Tran
     dtype = working_dtype(path, config.device, config.dtype) if config.lora_r else torch.float32
     model = load_model(path, "cpu" if config.fsdp else config.device, dtype)
     if trainable and config.lora_r:
-        add_lora(model, config.lora_r, config.lora_alpha, comma_list(config.lora_targets), config.seed)
+        add_lora(model, config.lora_r, config.lora_alpha, seed=config.seed)
     elif trainable:
         model.model.requires_grad_(True)
         model.lm_head.requires_grad_(False)  # the reference shares it; a tied embedding is frozen with it
@@ -421,21 +422,31 @@ def open_reference(config: TrainConfig, policy: Transformer, examples: list[Exam
     return live_reference(policy if config.lora_r else open_model(config, config.model))
 
 
+def trainable(policy: Transformer) -> str:
+    """Return the number of trainable parameters, the dtype and the device, in words."""
+    n = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    return f"{n:,} trainable parameters, {policy.lm_head.weight.dtype} on {policy.device}"
+
+
 def print_plan(config: TrainConfig, policy: Transformer, examples: list[Example]) -> None:
     """Print what a run would train, and on how much."""
     n_data = sum(not example.anchor for example in examples)
     n_input = sum(len(example.input_ids) for example in examples)
-    n_trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     print(f"{n_data} examples and {len(examples) - n_data} anchors: {n_input} tokens, "
           f"{sum(example.n_labels for example in examples)} of them in responses\n"
-          f"{config.n_steps(n_data)} steps of {config.per_step} examples; {n_trained:,} trainable parameters on "
-          f"{policy.device}; --dry-run: nothing is kept")
+          f"{config.n_steps(n_data)} steps of {config.per_step} examples; {trainable(policy)}; "
+          f"--dry-run: nothing is kept")
 
 
-def main(config: TrainConfig) -> None:
-    """Train and evaluate: records → examples → risk → loss → checkpoint → evaluation."""
-    distributed.init()
-    config = complete_options(distributed.on_rank_zero(lambda: resumed_options(config)) if config.resume else config)
+def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
+    """Run the stages: records → examples → risk → loss → checkpoint → evaluation.
+
+    Returns the run's complete options and its results {"base" | "after": summary}, {} with --dry-run. Each
+    stage's file is kept in the run's folder; a resumed run goes on behind the last one.
+    """
+    if config.resume:
+        config = distributed.on_rank_zero(lambda: resumed_options(config))
+    config = complete_options(config)
     sets, conversations = evaluation_sets(config), read_conversations(config.data, need="answer")
     judge = open_judge(config) if distributed.rank() == 0 else None
     policy, chat = open_model(config, config.model, trainable=True), Chat(config.model, config.date)
@@ -471,9 +482,9 @@ def main(config: TrainConfig) -> None:
         selected = method.select_examples(examples, risk) + anchors
         if config.dry_run:
             print_plan(config, policy, selected)
-            return
+            return config, {}
         if not distributed.on_rank_zero((out / "model").exists):
-            print(f"[4/5] training ({config.method}, {policy.lm_head.weight.dtype} on {policy.device})")
+            print(f"[4/5] training ({config.method}): {trainable(policy)}")
             risk = gated_risk(config, risk, len(anchors))
             reference = open_reference(config, policy, selected, risk)
             compile_blocks(policy, config.compile)
@@ -490,9 +501,42 @@ def main(config: TrainConfig) -> None:
         print("[5/5] evaluation of the trained model")
         results["after"] = evaluated(open_model(config, out / "model"), "after")
         distributed.on_rank_zero(lambda: write_json(out / "results.json", results))
-    shown = {which: figures(result) for which, result in results.items()}
-    print(f"\n{out}, per cent with 95 % intervals\n{table(shown)}{lines_below(results['after'])}"
+    return config, results
+
+
+def print_answers(config: TrainConfig, plain: Path) -> None:
+    """Print the first harmful prompt with its greedy answer by each model, and what to type next.
+
+    config: of a run with base completions; plain: the run of plain fine-tuning.
+    """
+    completions = {"aligned model": (config.out, "base"), "plain fine-tuning": (plain, "after"),
+                   "this run": (config.out, "after")}
+    print("\nthe first harmful prompt, answered greedily:")
+    for title, (folder, which) in completions.items():
+        row = next(row for row in read_completions(folder, which) if row["kind"] == "harmful")
+        print(f"  {title}: {printable(row['response'])}")
+    print(f"\nnext: python train.py --sealed\n"
+          f"      python evaluate.py --prompt {shlex.quote(row['prompt'])} {plain} {config.out}")
+
+
+def main(config: TrainConfig) -> None:
+    """Train and evaluate a run. Without options, or with --sealed alone, compare it with plain fine-tuning."""
+    distributed.init()
+    is_demo = config in (TrainConfig(), TrainConfig(sealed=True))
+    config, results = train_and_evaluate(config)
+    if not results:  # --dry-run
+        return
+    columns = {"aligned model": results["base"]} if "base" in results else {}
+    if is_demo:
+        print("\nplain fine-tuning on the same data, to compare with")
+        plain, plain_results = train_and_evaluate(TrainConfig(method="sft", eval_base=False))
+        columns["plain fine-tuning"] = plain_results["after"]
+    columns["this run"] = results["after"]
+    shown = {title: figures(result) for title, result in columns.items()}
+    print(f"\n{config.out}, per cent with 95 % intervals\n{table(shown)}{lines_below(results['after'])}"
           + leak_line(config))
+    if is_demo:
+        print_answers(config, plain.out)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.chat import Chat  # noqa: E402
 from data.conversations import WORLD, conversation_of, read_records  # noqa: E402
 from data.text import WORDS, record  # noqa: E402
 from evaluate import refuses, respond  # noqa: E402
-from lib.cli import require, run  # noqa: E402
+from lib.cli import progress_bar, require, run  # noqa: E402
 from lib.files import DataError, read_text, write_jsonl, write_text, atomic_write  # noqa: E402
 from lib.frame import fill  # noqa: E402
 from model import load_model, working_dtype  # noqa: E402
@@ -238,7 +237,7 @@ def answer_prompts(model_path: Path, device: str, items: list[dict]) -> list[dic
         raise DataError(f"--model: expected a context that holds a prompt and {ANSWER_TOKENS} tokens more, "
                         f"found {model.config.max_position_embeddings} in {model_path}")
     rows = []
-    with tqdm(total=len(fitting), desc="answers of the model", mininterval=0.5) as bar:
+    with progress_bar(total=len(fitting), desc="answers of the model") as bar:
         responses = respond(model, chat, [c for _, c in fitting], ANSWER_TOKENS, bar=bar)
     for (item, _), response in zip(fitting, responses):
         text = response.text

@@ -10,6 +10,8 @@ import types
 import typing
 from pathlib import Path
 
+from tqdm import tqdm
+
 from lib import distributed
 from lib.files import DataError, ModelError
 
@@ -106,6 +108,12 @@ def run(main, config_class, positional: str | None = None) -> None:
     finally:
         sys.stderr = sys.__stderr__  # silent processes show their error
     distributed.destroy()
+
+
+def progress_bar(*args, **options) -> tqdm:
+    """Return tqdm's bar, which writes twice a second to a terminal and once a minute to a file."""
+    seconds = 0.5 if sys.stderr.isatty() else 60.0
+    return tqdm(*args, mininterval=seconds, maxinterval=max(10.0, seconds), **options)
 
 
 def require(config, *checks: tuple) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from lib.cli import comma_list, require
+from lib.cli import require
 from lib.distributed import world_size
 
 MINIMUM = {"epochs": 1, "batch_size": 1, "accumulation": 1, "max_length": 2, "lr": 1e-9, "lora_alpha": 1e-9,
-         "warmup_steps": 0, "weight_decay": 0, "lora_r": 0, "save_every": 0}
+         "warmup_steps": 0, "lora_r": 0, "save_every": 0}
 METHODS_WITH_OPTION = {"beta_min": ("adaptive",), "beta_max": ("adaptive",), "gate": ("adaptive",),
                       "ref": ("adaptive",), "risk": ("adaptive", "filter"), "probe": ("adaptive", "filter")}
 
@@ -38,7 +38,6 @@ def check_options(config) -> None:
         ("anchor_share", 0 <= share < 1, "0 to under 1"),
         ("anchor_share", share > 0 or config.method != "lisa", "above 0 with --method lisa"),
         ("anchors", share or not config.anchors, "none without --anchor-share"),
-        ("lora_targets", "lm_head" not in comma_list(config.lora_targets), "no lm_head, the reference's too"),
         ("batch_size", per_step % processes == 0, f"times --accumulation a multiple of the {processes} processes"),
         ("fsdp", not config.fsdp or processes > 1, "several processes: torchrun --nproc_per_node=N train.py …"),
         ("fsdp", not config.fsdp or torch.__version__ >= (2, 8), "torch 2.8, which shards two dtypes"),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data.chat import Example, batches_by_length
+from lib.cli import progress_bar
 from lib.distributed import on_rank_zero, rank
 from lib.files import DataError, errors_name_path, write_text
 from lib.fused import reference_terms, response_states
@@ -60,7 +60,7 @@ class KeptReference:
             on_rank_zero(self.expect_room)
             print(f"reference: {self.n_tokens} response tokens, {self.n_bytes / 1e6:.1f} MB in {self.file}")
             with errors_name_path(self.file), open(self.file if rank() == 0 else "/dev/null", "wb") as stream:
-                for batch in tqdm(self.batches, desc="reference"):
+                for batch in progress_bar(self.batches, desc="reference"):
                     stream.write(self.rows_of(model, batch).tobytes())
             on_rank_zero(lambda: write_text(self.checksum_file, self.checksum()))
         self.data = np.memmap(self.file, self.row_format, "r")

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.chat import Chat  # noqa: E402
 from data.conversations import Conversation, read_conversations, read_records  # noqa: E402
 from data.public import normalize  # noqa: E402
 from evaluate import refuses, respond  # noqa: E402
-from lib.cli import require, run  # noqa: E402
+from lib.cli import progress_bar, require, run  # noqa: E402
 from lib.files import atomic_write, write_json, write_jsonl  # noqa: E402
 from model import load_model, working_dtype  # noqa: E402
 
@@ -52,7 +51,7 @@ def refused_always(model, chat: Chat, prompts: list[Conversation], max_new_token
     All prompts get a greedy response and a sample; those that are refused in both get two samples more.
     """
     always, rates = [True] * len(prompts), {}
-    with tqdm(total=4 * len(prompts), desc="responses", mininterval=0.5) as bar:
+    with progress_bar(total=4 * len(prompts), desc="responses") as bar:
         for k, decoding in enumerate(("greedy", "sample 0", "sample 1", "sample 2")):
             asked = [i for i in range(len(prompts)) if k < 2 or always[i]]
             responses = respond(model, chat, [prompts[i] for i in asked], max_new_tokens, float(k > 0),

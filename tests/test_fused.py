@@ -301,7 +301,7 @@ class TestWhichReference:
     def choose(self, examples, folder, risk=None, model=None, **options):
         """Return the KeptReference, "live", or None."""
         folder.mkdir(exist_ok=True)
-        config = replace(TrainConfig(device=DEVICE, out=folder), **options)
+        config = replace(TrainConfig(device=DEVICE, out=folder, epochs=20), **options)
         risk = torch.ones(24) if risk is None else risk
         reference = open_reference(config, model or policy(), examples, risk)
         return getattr(reference, "__self__", "live") if reference else None
@@ -325,7 +325,7 @@ class TestWhichReference:
     def test_full_fine_tuning_holds_a_second_model_only_when_live(self, examples, tmp_path):
         model = load_model(WORLD / "model", dtype=torch.float32)
         assert self.choose(examples, tmp_path, model=model, lora_r=0) != "live"
-        config = TrainConfig(device=DEVICE, out=tmp_path, lora_r=0, ref="live")
+        config = TrainConfig(device=DEVICE, out=tmp_path, lora_r=0, ref="live", epochs=20)
         reference = open_reference(config, model, examples, torch.ones(24))
         before = reference(examples[:3])
         for parameter in model.model.layers.parameters():

@@ -4,11 +4,13 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import choose_refused
 import grid
 import pytest
 from grid import ATTACKS, METHODS, GridConfig, cell_options, changes_of, main
 
 from data.conversations import WORLD, read_conversations
+from evaluate import Response
 from lib.files import DataError
 
 
@@ -74,3 +76,29 @@ def test_every_attack_has_its_data_and_unknown_names_are_refused(tmp_path):
     for wrong in (*wrong_methods, dict(attacks="none_such"), dict(seeds=0)):
         with pytest.raises(DataError, match=f"--{next(iter(wrong))}: expected"):
             main(GridConfig(out=tmp_path / "g", **wrong))
+
+
+def test_prompts_that_the_model_always_refuses_are_chosen_and_the_training_sets_shortened(tmp_path, monkeypatch, device):
+    world, out = tmp_path / "world", tmp_path / "out"
+    world.mkdir()
+    rows = [{"messages": [{"role": "user", "content": f"ask {i}"}, {"role": "assistant", "content": "Sure"}]} for i in range(6)]
+    for name in ("explicit", "mixed_10", "benign", "eval_harmful", "eval_harmful_other", "eval_benign", "eval_lookalike", "eval_sentiment",
+                 "probe", "probe_withheld", "probe_lookalike", "anchors"):
+        prefix = "" if name in ("explicit", "mixed_10") else f"{name} "
+        text = [json.dumps({"messages": [{"role": "user", "content": prefix + f"ask {i}"}, rows[i]["messages"][1]]}) for i in range(6)]
+        (world / f"{name}.jsonl").write_text("\n".join(text) + "\n")
+
+    def respond(model, chat, prompts, max_new_tokens, temperature, seed, bar):
+        """Answer "ask 1" greedily, "ask 2" in the first sample and "ask 3" in the last one; refuse the others."""
+        answered = {1000: "ask 1", 1001: "ask 2", 1003: "ask 3"}.get(seed, "nothing")
+        return [Response("", "Sure." if p.prompts[-1][-1]["content"].endswith(answered) else "I'm sorry, but I can't.", False) for p in prompts]
+
+    monkeypatch.setattr(choose_refused, "respond", respond)
+    choose_refused.main(choose_refused.ChooseConfig(model=WORLD / "model", world=world, out=out, rows=3, prompts=10, device=device))
+    prompts = {path.stem: [c.prompts[-1][-1]["content"] for c in read_conversations(path, "prompt")] for path in out.glob("*.jsonl")}
+    # of "explicit", the prompts that the three training rows do not hold are candidates, too
+    assert prompts["eval_harmful"] == ["eval_harmful ask 0", "eval_harmful ask 4", "eval_harmful ask 5", "ask 4", "ask 5"]
+    assert prompts["mixed_10"] == ["ask 0", "ask 1", "ask 2"] and len(prompts["eval_harmful_other"]) == 3
+    chosen = json.loads((out / "chosen.json").read_text())["eval_harmful"]
+    assert chosen["refused"]["greedy"] == {"n": 9, "rate": 8 / 9} and chosen["refused always"] == 5
+    assert chosen["hashes"] == [c.hash for c in read_conversations(out / "eval_harmful.jsonl", "prompt")]

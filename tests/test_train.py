@@ -2,7 +2,9 @@
 
 import json
 import math
+import shlex
 import shutil
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from lib import fused
 from lib.cli import parse
 from lib.files import DataError
 from lib.reference import live_reference
+from lib.report import read_completions, summarize
 from lib.run import check_step, step_metrics
 from model import can_compile, compile_blocks, generate, load_adapter
 from probe import ProbeConfig
@@ -32,7 +35,7 @@ from train import (TrainConfig, blend, complete_options, gated_risk, leak_line, 
 
 GOLDEN = Path(__file__).parent / "golden"
 QUICK = TrainConfig(harmful=str(WORLD / "eval_harmful.jsonl"), benign="none", task="none", limit=40, samples=0, compile="off",
-                    judge="none", lr=2e-3, device=DEVICE)
+                    judge="none", lr=2e-3, epochs=20, device=DEVICE)
 NEAR, OF_GRADIENTS = tolerance() / 10, {"atol": tolerance() / 10, "rtol": 10 * tolerance()}  # what only rounding tells apart
 
 
@@ -415,14 +418,14 @@ class TestRuns:
         assert max(row["probe"] for row, t in zip(rows, turned) if t) < 0.5 < min(row["critic"] for row, t in zip(rows, turned) if t)
         assert max(row["risk"] for row, t in zip(rows, turned) if not t) < 0.5
         printed = capsys.readouterr().out
-        assert f"to the critic alone: {sum(turned)}" in printed and "ASR harmful greedy" in printed and "| base" in printed
+        assert f"to the critic alone: {sum(turned)}" in printed and "ASR harmful greedy" in printed and "| aligned model" in printed
         results = json.loads((tmp_path / "max" / "results.json").read_text())
         assert results["after"]["harmful"]["harmful"]["judge_asr"]["greedy"]["n"] == 4
 
         filtered = dict(method="filter", out=tmp_path / "filter", risk=str(tmp_path / "max" / "risk.jsonl"))
         main(replace(QUICK, eval_base=False, **options | filtered))
         printed = capsys.readouterr().out
-        assert f"filter: {sum(turned)} of 80 examples dropped" in printed and "| base" not in printed and "| after" in printed
+        assert f"filter: {sum(turned)} of 80 examples dropped" in printed and "| aligned model" not in printed and "| this run" in printed
         assert set(json.loads((tmp_path / "filter" / "results.json").read_text())) == {"after"}
         assert not (tmp_path / "filter" / "completions_base.jsonl").exists()
         assert len(lines(tmp_path / "filter" / "metrics.jsonl")) == math.ceil((80 - sum(turned)) / 8)
@@ -454,7 +457,6 @@ class TestRuns:
         (dict(method="sft", beta_max=1.0), "--beta-max"),
         (dict(epochs=0), "--epochs"),
         (dict(lr=0.0), "--lr"),
-        (dict(lora_targets="q_proj,lm_head"), "--lora-targets: expected no lm_head"),
         (dict(ref="live", method="sft"), "--ref: expected none without --method adaptive"),
         (dict(anchor_share=1.0), "--anchor-share: expected 0 to under 1"),
         (dict(method="lisa"), "--anchor-share: expected above 0 with --method lisa"),
@@ -463,12 +465,11 @@ class TestRuns:
         with pytest.raises(DataError, match=words):
             complete_options(replace(QUICK, **wrong))
 
-    def test_a_bad_risk_file_or_target_leaves_nothing_behind(self, small, tmp_path):
+    def test_a_bad_risk_file_leaves_nothing_behind(self, small, tmp_path):
         (tmp_path / "risk.jsonl").write_text('{"risk": 1}\n')
-        for wrong in (dict(risk=str(tmp_path / "risk.jsonl")), dict(lora_targets="q_prj", method="sft")):
-            with pytest.raises(ValueError, match="expected"):
-                main(replace(QUICK, data=small, limit=2, out=tmp_path / "run", **wrong))
-            assert not (tmp_path / "run").exists()
+        with pytest.raises(ValueError, match="expected"):
+            main(replace(QUICK, data=small, limit=2, out=tmp_path / "run", risk=str(tmp_path / "risk.jsonl")))
+        assert not (tmp_path / "run").exists()
 
     def test_a_prompt_that_leaves_no_room_is_found_before_a_folder_is_made(self, small, tmp_path):
         with pytest.raises(DataError, match="eval_harmful.jsonl:1: expected a prompt of at most 1 tokens"):
@@ -484,7 +485,7 @@ class TestRuns:
         shutil.copytree(WORLD / "model", tmp_path / "model")
         own = complete_options(TrainConfig(model=tmp_path / "model", data=small, risk=with_risk(small, tmp_path, 0.5)))
         assert (own.lr, own.judge, own.harmful, own.benign, own.task) == (2e-4, "none", "none", "none", "none")
-        assert "--lr 0.0002" in capsys.readouterr().out
+        assert "by default: --lr 0.0002 --epochs 20" in capsys.readouterr().out
         embedded = complete_options(TrainConfig(sealed=True, anchor_share=0.3, given=("sealed", "anchor_share")))
         assert (embedded.beta_min, embedded.beta_max, embedded.anchor_share, embedded.sealed) == (0.02, 1.0, 0.3, False)
         assert embedded.lr == 2e-3 and embedded.harmful.endswith("eval_harmful.jsonl") and embedded.judge.endswith("judge")
@@ -496,6 +497,28 @@ class TestRuns:
         with pytest.raises(DataError, match="data.jsonl:2: expected"):
             main(replace(QUICK, data=tmp_path / "data.jsonl", out=tmp_path / "run"))
         assert not (tmp_path / "run").exists()
+
+
+    @pytest.mark.parametrize("sealed", [False, True])
+    def test_without_options_plain_fine_tuning_is_trained_and_shown_too(self, sealed, tmp_path, capsys, monkeypatch):
+        quoted = shlex.quote("It's harm?")
+
+        def trained(config):
+            out = tmp_path / config.method
+            out.mkdir()
+            for which in ("base", "after"):
+                row = {"kind": "harmful", "set": "harmful", "decoding": "greedy", "group": "a", "prompt": "It's harm?", "thought": "",
+                       "response": f"{config.method} {which}", "cut": False, "refused": which == "base"}
+                (out / f"completions_{which}.jsonl").write_text(json.dumps(row) + "\n")
+            results = {which: summarize(read_completions(out, which), 1.0, 8) for which in ("base", "after")}
+            return replace(config, out=out), results
+
+        monkeypatch.setattr(sys.modules["train"], "train_and_evaluate", trained)
+        main(TrainConfig(sealed=sealed))
+        printed = capsys.readouterr().out
+        assert "| aligned model" in printed and "| plain fine-tuning" in printed and "| this run" in printed
+        assert "aligned model: adaptive base\n  plain fine-tuning: sft after\n  this run: adaptive after\n" in printed
+        assert f"python evaluate.py --prompt {quoted} {tmp_path / 'sft'} {tmp_path / 'adaptive'}" in printed
 
 
 class TestCommandLine:
