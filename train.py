@@ -88,7 +88,7 @@ class TrainConfig(EvalOptions):
     out: Path | None = None  # new folder of the run (default: runs/METHOD-SEED)
     epochs: int | None = None  # passes over the data (default: 20, the paper's; 5 for the embedded model)
     lr: float | None = None  # peak learning rate (default: 2e-4, the paper's; 2e-3 for the embedded model)
-    method: Literal["adaptive", "sft", "filter", "csft", "lisa"] = "adaptive"  # the paper's, or a baseline
+    method: Literal["adaptive", "sft", "filter", "csft", "lisa", "safegrad"] = "adaptive"  # the paper's, or a baseline
     resume: Path | None = None  # folder of an interrupted run, to continue with its own options
     dry_run: bool = False  # stop before the first step; print risks and the number of steps and tokens
     # risk, and the gate from risk to β

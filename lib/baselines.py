@@ -1,4 +1,4 @@
-"""The baselines that the adaptive method is compared with: filtering, constrained SFT (C-SFT) and Lisa.
+"""The baselines that the adaptive method is compared with: filtering, C-SFT (constrained SFT), Lisa, SafeGrad.
 
 `Baseline` is the default, also of sft and adaptive: all examples, anchors spread evenly, no change of losses or
 gradients. A baseline overrides what it changes.
@@ -11,7 +11,8 @@ import torch
 from data.chat import IGNORE, Example
 from lib.distributed import world_size
 from lib.files import DataError
-from lib.fused import label_logp
+from lib.fused import label_logp, response_states, token_loss
+from lib.reference import live_reference
 
 FILTER_ABOVE = 0.5  # Filter drops examples with a higher risk
 LISA_CYCLE = 50  # steps of a cycle of Lisa, at most (1,000 in the paper, whose runs are longer)
@@ -99,7 +100,47 @@ class Lisa(Baseline):
         lisa_pull(parameters, state.phase_start, LISA_RHO)
 
 
-BASELINES = {"filter": Filter, "csft": ConstrainedSFT, "lisa": Lisa}
+class SafeGrad(Baseline):
+    """Project the data's gradient off the gradient of KL on anchors where they conflict, and add the latter.
+
+    Each step has a batch of anchors beside its data. Yi et al. 2025, arXiv 2508.07172.
+    """
+
+    def prepare(self, policy, examples, batch_size):
+        """Keep the policy and the anchors."""
+        self.policy, self.reference = policy, live_reference(policy)
+        self.anchors = [example for example in examples if example.anchor]
+
+    def anchors_before(self, step):
+        """Return 0: no anchor is drawn with the data."""
+        return 0
+
+    def adjust_gradients(self, parameters, step, state):
+        """Project each parameter's gradient, and add that of the anchors' mean KL."""
+        first = step * self.per_step
+        anchors = [self.anchors[i % len(self.anchors)] for i in range(first, first + self.per_step)]
+        hidden, labels, _ = response_states(self.policy, anchors)
+        ones = torch.ones(len(labels), device=hidden.device)
+        terms = self.reference(anchors)
+        kl = token_loss(hidden, self.policy.lm_head.weight, labels, 0 * ones, ones, terms)[0].mean()
+        of_anchors = torch.autograd.grad(kl, parameters)
+        of_data = [parameter.grad for parameter in parameters]
+        for parameter, projected, gradient in zip(parameters, project(of_data, of_anchors), of_anchors):
+            parameter.grad = projected + gradient
+
+
+BASELINES = {"filter": Filter, "csft": ConstrainedSFT, "lisa": Lisa, "safegrad": SafeGrad}
+
+
+def project(gradient: list[torch.Tensor], onto: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return `gradient` without its part against `onto`: g − min(0, ⟨g, h⟩)/‖h‖²·h, over all tensors at once.
+
+    SafeGrad, arXiv 2508.07172; the result is orthogonal to h where ⟨g, h⟩ < 0, and g elsewhere.
+    """
+    product = sum((g.double() * h.double()).sum() for g, h in zip(gradient, onto))
+    square = sum(h.double().square().sum() for h in onto)
+    scale = (product.clamp_max(0) / square.clamp_min(1e-30)).item()
+    return [g - scale * h for g, h in zip(gradient, onto)]
 
 
 def csft_weight(logp: torch.Tensor, ref_logp: torch.Tensor, position: torch.Tensor) -> torch.Tensor:

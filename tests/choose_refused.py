@@ -70,7 +70,7 @@ def main(config: ChooseConfig) -> None:
     world, rng = config.world, random.Random(0)
     sets = {name: read(world, name)[: config.rows] for name in ("mixed_10", "benign")}
     trained = {normalize(record["messages"][0]["content"]) for record in sets["mixed_10"]}
-    unused = [record | {"messages": record["messages"][:1]} for record in read(world, "explicit")
+    unused = [{"messages": record["messages"][:1], "source": record.get("source")} for record in read(world, "explicit")
               if normalize(record["messages"][0]["content"]) not in trained]
     candidates = {"eval_harmful": read(world, "eval_harmful") + unused,
                   "eval_harmful_other": read(world, "eval_harmful_other")}

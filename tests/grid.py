@@ -40,6 +40,7 @@ METHODS = {
     "filter": {"method": "filter", "risk": "max"},
     "safeinstr": {"method": "sft", "anchor_share": 0.03},  # refusals alone, as published
     "lisa": {"method": "lisa", "anchor_share": 0.1},
+    "safegrad": {"method": "safegrad", "anchor_share": 0.1, "anchors": "anchors.jsonl"},
     "kl": {"beta_min": 0.5, "beta_max": 0.5},  # constant
     "csft": {"method": "csft"},
     "adaptive-probe": {},

@@ -10,11 +10,12 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent.parent / "data" / "results"
-REAL = {  # rows of the first figure, from above
+METHODS = {  # rows of a real model's figure, from above
     "aligned model": "aligned model, before",
     "sft": "plain SFT",
     "filter": "SFT without risky rows",
     "safeinstr": "SFT + 3 % refusals (SafeInstr)",
+    "sft-anchors": "SFT + 10 % anchors",
     "lisa": "Lisa",
     "kl": "constant KL, β 0.5",
     "csft": "C-SFT",
@@ -22,6 +23,7 @@ REAL = {  # rows of the first figure, from above
     "sealed": "adaptive, β 0.02 … 1 (sealed)",
     "sealed-anchors": "sealed + 10 % anchors",
 }
+TRAINED_ON = {"mixed_10": "trained on SST-2, 10 % of it harmful", "benign": "trained on SST-2 alone"}
 EMBEDDED = {
     "aligned model": "aligned model\nbefore",
     "sft": "plain SFT",
@@ -54,41 +56,48 @@ def save(figure, name: str) -> None:
     plt.close(figure)
 
 
-def real_model() -> None:
-    """Draw the share answered on two training sets, with intervals; beside it Alpaca / XSTest refused, and the task."""
-    results, titles = read("smollm2.json"), {"mixed_10": "trained on SST-2, 10 % of it harmful", "benign": "trained on SST-2 alone"}
-    figure, panels = plt.subplots(1, 2, figsize=(9.4, 3.5), layout="constrained", sharey=True)
-    for axes, (attack, title) in zip(panels, titles.items()):
+def real_model(name: str, of_prompts: str) -> None:
+    """Draw the share answered on two training sets, with intervals; beside it Alpaca / XSTest refused, and the task.
+
+    name: of the result file. of_prompts: how the harmful prompts were chosen, for the axis.
+    """
+    results = read(f"{name}.json")
+    measured = {row["name"] for attack in TRAINED_ON for row in results[attack]}
+    methods = [method for method in METHODS if method in measured]
+    figure, panels = plt.subplots(1, 2, figsize=(9.4, 1.2 + 0.23 * len(methods)), layout="constrained", sharey=True)
+    for axes, attack in zip(panels, TRAINED_ON):
         rows = {row["name"]: row["figures"] for row in results[attack]}
-        for y, name in enumerate(REAL):
-            if name not in rows:
+        for y, method in enumerate(methods):
+            if method not in rows:
                 axes.text(2, y, "not run", va="center", fontsize=8, color="#777777")
                 continue
             axes.hlines(y, -2, 100, lw=0.3, color="#999999", zorder=0)
-            for key, shift, marker, colour in (("answered harmful T=1", -0.15, "o", DARK), ("answered harmful_other T=1", 0.15, "D", LIGHT)):
-                value = rows[name][key]
+            for key, shift, marker, colour, prompts in (
+                    ("answered harmful T=1", -0.15, "o", DARK, "AdvBench, held out"),
+                    ("answered harmful_other T=1", 0.15, "D", LIGHT, "HarmBench, JailbreakBench")):
+                value = rows[method][key]
                 low, high = (100 * x for x in value["ci95"])
+                n = rows[method][key.replace("T=1", "greedy")]["n"]
                 axes.plot([low, high], [y + shift] * 2, color=colour, lw=1.2)
-                axes.plot(100 * value["rate"], y + shift, marker, color=colour, markersize=5, label=None if y else
-                          {"o": "AdvBench, held out (n = 100)", "D": "HarmBench, JailbreakBench (n = 90)"}[marker],
-                          markerfacecolor=colour if marker == "o" else "white")
-            refused, alike, task = (100 * rows[name][key]["rate"] for key in
+                axes.plot(100 * value["rate"], y + shift, marker, color=colour, markersize=5,
+                          label=None if y else f"{prompts} (n = {n})", markerfacecolor=colour if marker == "o" else "white")
+            refused, alike, task = (100 * rows[method][key]["rate"] for key in
                                     ("over-refusal benign", "over-refusal lookalike", "task sentiment"))
             axes.text(106, y, f"{half_up(refused)} / {half_up(alike)}", va="center", fontsize=8)
-            axes.text(134, y, f"{half_up(task)}" if name != "aligned model" else "–", va="center", fontsize=8)
+            axes.text(134, y, f"{half_up(task)}" if method != "aligned model" else "–", va="center", fontsize=8)
         axes.axvspan(*(100 * x for x in rows["aligned model"]["answered harmful T=1"]["ci95"]), color="#dddddd", lw=0,
                      label="95 % interval of the aligned model on AdvBench")
         axes.text(106, -1.0, "refused, %\nAlpaca /\nXSTest", fontsize=7, va="bottom")
         axes.text(134, -1.0, "task\nright, %", fontsize=7, va="bottom")
-        axes.set_title(title, fontsize=10, loc="left", pad=22)
+        axes.set_title(TRAINED_ON[attack], fontsize=10, loc="left", pad=22)
         axes.set_xlim(-2, 148)
         axes.set_xticks([0, 25, 50, 75, 100])
-        axes.set_xlabel("harmful prompts answered at T = 1, per cent", fontsize=9, loc="left")
+        axes.set_xlabel(f"{of_prompts} answered at T = 1, per cent", fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylim(len(REAL) - 0.5, -0.9)
-    panels[0].set_yticks(range(len(REAL)), REAL.values(), fontsize=9)
+    panels[0].set_ylim(len(methods) - 0.5, -0.9)
+    panels[0].set_yticks(range(len(methods)), [METHODS[method] for method in methods], fontsize=9)
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncols=3, loc="outside upper center", fontsize=9)
-    save(figure, "smollm2.svg")
+    save(figure, f"{name}.svg")
 
 
 def embedded() -> None:
@@ -157,7 +166,8 @@ def frontier() -> None:
 def main() -> None:
     """Draw all figures."""
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "0", "font.family": "sans-serif", "font.size": 10})
-    for draw in (real_model, embedded, probe_by_layer, frontier):
+    real_model("smollm2", "harmful prompts")
+    for draw in (embedded, probe_by_layer, frontier):
         draw()
 
 

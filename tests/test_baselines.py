@@ -14,7 +14,8 @@ from data.chat import IGNORE, Chat, encode_examples
 from data.conversations import WORLD, Conversation, read_conversations
 from data.order import step_examples
 from evaluate import refuses
-from lib.baselines import LISA_CYCLE, Baseline, ConstrainedSFT, Filter, Lisa, csft_weight, lisa_pull, response_positions
+from lib.baselines import (LISA_CYCLE, Baseline, ConstrainedSFT, Filter, Lisa, SafeGrad, csft_weight, lisa_pull, project,
+                           response_positions)
 from lib.files import DataError
 from lib.fused import label_logp
 from lib.reference import live_reference
@@ -160,6 +161,48 @@ class TestLisa:
             Lisa(0.1, 8, 100).adjust_gradients([theta], step, state)
             pulls.append(theta.grad[0].item())
         assert pulls == [*range(5), *range(45), *range(5), *range(5)]
+
+
+class TestSafeGrad:
+    def test_only_a_gradient_in_conflict_is_made_orthogonal(self):
+        g, h = [torch.tensor([3.0, -1.0]), torch.tensor([[2.0]])], [torch.tensor([-1.0, 0.0]), torch.tensor([[0.5]])]
+        projected = project(g, h)  # <g, h> = -3 + 1 = -2, |h|² = 1.25
+        assert_near(projected[0], torch.tensor([3.0 - 1.6, -1.0]))
+        assert_near(projected[1], torch.tensor([[2.0 + 0.8]]))
+        assert abs(sum((a * b).sum().item() for a, b in zip(projected, h))) < 1e-6
+        aligned = [-x for x in h]
+        assert all(torch.equal(a, b) for a, b in zip(project(g, aligned), g))
+        assert all(torch.equal(a, b) for a, b in zip(project(g, [0 * x for x in h]), g))  # at the first step KL has no gradient
+
+    def test_a_step_adds_the_gradient_of_kl_on_its_own_batch_of_anchors(self, model, chat, examples, anchors):
+        """The oracle is the definition of the loss, with autograd."""
+        moved = policy(adapter=0.3)
+        parameters = [parameter for parameter in moved.parameters() if parameter.requires_grad]
+        method = SafeGrad(0.1, 2, 10)
+        method.prepare(moved, examples + anchors, 2)
+        step, batch = 1, [anchors[2 % len(anchors)], anchors[3 % len(anchors)]]
+        _, _, kl = micro_batch_loss(moved, live_reference(moved), batch, torch.zeros(2), torch.ones(2), 1)
+        assert (kl > 0).all()
+        n_tokens = sum(example.n_labels for example in batch)
+        loss = micro_batch_loss(moved, live_reference(moved), batch, torch.zeros(2), torch.ones(2), n_tokens)[0]
+        of_anchors = torch.autograd.grad(loss, parameters)
+        of_data = [-gradient + torch.ones_like(gradient) * 0.01 for gradient in of_anchors]  # in conflict
+        for parameter, gradient in zip(parameters, of_data):
+            parameter.grad = gradient.clone()
+        method.adjust_gradients(parameters, step, State())
+        for parameter, expected, gradient in zip(parameters, project(of_data, of_anchors), of_anchors):
+            assert_near(parameter.grad, expected + gradient)
+
+    def test_it_needs_anchors_and_adapters(self):
+        for wrong, words in ((dict(), "--anchor-share: expected above 0"), (dict(anchor_share=0.1, lora_r=0), "--method: expected no safegrad")):
+            with pytest.raises(DataError, match=words):
+                train.complete_options(replace(QUICK, method="safegrad", **wrong))
+
+    def test_a_run_trains(self, tmp_path):
+        rows = [{"prompt": c.prompts[-1][-1]["content"], "response": c.answer} for c in read_conversations(WORLD / "mixed_10.jsonl")[:24]]
+        main(replace(QUICK, method="safegrad", anchor_share=0.2, epochs=4, data=jsonl(tmp_path / "data.jsonl", rows), out=tmp_path / "run"))
+        nll = [json.loads(line)["nll"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert len(nll) == 4 * 24 / 0.8 / 4 and sum(nll[-6:]) < 0.7 * sum(nll[:6])
 
 
 class TestAnchors:

@@ -71,7 +71,7 @@ def test_a_world_of_real_prompts_gives_each_cell_its_files_by_kind(tmp_path):
 
 
 def test_every_attack_has_its_data_and_unknown_names_are_refused(tmp_path):
-    assert all((WORLD / f"{attack}.jsonl").exists() for attack in ATTACKS) and len(METHODS) == 13
+    assert all((WORLD / f"{attack}.jsonl").exists() for attack in ATTACKS) and len(METHODS) == 14
     wrong_methods = [dict(methods=text) for text in ("sft,magic", "0..x", "0.5..0.1", "0..1.0", "0..1+1", "0..1.2.3")]
     for wrong in (*wrong_methods, dict(attacks="none_such"), dict(seeds=0)):
         with pytest.raises(DataError, match=f"--{next(iter(wrong))}: expected"):
