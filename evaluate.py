@@ -385,8 +385,9 @@ def main(config: EvalConfig) -> None:
     """Evaluate each path, compare finished runs, or print answers to a prompt."""
     distributed.init()
     alone = len(config.paths) == 1 and not config.compare and config.prompt is None
-    require(config, ("paths", config.paths, "at least one run or checkpoint folder"),
-            ("prompt", config.prompt is None or not config.compare, "none with --compare"),
+    if not config.paths:
+        raise DataError("expected a run or a checkpoint folder, found none; type python evaluate.py FOLDER")
+    require(config, ("prompt", config.prompt is None or not config.compare, "none with --compare"),
             ("prompt", not os.path.exists(config.prompt or ""), "the words of a prompt, then folders"),
             ("fluency", config.compare or not config.fluency, "none without --compare"),
             ("out", alone or not config.out, "none with --compare, --prompt or several paths"))

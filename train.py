@@ -429,13 +429,23 @@ def trainable(policy: Transformer) -> str:
 
 
 def print_plan(config: TrainConfig, policy: Transformer, examples: list[Example]) -> None:
-    """Print what a run would train, and on how much."""
-    n_data = sum(not example.anchor for example in examples)
-    n_input = sum(len(example.input_ids) for example in examples)
-    print(f"{n_data} examples and {len(examples) - n_data} anchors: {n_input} tokens, "
-          f"{sum(example.n_labels for example in examples)} of them in responses\n"
-          f"{config.n_steps(n_data)} steps of {config.per_step} examples; {trainable(policy)}; "
-          f"--dry-run: nothing is kept")
+    """Print what a run would train, on how much, and the memory and time to expect, by a batch of the longest."""
+    n_data, n_input = sum(not e.anchor for e in examples), sum(len(e.input_ids) for e in examples)
+    n_steps, n_labels = config.n_steps(n_data), sum(e.n_labels for e in examples)
+    batch = sorted(examples, key=lambda e: len(e.input_ids))[-config.batch_size :]
+    alpha = torch.ones(len(batch))
+    for _ in range(2):  # the first one warms up
+        started = time.perf_counter()
+        loss, nll, _ = micro_batch_loss(policy, None, batch, alpha, 1 - alpha, 1)
+        loss.backward()
+        nll.sum().item()  # waits for the device
+    tokens_per_s = sum(len(e.input_ids) for e in batch) / (time.perf_counter() - started)
+    minutes = n_steps * config.per_step * n_input / len(examples) / tokens_per_s / 60
+    n_bytes = sum(p.numel() * (p.element_size() + 12 * p.requires_grad) for p in policy.parameters())
+    print(f"{n_data} examples and {len(examples) - n_data} anchors: {n_input} tokens, {n_labels} of them in responses\n"
+          f"{n_steps} steps of {config.per_step} examples; {trainable(policy)}\n"
+          f"to expect: about {minutes:.1f} minutes of training, {n_bytes / 1e9:.2f} GB for weights, gradients and "
+          f"AdamW's state, and the activations of a batch\n--dry-run: nothing is kept")
 
 
 def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:

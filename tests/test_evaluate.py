@@ -350,7 +350,7 @@ def test_it_evaluates_a_folder_and_overwrites_nothing(tmp_path, monkeypatch, cap
         main(config)
     with pytest.raises(DataError, match="--out: expected none with --compare, --prompt or several paths"):
         main(EvalConfig(paths=(WORLD,), compare=True, out=tmp_path / "c"))
-    with pytest.raises(DataError, match="expected at least one run"):
+    with pytest.raises(DataError, match="expected a run or a checkpoint folder, found none"):
         main(EvalConfig())
     monkeypatch.setattr("evaluate.load_model", lambda *args: pytest.fail("too early"))
     (tmp_path / "run").mkdir()
