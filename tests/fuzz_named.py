@@ -86,7 +86,7 @@ NAMED = [
         ("{{ raise_exception('a\x1b[31m\nb') }}", "refuses it: a [31m b"), ("{% if %}", "TemplateSyntaxError"), ("{{ " + "(" * 9999, "RecursionError"),
         ("{{ messages[0].content }}{{ '\\ud83d' }}", "expected a tokenizer")]),
     ("template", pipe("chat_template.jinja"), "found a pipe"), ("template", link("tokenizer.json", "/etc/passwd"), "found a link"),
-    ("template", edit("config.json", vocab_size=50), "token ids under the model's vocab_size = 50"), ("template", put("tokenizer.json", "{}"), "a tokenizer"),
+    ("template", edit("config.json", vocab_size=50), "not under the model's vocab_size = 50"), ("template", put("tokenizer.json", "{}"), "a tokenizer"),
     *(("tokenizer", edit("tokenizer_config.json", chat_template=odd), "expected a chat template")
       for odd in (3, {"a": 1}, [3], [{"template": "x"}], [[]], None)),
     *(("records", put("rows.jsonl", HELLO + "}\n" + text), f"rows.jsonl:2: {words}") for text, words in [
