@@ -5,7 +5,6 @@ A collective is called by all processes, or by none.
 
 import gc
 import os
-import pickle
 import sys
 from datetime import timedelta
 
@@ -67,10 +66,6 @@ def on_rank_zero(function):
             box[0] = function()
         except Exception as error:
             box[1] = error
-            try:
-                pickle.dumps(error)
-            except Exception:
-                box[1] = RuntimeError(repr(error))
     dist.broadcast_object_list(box)
     if box[1] is not None:
         raise box[1]
@@ -133,12 +128,8 @@ def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 def optimizer_groups(parameters: list) -> list[dict]:
     """Return parameter groups: whole and sharded parameters apart, since fused AdamW takes no mixture."""
-    groups = []
-    for sharded in (False, True):
-        group = [p for p in parameters if is_sharded(p) == sharded]
-        if group:
-            groups.append({"params": group})
-    return groups
+    groups = [[p for p in parameters if is_sharded(p) == sharded] for sharded in (False, True)]
+    return [{"params": group} for group in groups if group]
 
 
 def sum_and_clip(parameters: list, max_norm: float) -> float:
@@ -148,19 +139,15 @@ def sum_and_clip(parameters: list, max_norm: float) -> float:
     """
     gradients = [p.grad for p in parameters if not is_sharded(p)]
     sharded = [p.grad.to_local() for p in parameters if is_sharded(p)]
-    if sharded:
-        torch._foreach_mul_(sharded, world_size())  # FSDP has averaged them
-    if world_size() > 1 and gradients:
-        summed = all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
-        parts = summed.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts):
-            gradient.copy_(part.view_as(gradient))
+    for gradient in sharded:
+        gradient.mul_(world_size())  # FSDP has averaged them
+    for gradient in gradients:
+        all_reduce_sum(gradient)
     norm = torch.nn.utils.get_total_norm(gradients).to(parameters[0].device)
     if sharded:
         squares = torch.nn.utils.get_total_norm(sharded).to(norm.device).square()
         norm = (all_reduce_sum(squares) + norm.square()).sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for group in (gradients, sharded):
-        if group:
-            torch._foreach_mul_(group, scale)
+    for gradient in gradients + sharded:
+        gradient.mul_(scale)
     return norm.item()
