@@ -29,7 +29,6 @@ from lib.checkpoint import (Config, checkpoint_files, expect_tensors, lora_rules
 from lib.distributed import all_true, full_tensor, on_rank_zero, rank, world_size
 from lib.files import ModelError, expect, read_json
 
-POLL = {"cuda": 8}  # look every so many tokens which rows are finished (default 1): it waits for the GPU
 
 
 # ---------------------------------------------------------------- the transformer
@@ -69,27 +68,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor):
     return torch.cat((rotary * cos + turned * sin, rest), -1)
 
 
-def attention_masks(attention_mask, windows, slots: Tensor, S: int) -> dict:
-    """Return {window: mask (B or 1, 1, T, S), True at the keys to attend to, or None for a causal mask}.
+def key_mask(attention_mask, window, slots: Tensor, S: int):
+    """Return a mask (B or 1, 1, T, S), True at the keys to attend to, or None where it is causal and no more.
 
-    `attention_mask` (B, S) is True at real tokens, or None if all are; `slots` (T,) are the indices of the
+    attention_mask (B, S) is True at real tokens, or None if all are; slots (T,) are the indices of the
     queries among the S keys. A padding query attends to itself, so that no row is empty.
     """
-    masks = {}
-    T = len(slots)
+    if attention_mask is None and S == len(slots) and (window is None or S <= window):
+        return None
     query = slots[:, None]
     key = torch.arange(S, device=slots.device)
-    for window in set(windows):
-        if attention_mask is None and S == T and (window is None or T <= window):
-            masks[window] = None
-            continue
-        mask = key <= query  # (T, S)
-        if window is not None:
-            mask = mask & (query - key < window)
-        if attention_mask is not None:
-            mask = mask & attention_mask[:, None, None].bool()  # (B, 1, T, S)
-        masks[window] = (mask | (key == query)).reshape(-1, 1, T, S)
-    return masks
+    mask = key <= query  # (T, S)
+    if window is not None:
+        mask = mask & (query - key < window)
+    if attention_mask is not None:
+        mask = mask & attention_mask[:, None, None].bool()  # (B, 1, T, S)
+    return (mask | (key == query)).reshape(-1, 1, *mask.shape[-2:])
 
 
 def attend(q, k, v, mask, grouped: bool):
@@ -173,7 +167,7 @@ class KVCache:
     def __init__(self, model, batch: int, capacity: int):
         config = model.config
         shape = (2, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.blocks = [model.lm_head.weight.new_zeros(shape) for _ in config.windows]
+        self.blocks = [model.lm_head.weight.new_zeros(shape) for _ in model.model.layers]
         self.length = 0
 
     def append(self, block: int, k, v):
@@ -197,7 +191,6 @@ class Attention(nn.Module):
         N, K = config.num_attention_heads, config.num_key_value_heads
         D, H = config.head_dim, config.hidden_size
         self.block = block
-        self.window = config.windows[block]
         self.head_dim, self.grouped = D, N != K
         self.sizes = [N * D, K * D, K * D]
         self.fused = config.model_type == "phi3"
@@ -210,7 +203,7 @@ class Attention(nn.Module):
         self.q_norm = norm(D, config.rms_norm_eps)
         self.k_norm = norm(D, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, masks, cache, grid):
+    def forward(self, x, cos, sin, mask, cache, grid):
         """Return the output (B, T, H) for x (B, T, H), or (n, H) for (n, H) if grid = ((B, T), rows (n,))."""
         if self.fused:
             q, k, v = self.qkv_proj(x).split(self.sizes, -1)
@@ -224,7 +217,7 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
         if cache is not None:
             k, v = cache.append(self.block, k, v)  # (B, K, S, D)
-        y = attend(q, k, v, masks[self.window], self.grouped)  # (B, T, N·D)
+        y = attend(q, k, v, mask, self.grouped)  # (B, T, N·D)
         if grid is not None:
             y = y.flatten(0, 1)[grid[1]]  # (n, N·D)
         return self.o_proj(y)
@@ -307,7 +300,7 @@ class Decoder(nn.Module):
             real = attention_mask.bool()
         slots = torch.arange(start, start + T, device=x.device)  # (T,)
         cos, sin = self.rotary_embedding(real, slots, x.dtype)
-        masks = attention_masks(attention_mask, self.config.windows, slots, start + T)
+        mask = key_mask(attention_mask, self.config.window, slots, start + T)
         grid = None
         if rows is not None:
             grid = (B, T), rows
@@ -316,7 +309,7 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.layers, 1):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 block = partial(checkpoint, block, use_reentrant=False)
-            x = block(x, cos, sin, masks, cache, grid)
+            x = block(x, cos, sin, mask, cache, grid)
             if i in layers:
                 states[i] = pool(x)
         if cache:
@@ -350,11 +343,6 @@ class Transformer(nn.Module):
         """Return logits (B, T, V) in the model's dtype. `attention_mask` (B, T): True or 1 at real tokens."""
         return self.lm_head(self.model(input_ids, attention_mask)[0])
 
-    def hidden_states(self, input_ids, attention_mask=None, layers=None):
-        """Return the residual stream (len(layers), B, T, H), not normed; layers None: all L + 1."""
-        layers = range(len(self.model.layers) + 1) if layers is None else layers
-        return torch.stack(self.model(input_ids, attention_mask, layers=layers)[1])
-
     @contextmanager
     def adapters_off(self):
         """Make the model the reference policy (arXiv 2602.17546), its frozen weights alone. Can be nested."""
@@ -380,25 +368,13 @@ def compile_blocks(model: Transformer, when: str = "on", backend: str = "inducto
     has its own, and with adapters off there is one more. `when`: on, off, or auto, which is on for CUDA and
     more than 100 M parameters: a smaller model would compile longer than it trains.
     """
-    device = model.device.type
     if when == "auto":
         large = sum(parameter.numel() for parameter in model.parameters()) > 100e6
-        when = "on" if large and device == "cuda" else "off"
-    if when == "on" and can_compile(device, backend):
+        when = "on" if large and model.device.type == "cuda" else "off"
+    if when == "on":
+        torch._dynamo.config.suppress_errors = True  # warn and go on where there is no compiler
         for block in model.model.layers:
             block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
-
-
-@cache
-def can_compile(device: str, backend: str) -> bool:
-    """Return whether torch.compile works here, tried on one function; print why if it does not."""
-    try:
-        torch.compile(torch.sin, backend=backend)(torch.ones(8, device=device))
-        return True
-    except Exception as error:  # no compiler, no Triton, a torch that is too old for the card, …
-        reason = str(error).strip().splitlines()[0][:100]
-        print(f"torch.compile does not work here ({reason}): continuing without it")
-        return False
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -443,12 +419,6 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> Transfor
     """
     path = Path(path)
     config = read_config(path)
-    try:
-        device = torch.empty(0, device=device).device  # "cuda" with its number: to safetensors it is GPU 0
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"device: expected one that this machine has, found {device!r} ({reason})") from None
-    tokenizer_files(path)
     files = checkpoint_files(path)
     stored = read_headers(files)
     blocks = {key.split(".")[2] for key in stored if key.startswith("model.layers.")}
@@ -462,9 +432,9 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> Transfor
             del stored[key]
     expect_tensors(stored, parameters, path)
     for file in files:
-        with open_safetensors(file, device) as tensors:
+        with open_safetensors(file) as tensors:
             keys = parameters.keys() & tensors.keys()
-            shard = {key: tensors.get_tensor(key).to(dtype or config.dtype) for key in keys}
+            shard = {key: tensors.get_tensor(key).to(device, dtype or config.dtype) for key in keys}
         model.load_state_dict(shard, assign=True, strict=False)
     model.tie_weights()
     model.path = path
@@ -499,17 +469,14 @@ def add_lora(model: Transformer, r: int, alpha: float, targets=None, seed: int =
     """Put adapters (float32, A random as in PEFT, B zero) into every linear in `targets`. Returns the names.
 
     The update is (alpha/r) B A of rank r (Hu et al. 2021, arXiv 2106.09685). `targets` None: every linear
-    but the head. Raises ModelError for a name that matches no linear, and for a tied head.
+    but the head, which is the reference's, too. Raises ModelError for a name that is none of these.
     """
     layers = linears(model)
-    names = {name.rpartition(".")[2] for name in layers}
-    targets = sorted(targets or names - {"lm_head"})
+    names = {name.rpartition(".")[2] for name in layers} - {"lm_head"}
+    targets = sorted(targets or names)
     if unknown := set(targets) - names:
-        raise ModelError(f"LoRA targets: expected some of {', '.join(sorted(names - {'lm_head'}))}, "
+        raise ModelError(f"LoRA targets: expected some of {', '.join(sorted(names))}, "
                          f"found {', '.join(sorted(unknown))}")
-    if "lm_head" in targets and model.config.tie_word_embeddings:
-        raise ModelError("LoRA targets: lm_head shares its weight with the embeddings here, "
-                         "and cannot be adapted alone")
     generator = torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
         if name.rpartition(".")[2] not in targets:
@@ -624,7 +591,6 @@ def complete(model: Transformer, prompts: list, max_new_tokens: int, temperature
     """
     device = model.device
     stop = torch.tensor(sorted(eos), device=device, dtype=torch.long)
-    poll = POLL.get(device.type, 1)
     rope = model.config.rope
     is_longrope = rope["rope_type"] == "longrope"
 
@@ -647,14 +613,11 @@ def complete(model: Transformer, prompts: list, max_new_tokens: int, temperature
         new = sample(logits, temperature, u[live, t - T, None])  # (rows,)
         ids[live, t] = new
         done |= torch.isin(new, stop)
-        if t + 1 == end:
+        if t + 1 == end or all_true(done.all()):
             break
-        if (t - T) % poll == poll - 1:
-            if all_true(done.all()):
-                break
-            if len(done) / 4 <= done.sum() < len(done):  # selecting copies the cache
-                cache.select(~done)
-                live, real, new, done = (rows[~done] for rows in (live, real, new, done))
+        if len(done) / 4 <= done.sum() < len(done):  # selecting copies the cache
+            cache.select(~done)
+            live, real, new, done = (rows[~done] for rows in (live, real, new, done))
         lengths = {len(prompt) + t - T for prompt in prompts}
         if is_longrope and rope["original_max_position_embeddings"] in lengths:
             cache.length = 0  # the frequencies change: cached keys are outdated

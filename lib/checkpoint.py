@@ -20,14 +20,12 @@ from lib.files import (DataError, ModelError, atomic_write, between, either, exp
                        read_json, write_json)
 
 ROOT = Path(__file__).parent.parent
-GIT_SECONDS = 10  # that git may take to name the commit
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 FLOATS = ("F64", "F32", "BF16", "F16")  # safetensors' names
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
                    "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
                    "merges.txt", "generation_config.json")
 LARGEST = 1 << 60  # bytes of a weight file
-LARGEST_TOKENIZER = 1 << 28  # bytes of a tokenizer file
 
 
 # ---------------------------------------------------------------- config.json
@@ -44,38 +42,47 @@ def are_names(value) -> bool:
 
 
 # Rules for the keys of config.json, its RoPE settings and adapter_config.json. Other keys are not read.
-POSITIONS = between(2, 10**9)
+SIZE = between(1, 10**7)
+OPTIONAL_SIZE = between(1, 10**7, optional=True)
 FACTOR = between(1e-6, 1e6, float)
+DTYPE = one_of(None, "float32", "bfloat16", "float16")
 REQUIRED = {
-    "vocab_size": between(1, 10**7),
-    "hidden_size": between(1, 10**6),
-    "intermediate_size": between(1, 10**6),
-    "num_hidden_layers": between(1, 10**4),
-    "num_attention_heads": between(1, 10**4),
-    "max_position_embeddings": POSITIONS,
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "num_hidden_layers": SIZE,
+    "num_attention_heads": SIZE,
+    "max_position_embeddings": SIZE,
     "rms_norm_eps": between(1e-30, 1, float),
 }
-SWITCHES = ("use_sliding_window", "tie_word_embeddings", "attention_bias", "mlp_bias")
+SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 RULES = REQUIRED | dict.fromkeys(SWITCHES, either(bool, optional=True)) | {
     "model_type": one_of(*FAMILIES),
     "hidden_act": one_of(None, "silu"),
     "quantization_config": ("none: load the unquantized checkpoint", lambda value: value is None),
-    "num_key_value_heads": between(1, 10**4, optional=True),
-    "head_dim": between(1, 10**4, optional=True),
-    "sliding_window": between(1, 10**9, optional=True),
-    "max_window_layers": between(0, 10**4, optional=True),
-    "layer_types": ("a list of names", lambda types: types is None or are_names(types)),
-    "original_max_position_embeddings": between(2, 10**9, optional=True),
+    "num_key_value_heads": OPTIONAL_SIZE,
+    "head_dim": OPTIONAL_SIZE,
+    "sliding_window": OPTIONAL_SIZE,
+    "use_sliding_window": one_of(None, False),  # Qwen's, in some layers
+    "layer_types": ("full_attention alone", lambda types: types is None or are_names(types)
+                    and set(types) <= {"full_attention"}),
+    "original_max_position_embeddings": OPTIONAL_SIZE,
     "rope_parameters": either(dict, optional=True),
     "rope_scaling": either(dict, optional=True),
-    "dtype": one_of(None, "float32", "bfloat16", "float16"),
-    "torch_dtype": one_of(None, "float32", "bfloat16", "float16"),
+    "dtype": DTYPE,
+    "torch_dtype": DTYPE,
+}
+ROPE_TYPES = {  # further rules of each type
+    "default": {},
+    "linear": {"factor": FACTOR},
+    "llama3": {"factor": FACTOR, "original_max_position_embeddings": SIZE, "low_freq_factor": FACTOR,
+               "high_freq_factor": FACTOR},
+    "longrope": {"factor": FACTOR, "original_max_position_embeddings": between(2, 10**7)},
 }
 ROPE_RULES = {
-    "rope_type": one_of("default", "linear", "llama3", "longrope"),
+    "rope_type": one_of(*ROPE_TYPES),
     "rope_theta": between(1, 1e12, float),
     "partial_rotary_factor": between(0, 1, float),
-    "original_max_position_embeddings": between(2, 10**9, optional=True),
     "attention_factor": between(1e-3, 1e3, float, optional=True),
     "full_attention": ("one set of parameters for all layers", lambda value: value is None),
 }
@@ -109,7 +116,7 @@ class Config:
     max_position_embeddings: int
     tie_word_embeddings: bool
     rope: dict  # rope_type, rope_theta, partial_rotary_factor, and further parameters of the type
-    windows: tuple  # per block: length of the sliding window, or None for full attention
+    window: int | None  # length of the sliding window; None: full attention
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
@@ -121,15 +128,12 @@ class Config:
 def read_config(path) -> Config:
     """Read config.json and the end tokens of generation_config.json. Raises ModelError with file and key."""
     file = Path(path) / "config.json"
-    if not os.path.lexists(file) and os.path.lexists(file.with_name("adapter_config.json")):
-        raise ModelError(f"{path}: expected a checkpoint, found a PEFT adapter; merge it into its model, and "
-                         f"copy that model's tokenizer and chat template into the new folder, here MERGED:\n"
-                         f"  from peft import AutoPeftModelForCausalLM as Model\n  Model.from_pretrained("
-                         f"{str(path)!r}).merge_and_unload().save_pretrained('MERGED')")
+    if not file.exists() and file.with_name("adapter_config.json").exists():
+        raise ModelError(f"{path}: expected a checkpoint, found a PEFT adapter: merge it into its model with "
+                         "peft's merge_and_unload(), and save the model with its tokenizer")
     raw = read_json(file)
     if "model_type" not in raw and "method" in raw:
-        raise ModelError(f"{path}: expected a checkpoint, found a run of train.py; its model is "
-                         f"{Path(path) / 'model'}, which an unfinished run lacks")
+        raise ModelError(f"{path}: expected a checkpoint, found a run of train.py: its model is {path}/model")
     expect(raw, RULES, file)
     values = {key: value for key, value in raw.items() if value is not None}
     family, n_heads = values["model_type"], values["num_attention_heads"]
@@ -149,7 +153,7 @@ def read_config(path) -> Config:
         head_dim=head_dim,
         tie_word_embeddings=values.get("tie_word_embeddings", False),
         rope=read_rope(values, head_dim, file),
-        windows=read_windows(values, file),
+        window=values.get("sliding_window") if family in ("mistral", "phi3") else None,
         qkv_bias=bias or family == "qwen2",
         o_bias=bias,
         mlp_bias=family == "llama" and values.get("mlp_bias", False),
@@ -163,23 +167,6 @@ def lora_rules(config: dict) -> dict:
     """Return the rules for adapter_config.json. A key that is not known here must be off."""
     unknown = config.keys() - LORA_RULES - LORA_NOTES
     return LORA_RULES | dict.fromkeys(unknown, ("plain LoRA without it", lambda value: not value))
-
-
-def read_windows(values: dict, file: Path) -> tuple:
-    """Return each block's window: in mistral and phi3 all slide, in qwen2 and qwen3 those that it names."""
-    family, n_layers = values["model_type"], values["num_hidden_layers"]
-    window, types = values.get("sliding_window"), values.get("layer_types", [])
-    kinds = {"full_attention": None, "sliding_attention": window}
-    expect(values, {"layer_types": (f"a list of {n_layers} times {' or '.join(kinds)}", lambda _:
-                                    len(types) in (0, n_layers) and kinds.keys() >= set(types))}, file)
-    if family in ("mistral", "phi3"):
-        return (window,) * n_layers
-    if family == "llama" or not values.get("use_sliding_window"):
-        return (None,) * n_layers
-    if types:
-        return tuple(kinds[kind] for kind in types)
-    n_full = values.get("max_window_layers", n_layers)
-    return tuple(window if i >= n_full else None for i in range(n_layers))
 
 
 def read_eos_token_ids(file: Path, vocab_size: int) -> tuple:
@@ -208,13 +195,6 @@ def read_rope(values: dict, head_dim: int, file: Path) -> dict:
     kind, dim = rope["rope_type"], int(head_dim * rope["partial_rotary_factor"])
     rules = {"partial_rotary_factor": (f"an even number of rotary dimensions of {head_dim}",
                                        lambda _: dim >= 2 and dim % 2 == 0)}
-    if kind != "default":
-        rules["factor"] = FACTOR
-    if kind == "llama3":
-        rules["original_max_position_embeddings"] = POSITIONS
-        rules["low_freq_factor"] = FACTOR
-        rules["high_freq_factor"] = ("a number, low_freq_factor < high_freq_factor", lambda high:
-                                     FACTOR[1](high) and rope["low_freq_factor"] < high)
     if kind == "longrope":
         longest, key = values["max_position_embeddings"], "original_max_position_embeddings"
         rope[key] = values.get(key) or rope.get(key, longest)
@@ -222,18 +202,18 @@ def read_rope(values: dict, head_dim: int, file: Path) -> dict:
         rules["short_factor"] = rules["long_factor"] = (
             f"a list of {dim // 2} positive numbers", lambda factors: isinstance(factors, list)
             and len(factors) == dim // 2 and all(map(FACTOR[1], factors)))
-    expect(rope, rules, f"{file}: RoPE {kind}")
+    expect(rope, ROPE_TYPES[kind] | rules, f"{file}: RoPE {kind}")
     return rope
 
 
 # ---------------------------------------------------------------- weights
 
 
-def open_safetensors(file: Path, device="cpu"):
+def open_safetensors(file: Path):
     """Open a safetensors file. Raises ModelError that names it."""
-    expect_file(file, LARGEST, ModelError, links=False)
+    expect_file(file, LARGEST, ModelError)
     try:
-        return safe_open(file, framework="pt", device=str(device))
+        return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file}: expected a safetensors file, found: {str(error)[:300]}") from None
 
@@ -241,21 +221,17 @@ def open_safetensors(file: Path, device="cpu"):
 def checkpoint_files(path) -> list[Path]:
     """Return a folder's weight files: those of its index, or model.safetensors."""
     index = Path(path) / "model.safetensors.index.json"
-    if not os.path.lexists(index):
+    if not index.exists():
         return [index.with_name("model.safetensors")]
-    table = read_json(index).get("weight_map")
-    names = list(table.values()) if isinstance(table, dict) else []
-    for name in names or [None]:
-        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
-            raise ModelError(f"{index}: expected a weight_map from keys to names of safetensors files in "
-                             f"{path}, found {name!r:.60}")
-    return [index.with_name(name) for name in sorted(set(names))]
+    table = read_json(index)
+    expect(table, {"weight_map": ("names of safetensors files by key", lambda names: isinstance(names, dict)
+                                  and names and are_names([*names.values()]))}, index)
+    return [index.with_name(name) for name in sorted(set(table["weight_map"].values()))]
 
 
 def tokenizer_files(path: Path) -> list[Path]:
-    """Return the tokenizer and template files of a folder. Raises ModelError for a link that leaves it."""
-    files = [path / name for name in TOKENIZER_FILES if os.path.lexists(path / name)]
-    return [expect_file(file, LARGEST_TOKENIZER, ModelError, links=False) for file in files]
+    """Return the tokenizer and template files of a folder."""
+    return [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
 
 
 def read_headers(files: list[Path]) -> dict[str, tuple]:
@@ -288,11 +264,8 @@ def expect_tensors(stored: dict[str, tuple], parameters: dict, where) -> None:
 def write_folder(path: Path, tensors: dict, config: dict, kind: str = "", copies=()) -> None:
     """Write a new folder with model.safetensors, config.json, and copies of files, atomically.
 
-    kind="adapter_" is the prefix of both names in PEFT's format. Raises FileExistsError for a `path` that
-    exists, and OSError that names it.
+    kind="adapter_" is the prefix of both names in PEFT's format. Raises OSError for a `path` that exists.
     """
-    if path.exists():
-        raise FileExistsError(f"{path}: exists already; a model is never written over another")
     with atomic_write(path) as part:
         part.mkdir(parents=True)
         save_file(tensors, part / f"{kind}model.safetensors", metadata={"format": "pt"})
@@ -333,21 +306,12 @@ def checksum(tensors: dict, metadata: dict) -> str:
     return digest.hexdigest()
 
 
+@functools.cache  # a run asks three times
 def fingerprint(path) -> str:
-    """Return the SHA-256 (hex) of config.json and every weight file of a folder."""
-    files = []
-    for file in (Path(path) / "config.json", *checkpoint_files(path)):
-        status = expect_file(file, LARGEST, ModelError, links=False).stat()
-        files.append((file.absolute(), status.st_ino, status.st_size, status.st_mtime_ns))
-    return hash_files(tuple(files))
-
-
-@functools.cache
-def hash_files(files: tuple) -> str:
-    """Return the SHA-256 (hex) of files (path, …) one behind the other; a run asks three times."""
+    """Return the SHA-256 (hex) of config.json and every weight file of a folder, one behind the other."""
     digest = hashlib.sha256()
-    for path, *_ in files:
-        with open(path, "rb") as stream:
+    for file in (Path(path) / "config.json", *checkpoint_files(path)):
+        with open(expect_file(file, LARGEST, ModelError), "rb") as stream:
             hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
 
@@ -358,15 +322,15 @@ def hash_files(files: tuple) -> str:
 def commit(folder: Path = ROOT) -> str | None:
     """Return the commit checked out in `folder`, with -dirty if a tracked file differs.
 
-    Returns None for a folder without its own .git, also inside another checkout, and if git fails.
+    Returns None for a folder without its own .git, and if git fails.
     """
     command = ["git", f"--git-dir={folder / '.git'}", f"--work-tree={folder}", "describe", "--always",
                "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip() or None
+    return result.stdout.strip()
 
 
 def provenance(model, data) -> dict:

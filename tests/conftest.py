@@ -72,6 +72,11 @@ def policy(path=WORLD / "model", adapter=0.05, dtype=torch.float32):
     return model
 
 
+def hidden_states(model, ids, mask=None, layers=None):
+    """Return the residual stream (layers, B, T, H), not normed, behind these blocks; None: all."""
+    return torch.stack(model.model(ids, mask, layers=layers or range(len(model.model.layers) + 1))[1])
+
+
 def tolerance(dtype=torch.float32) -> float:
     """Return the entry of TOLERANCES for DEVICE."""
     return TOLERANCES[dtype][DEVICE != "cpu"]

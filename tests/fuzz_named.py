@@ -52,28 +52,25 @@ OVER = "s of processor time or"
 NAMED = [
     *(("model", edit("config.json", **{key: value}), f"{key}: expected") for key, value in [
         ("rope_parameters", True), ("num_key_value_heads", -1), ("num_key_value_heads", "128"), ("num_hidden_layers", 10**9),
-        ("num_hidden_layers", 9999), ("num_hidden_layers", 2), ("num_hidden_layers", True), ("vocab_size", 2**63), ("hidden_size", "32"), ("hidden_size", 32.0),
+        ("num_hidden_layers", 2), ("num_hidden_layers", True), ("vocab_size", 2**63), ("hidden_size", "32"), ("hidden_size", 32.0),
         ("head_dim", 0), ("head_dim", -2), ("sliding_window", 0), ("sliding_window", "9"), ("rms_norm_eps", "@nan"), ("rms_norm_eps", 0),
         ("max_position_embeddings", 10**30), ("tie_word_embeddings", "yes"), ("attention_bias", 1), ("dtype", ["float32"]),
         ("eos_token_id", "2"), ("eos_token_id", -1), ("eos_token_id", 96), ("eos_token_id", [[2]]), ("eos_token_id", True),
-        ("layer_types", ["full_attention", "odd"]), ("layer_types", 3), ("model_type", []), ("hidden_act", {}), ("intermediate_size", "@inf")]),
+        ("model_type", []), ("hidden_act", {}), ("intermediate_size", "@inf")]),
     *(("model", edit("config.json", rope_parameters={"rope_type": "default", "rope_theta": 1e4} | rope), words) for rope, words in [
         ({"rope_theta": 0}, "rope_theta: expected"), ({"rope_theta": -1.0}, "rope_theta: expected"), ({"rope_theta": "@nan"}, "rope_theta"),
         ({"rope_theta": "@inf"}, "rope_theta: expected"), ({"partial_rotary_factor": 2}, "partial_rotary_factor: expected"),
         ({"partial_rotary_factor": 0.1}, "an even number of rotary dimensions"), ({"rope_type": "linear", "factor": "2"}, "factor: expected"),
         ({"rope_type": "longrope", "factor": 1, "short_factor": [1.0], "long_factor": [1.0]}, "short_factor: expected a list of 4"),
-        ({"rope_type": ["linear"]}, "rope_type: expected"), ({"full_attention": {"rope_theta": 1}}, "one set of parameters"),
-        ({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4, "original_max_position_embeddings": 32},
-         "low_freq_factor < high_freq_factor")]),
+        ({"rope_type": ["linear"]}, "rope_type: expected"), ({"full_attention": {"rope_theta": 1}}, "one set of parameters")]),
     *(("model", edit("generation_config.json", eos_token_id=odd), "eos_token_id: expected") for odd in ("@huge", [7, 10**6], [True], {})[1:]),
     ("model", edit("config.json", x="@deep"), "levels"), ("model", edit("config.json", x="@huge"), "limit"),
     ("model", pipe("config.json"), "found a pipe"), ("model", pipe("model.safetensors"), "found a pipe"),
     ("model", link("config.json", "/etc/passwd"), "found a link to /etc/passwd"), ("model", large("config.json", 10**10), "at most"),
-    ("model", link("model.safetensors", "/etc/passwd"), "found a link to"), ("model", link("config.json", "config.json"), "levels of symbolic links"),
-    ("model", link("merges.txt", "/etc/passwd"), "found a link to"), ("model", pipe("vocab.json"), "found a pipe"),
-    *(("model", put("model.safetensors.index.json", json.dumps({"weight_map": {"a": name}})), "names of safetensors files in")
-      for name in ("../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "x\0.safetensors", "a\\b.safetensors")),
-    *(("model", put("model.safetensors.index.json", json.dumps({"weight_map": odd})), "expected a weight_map") for odd in (3, [], {"a": 3}, {"a": []})),
+    ("model", link("model.safetensors", "/etc/passwd"), "expected a safetensors file"),
+    ("model", link("config.json", "config.json"), "levels of symbolic links"),
+    *(("model", put("model.safetensors.index.json", json.dumps({"weight_map": odd})), "weight_map: expected names of safetensors files")
+      for odd in (3, [], {}, {"a": 3}, {"a": []})),
     ("template", jinja(""), "expected a chat template"), ("template", jinja("x"), "renders what a user says, found: other text"),
     ("template", jinja("{% if not add_generation_prompt %}{{ messages }}{% endif %}"), "found: nothing"),
     *(("template", jinja(text), words) for text, words in [

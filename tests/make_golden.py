@@ -37,7 +37,6 @@ CASES = {  # name: (model_type, settings); `old` keys are written in the first g
     "llama_bias_head_dim": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "num_key_value_heads": 1}),
     "mistral_window": ("mistral", {"sliding_window": 5, "head_dim": 12}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen2_mixed_window": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3_bias": ("qwen3", {"attention_bias": True, "head_dim": 8, "tie_word_embeddings": True}),
     "phi3": ("phi3", {"sliding_window": 7}),

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from conftest import DEVICE, assert_near, load_model, policy, tolerance
+from conftest import DEVICE, assert_near, hidden_states, load_model, policy, tolerance
 from data.chat import Chat
 from data.conversations import WORLD
 from lib.checkpoint import fingerprint
@@ -41,7 +41,7 @@ class TestParityWithTransformers:
         golden, model = load_file(path / "golden.safetensors"), load_model(path)
         ids, mask = golden["input_ids"].to(DEVICE), golden["attention_mask"].to(DEVICE)
         real = golden["attention_mask"].bool()
-        assert_near(model.hidden_states(ids, mask).cpu()[:, real], golden["hidden_states"][:, real])
+        assert_near(hidden_states(model, ids, mask).cpu()[:, real], golden["hidden_states"][:, real])
         assert_near(model(ids, mask).cpu()[real], golden["logits"][real])
         object.__setattr__(model.config, "eos_token_ids", ())  # the golden continuations run on past EOS
         longest = 14 if model.config.rope["rope_type"] == "longrope" else None
@@ -91,9 +91,9 @@ class TestParityWithTransformers:
 class TestEveryFamily:
     def test_chosen_layers_and_pooling_stream(self, family):
         model, ids = load_model(FAMILIES[family]), torch.randint(3, 96, (2, 9)).to(DEVICE)
-        every = model.hidden_states(ids)
+        every = hidden_states(model, ids)
         assert every.shape == (4, 2, 9, 32)
-        assert torch.equal(model.hidden_states(ids, layers=[3, 0]), every[[3, 0]])
+        assert torch.equal(hidden_states(model, ids, layers=(3, 0)), every[[3, 0]])
         assert torch.equal(every[0], model.model.embed_tokens(ids))
         assert torch.equal(torch.stack(model.model(ids, layers=(1, 2), pool=lambda x: x[:, -1])[1]), every[1:3, :, -1])
 
@@ -182,11 +182,13 @@ class TestCheckpoints:
         ({"model_type": "gpt2"}, "llama | mistral | qwen2 | qwen3 | phi3, found 'gpt2'"),
         ({"hidden_act": "gelu"}, "hidden_act: expected None | silu, found 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"hidden_size": None}, "hidden_size: expected an integer from 1 to 1,000,000, found None"),
+        ({"hidden_size": None}, "hidden_size: expected an integer from 1 to 10,000,000, found None"),
         ({"num_key_value_heads": 3}, "a divisor of num_attention_heads"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "default | linear | llama3 | longrope, found 'yarn'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2}}, "found 'dynamic'"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "llama3: original_max_position_embeddings: expected an integer"),
+        ({"layer_types": ["full_attention", "odd"]}, "layer_types: expected full_attention alone"),
+        ({"use_sliding_window": True}, "use_sliding_window: expected None | False, found True"),
         ({"dtype": "float8_e4m3fn"}, "None | float32 | bfloat16 | float16, found")])
     def test_unsupported_configs_are_named(self, tmp_path, change, words):
         with pytest.raises(ModelError) as error:
@@ -215,9 +217,11 @@ class TestCheckpoints:
         assert (folder / "model.safetensors").read_bytes() == before
 
     def test_a_model_is_never_written_over_another(self, tmp_path):
-        with pytest.raises(FileExistsError):
-            save_model(load_model(GOLDEN[0]), tmp_path)
-        assert not list(tmp_path.iterdir())
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "file").touch()
+        with pytest.raises(OSError, match="not empty"):
+            save_model(load_model(GOLDEN[0]), tmp_path / "x")
+        assert [path.name for path in tmp_path.rglob("*")] == ["x", "file"]
 
     def test_the_fingerprint_follows_weights_and_config(self, tmp_path):
         original = fingerprint(GOLDEN[0])
@@ -264,8 +268,8 @@ class TestLoRA:
         assert all(p.dtype == (torch.float32 if "lora" in n else torch.bfloat16) for n, p in model.named_parameters())
         assert model(torch.arange(9, device=DEVICE)[None]).dtype == torch.bfloat16
 
-    @pytest.mark.parametrize("targets, words", [(["q_prj"], "found q_prj"), (["lm_head"], "shares its weight")])
-    def test_wrong_targets_and_a_tied_head_are_named(self, targets, words):
+    @pytest.mark.parametrize("targets, words", [(["q_prj"], "found q_prj"), (["lm_head"], "found lm_head")])
+    def test_wrong_targets_and_the_head_are_named(self, targets, words):
         with pytest.raises(ModelError, match=words):
             add_lora(load_model(GOLDEN[0].parent / "qwen2"), 2, 1, targets)
 
@@ -273,7 +277,7 @@ class TestLoRA:
         model, folder = load_model(GOLDEN[0]), tmp_path / "adapter"
         add_lora(model, 2, 2)
         save_adapter(model, folder)
-        with pytest.raises(FileExistsError, match="never written over another"):
+        with pytest.raises(OSError, match="not empty"):
             save_adapter(model, folder)
         config = json.loads((folder / "adapter_config.json").read_text())
         plain = {"lora_dropout": 0.1, "megatron_core": "megatron.core", "peft_version": "0.18", "qalora_group_size": 16,
@@ -287,7 +291,7 @@ class TestLoRA:
             with pytest.raises(ModelError, match=re.escape(f"adapter_config.json: {key}: expected plain LoRA without it, found {value!r}")):
                 load_adapter(load_model(GOLDEN[0]), folder)
         for read in (load_model, Chat):
-            with pytest.raises(ModelError, match=r"found a PEFT adapter(?s:.*)merge_and_unload\(\).save_pretrained\('MERGED'\)"):
+            with pytest.raises(ModelError, match=r"found a PEFT adapter: merge it .* merge_and_unload\(\)"):
                 read(folder)
         (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
         with pytest.raises(ModelError, match="expected adapters of rank r = 3, found ..2,.."):
@@ -332,7 +336,7 @@ class TestDtype:
         assert torch.cosine_similarity(*grads.values(), dim=0) > 0.995
 
 
-class TestLinks:
+class TestHub:
     def hub(self, tmp_path, source=GOLDEN[0]):
         """A snapshot as the Hugging Face hub's cache has it: links to files that are named by their hashes."""
         blobs, snapshot = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "0f3a"
@@ -352,16 +356,3 @@ class TestLinks:
             assert fingerprint(path) == fingerprint(WORLD / "model") and chat.fingerprint == Chat(WORLD / "model").fingerprint
         save_model(model, tmp_path / "copy")
         assert not any(file.is_symlink() for file in (tmp_path / "copy").iterdir()) and (tmp_path / "copy" / "tokenizer.json").exists()
-
-    @pytest.mark.parametrize("target", ["private", "../../blobs/away", "../../../other"])
-    def test_a_link_that_leaves_it_is_refused_by_reading_and_by_copying(self, tmp_path, target):
-        for name in ("private", "other"):
-            (tmp_path / name).write_text("secret")
-        snapshot = self.hub(tmp_path)
-        (tmp_path / "models--x" / "blobs" / "away").symlink_to(tmp_path / "private")
-        model = load_model(snapshot)
-        (snapshot / "merges.txt").symlink_to(tmp_path / "private" if target == "private" else target)
-        for use in (lambda: load_model(snapshot), lambda: save_model(model, tmp_path / "copy")):
-            with pytest.raises(ModelError, match="merges.txt: expected a file of that folder, found a link to"):
-                use()
-        assert not (tmp_path / "copy").exists()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import DEVICE, assert_near, load_model, tolerance
+from conftest import DEVICE, assert_near, hidden_states, load_model, tolerance
 from data.chat import Chat, encode_examples
 from data.conversations import WORLD, Conversation, group_of, read_conversations, split_by_prompt
 from lib.files import DataError
@@ -47,7 +47,7 @@ def test_features_are_the_hidden_states_of_each_prompt_alone(world):
     prompts = [chat.encode_prompt(c.prompts[-1]) for c in read_conversations(PROBE_DATA)[:7]]
     assert len({len(ids) for ids in prompts}) > 1
     for ids, row in zip(prompts, prompt_features(model, prompts, (0, 2, 5), batch_size=3)):
-        states = model.hidden_states(torch.tensor([ids], device=DEVICE), layers=[0, 2, 5])[:, 0]  # (3, T, H)
+        states = hidden_states(model, torch.tensor([ids], device=DEVICE), layers=[0, 2, 5])[:, 0]  # (3, T, H)
         assert_near(row, states[:, -1])
 
 
