@@ -30,7 +30,6 @@ from lib.distributed import all_true, full_tensor, on_rank_zero, rank, world_siz
 from lib.files import ModelError, expect, read_json
 
 
-
 # ---------------------------------------------------------------- the transformer
 
 
@@ -419,6 +418,10 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> Transfor
     """
     path = Path(path)
     config = read_config(path)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(f"--device: expected one that this machine has, found {device} ({str(error)[:60]})") from None
     files = checkpoint_files(path)
     stored = read_headers(files)
     blocks = {key.split(".")[2] for key in stored if key.startswith("model.layers.")}

@@ -3,9 +3,7 @@
 import functools
 import hashlib
 import json
-import os
 import platform
-import re
 import shutil
 import subprocess
 from dataclasses import dataclass
