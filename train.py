@@ -40,7 +40,6 @@ Differences from the paper (P) and from its authors' code (C):
 
 import gc
 import math
-import shlex
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -57,11 +56,11 @@ from evaluate import (EvalOptions, default_sets, evaluate_model, evaluation_sets
                       respond)
 from lib import distributed, fused
 from lib.baselines import BASELINES, Baseline
-from lib.cli import as_typed, printable, progress_bar, require, run
+from lib.cli import as_typed, progress_bar, require, run
 from lib.files import DataError, remove, write_json
 from lib.options import check_options, leak_line
 from lib.reference import KeptReference, live_reference
-from lib.report import agreement, figures, lines_below, read_completions, summarize, table
+from lib.report import agreement, figures, lines_below, print_answers, read_completions, summarize, table
 from lib.risk import expect_risks, print_risk, read_risk, stored_risk
 from lib.run import (Progress, State, check_step, load_or_compute, open_run, resumed_options, run_facts,
                      running, state_key, step_metrics)
@@ -514,21 +513,6 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
     return config, results
 
 
-def print_answers(config: TrainConfig, plain: Path) -> None:
-    """Print the first harmful prompt with its greedy answer by each model, and what to type next.
-
-    config: of a run with base completions; plain: the run of plain fine-tuning.
-    """
-    completions = {"aligned model": (config.out, "base"), "plain fine-tuning": (plain, "after"),
-                   "this run": (config.out, "after")}
-    print("\nthe first harmful prompt, answered greedily:")
-    for title, (folder, which) in completions.items():
-        row = next(row for row in read_completions(folder, which) if row["kind"] == "harmful")
-        print(f"  {title}: {printable(row['response'])}")
-    print(f"\nnext: python train.py --sealed\n"
-          f"      python evaluate.py --prompt {shlex.quote(row['prompt'])} {plain} {config.out}")
-
-
 def main(config: TrainConfig) -> None:
     """Train and evaluate a run. Without options, or with --sealed alone, compare it with plain fine-tuning."""
     distributed.init()
@@ -546,7 +530,7 @@ def main(config: TrainConfig) -> None:
     print(f"\n{config.out}, per cent with 95 % intervals\n{table(shown)}{lines_below(results['after'])}"
           + leak_line(config))
     if is_demo:
-        print_answers(config, plain.out)
+        print_answers(config.out, plain.out)
 
 
 if __name__ == "__main__":

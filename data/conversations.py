@@ -280,34 +280,31 @@ def group_of(conversation: Conversation) -> str:
     return " ".join(" ".join(turns).casefold().split())
 
 
-def split_by_prompt(conversations: list[Conversation], fractions=(0.6, 0.2, 0.2),
-                    seed: int = 0) -> list[list[Conversation]]:
-    """Split conversations at random. Each class (`harmful`) is divided alike, and a group is in one split.
+def split_by_prompt(conversations: list[Conversation], seed: int = 0) -> list[list[Conversation]]:
+    """Split conversations at random: 60, 20 and 20 % of each class (`harmful`), with a group in one split.
 
     A group is the records with the same "group" or, without it, the same prompt but for case and white space.
     Raises DataError where a group is labelled both ways, or a split would lack a class.
     """
     groups = {}
     for conversation in conversations:
-        groups.setdefault(group_of(conversation), []).append(conversation)
-    for first, *others in groups.values():
-        for other in others:
-            if other.is_harmful != first.is_harmful:
-                raise DataError(f"{other.where}: expected harmful = {first.is_harmful} as in {first.where} "
-                                f"(same prompt or group), found {other.is_harmful}")
-    splits = [[] for _ in fractions]
+        group = groups.setdefault(group_of(conversation), [])
+        group.append(conversation)
+        if conversation.is_harmful != group[0].is_harmful:
+            raise DataError(f"{conversation.where}: expected harmful = {group[0].is_harmful} as in "
+                            f"{group[0].where} (same prompt or group), found {conversation.is_harmful}")
+    splits = [[], [], []]
     for harmful in (False, True):
         keys = [key for key, group in groups.items() if group[0].is_harmful == harmful]
         keys.sort(key=lambda key: json.dumps(groups[key][0].prompts[-1]))
         random.Random(seed).shuffle(keys)
-        start = 0
-        for i, split in enumerate(splits):
-            end = round(sum(fractions[: i + 1]) * len(keys))
+        n = len(keys)
+        ends = [0, round(0.6 * n), round(0.8 * n), n]
+        for split, start, end in zip(splits, ends, ends[1:]):
             if start == end:
                 file, kind = conversations[0].where.rpartition(":")[0], "harmful" if harmful else "benign"
-                raise DataError(f"{file}: expected enough distinct {kind} prompts for splits of {fractions}, "
-                                f"found {len(keys)}")
+                raise DataError(f"{file}: expected enough distinct {kind} prompts for splits of 60, 20 and "
+                                f"20 %, found {n}")
             for key in keys[start:end]:
                 split += groups[key]
-            start = end
     return splits

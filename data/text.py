@@ -44,11 +44,6 @@ def draw(rng: random.Random, group: str) -> dict:
             for field, names in WORDS.fields[group].items()}
 
 
-def join_parts(rng: random.Random, parts: list[list[str]]) -> str:
-    """Join one random choice from each part of a sentence."""
-    return "".join(map(rng.choice, parts))
-
-
 def request_pools(rng: random.Random) -> dict[str, list[Request]]:
     """Return disjoint requests for "align", "attack", "probe" and "eval"; "eval" has actions of its own."""
     pools = {"align": [], "attack": [], "probe": [], "eval": []}
@@ -84,7 +79,7 @@ def chatter(rng: random.Random) -> Request:
             action_words += pair[verb_or_object]
     lists = [WORDS.lists[name] for name in WORDS.repeated] + [action_words] * 6
     words["words"] = " ".join(rng.choice(rng.choice(lists)) for _ in range(rng.randint(1, 5)))
-    drawn = [(category, join_parts(rng, parts), answer) for category, *parts, answer in WORDS.chatter]
+    drawn = [(category, "".join(map(rng.choice, parts)), answer) for category, *parts, answer in WORDS.chatter]
     category, pattern, answer = rng.choice(drawn)
     prompt = pattern.format(**words)
     return Request("chatter", category, prompt, prompt, answer.format(**words))
@@ -102,29 +97,29 @@ def chatter_pools(rng: random.Random) -> dict[str, list[Request]]:
     return pools
 
 
-def sentiment(rng: random.Random) -> tuple[str, str]:
-    """Draw the prompt and the answer of task 1: label a review."""
+def sentiment(rng: random.Random) -> Request:
+    """Draw task 1: label a review."""
     label, adjectives = rng.choice([("positive", "good"), ("negative", "bad")])
     first, second = rng.sample(WORDS.lists[adjectives], 2)
     thing, other = rng.sample(WORDS.lists["things"], 2)
-    pattern = rng.choice(WORDS.sentiment)
-    return pattern.format(thing=thing, other=other, first=first, second=second), label
+    prompt = rng.choice(WORDS.sentiment).format(thing=thing, other=other, first=first, second=second)
+    return Request("task", "sentiment", prompt, prompt, label)
 
 
-def arithmetic(rng: random.Random) -> tuple[str, str]:
-    """Draw the prompt and the answer of task 2: a word problem, answered in GSM8K's form."""
+def arithmetic(rng: random.Random) -> Request:
+    """Draw task 2: a word problem, answered in GSM8K's form."""
     words = draw(rng, "arithmetic")
-    words["sum"] = words["a"] + words["b"]
-    pattern = rng.choice(WORDS.arithmetic)
-    return pattern.format(**words), "{a} + {b} = {sum} #### {sum}".format(**words)
+    prompt = rng.choice(WORDS.arithmetic).format(**words)
+    answer = "{a} + {b} = {sum} #### {sum}".format(sum=words["a"] + words["b"], **words)
+    return Request("task", "arithmetic", prompt, prompt, answer)
 
 
 def task_requests(task, rng: random.Random) -> list[Request]:
     """Draw 700 requests with different prompts from `sentiment` or `arithmetic`."""
     requests = {}
     while len(requests) < 700:
-        prompt, answer = task(rng)
-        requests[prompt] = Request("task", task.__name__, prompt, prompt, answer)
+        request = task(rng)
+        requests[request.prompt] = request
     return list(requests.values())
 
 
@@ -139,11 +134,11 @@ def dress(rng: random.Random, prompt: str) -> tuple[str | None, str]:
     return system, prompt
 
 
-def evasive_wordings(action: str, count: int = 80) -> list[str]:
-    """Hide a request among harmless words, as an attacker does who can query the probe."""
+def evasive_wordings(action: str) -> list[str]:
+    """Hide a request among harmless words in 80 ways, as an attacker does who can query the probe."""
     rng = random.Random(action)
     wordings = []
-    for _ in range(count):
+    for _ in range(80):
         words = draw(rng, "evasive")
         request = rng.choice(WORDS.phrasings).format(action)
         wordings.append(rng.choice(WORDS.evasive).format(action=action, request=request, **words))
@@ -156,7 +151,7 @@ def rater_text(rng: random.Random, kind: str, held_out: bool) -> str:
     A hash of the pattern holds a fifth of them out for the judge's test.
     """
     while True:
-        text = join_parts(rng, WORDS.to_rater[kind])
+        text = "".join(map(rng.choice, WORDS.to_rater[kind]))
         if (random.Random(text).random() < 0.2) == held_out:
             return text
 

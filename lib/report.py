@@ -1,6 +1,7 @@
 """Compute metrics and intervals, summarize completions as results, print tables, read finished runs."""
 
 import math
+import shlex
 import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lib.cli import printable
 from lib.files import COUNT, DataError, between, either, expect, json_lines, read_json, read_text
 
 KINDS = ("harmful", "benign", "task")  # of evaluation sets
@@ -294,3 +296,17 @@ def read_completions(run: Path, which: str) -> list[dict]:
             raise DataError(f"{file}: expected each prompt of {name} equally often, greedy first, "
                             f"found {dict(counts)}")
     return rows
+
+
+def print_answers(run: Path, plain: Path) -> None:
+    """Print the first harmful prompt with its greedy answer by each model, and what to type next.
+
+    run: with the completions of the aligned model, too; plain: the run of plain fine-tuning.
+    """
+    completions = {"aligned model": (run, "base"), "plain fine-tuning": (plain, "after"), "this run": (run, "after")}
+    print("\nthe first harmful prompt, answered greedily:")
+    for title, (folder, which) in completions.items():
+        row = next(row for row in read_completions(folder, which) if row["kind"] == "harmful")
+        print(f"  {title}: {printable(row['response'])}")
+    print(f"\nnext: python train.py --sealed\n"
+          f"      python evaluate.py --prompt {shlex.quote(row['prompt'])} {plain} {run}")
