@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.chat import batches_by_length, pad_left
-from lib.checkpoint import (Config, checkpoint_files, expect_tensors, lora_rules, open_safetensors,
-                            read_config, read_headers, tokenizer_files, write_folder)
+from lib.checkpoint import (Config, checkpoint_files, lora_rules, read_config, read_tensors, tokenizer_files,
+                            write_folder)
 from lib.distributed import all_true, full_tensor, on_rank_zero, rank, world_size
 from lib.files import ModelError, expect, read_json
 
@@ -412,33 +412,34 @@ def bfloat16_speedup(H: int, inner: int) -> float:
 def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> Transformer:
     """Load a Hugging Face folder (config.json with model.safetensors or its sharded index), weights frozen.
 
-    The model is built on meta, and each tensor is read once. `dtype` None keeps the checkpoint's. Only
-    safetensors are read: nothing is unpickled. Raises ModelError, which lists every missing, unexpected and
-    misshapen key.
+    The model is built on meta, and takes the tensors that are read. `dtype` None keeps the checkpoint's. Only
+    safetensors are read: nothing is unpickled. Raises ModelError, for wrong tensors with every missing,
+    unexpected and misshapen key.
     """
     path = Path(path)
     config = read_config(path)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(f"--device: expected one that this machine has, found {device} ({str(error)[:60]})") from None
-    files = checkpoint_files(path)
-    stored = read_headers(files)
-    blocks = {key.split(".")[2] for key in stored if key.startswith("model.layers.")}
+        reason = str(error)[:60]
+        raise ModelError(f"--device: expected one that this machine has, found {device} ({reason})") from None
+    tensors = {}
+    for file in checkpoint_files(path):
+        tensors |= read_tensors(file, device, dtype or config.dtype)
+    blocks = {key.split(".")[2] for key in tensors if key.startswith("model.layers.")}
     same_number = f"{len(blocks)}, as the weights have", lambda n: n == len(blocks)
     expect(config.raw, {"num_hidden_layers": same_number}, path)  # before an absurd number of blocks is built
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    for key in list(tensors):
+        if key.endswith("rotary_emb.inv_freq"):  # some checkpoints store what is derived here
+            del tensors[key]
     with torch.device("meta"):
         model = Transformer(config).requires_grad_(False)
-    parameters = dict(model.named_parameters())
-    for key in list(stored):  # some checkpoints store what is derived here
-        if key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight" and config.tie_word_embeddings:
-            del stored[key]
-    expect_tensors(stored, parameters, path)
-    for file in files:
-        with open_safetensors(file) as tensors:
-            keys = parameters.keys() & tensors.keys()
-            shard = {key: tensors.get_tensor(key).to(device, dtype or config.dtype) for key in keys}
-        model.load_state_dict(shard, assign=True, strict=False)
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ModelError(f"{path}: {error}") from None
     model.tie_weights()
     model.path = path
     return model
@@ -515,21 +516,21 @@ def load_adapter(model: Transformer, path) -> None:
     weights = file.with_name("adapter_model.safetensors")
     config = read_json(file)
     expect(config, lora_rules(config), file)
-    stored = read_headers([weights])
-    ranks = {shape[:1] for key, (shape, _) in stored.items() if ".lora_A." in key}
-    if ranks != {(config["r"],)}:  # before adapters of an absurd rank are made
+    tensors = read_tensors(weights, model.device, torch.float32)
+    ranks = {len(tensor) for key, tensor in tensors.items() if ".lora_A." in key}
+    if ranks != {config["r"]}:  # before adapters of an absurd rank are made
         raise ModelError(f"{weights}: expected adapters of rank r = {config['r']}, found {sorted(ranks)}")
     try:
         add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])
     except ModelError as error:
         raise ModelError(f"{file}: {error}") from None
     parameters = adapter_parameters(model)
-    expect_tensors(stored, parameters, weights)
-    with open_safetensors(weights) as tensors, torch.no_grad():
-        for key, parameter in parameters.items():
-            parameter.copy_(tensors.get_tensor(key))
-            if not parameter.isfinite().all():
-                raise ModelError(f"{weights}: expected finite numbers, found others in {key}")
+    for key in sorted(parameters.keys() | tensors.keys()):
+        expected, found = (getattr(of.get(key), "shape", None) for of in (parameters, tensors))
+        if expected != found or not tensors[key].isfinite().all():
+            raise ModelError(f"{weights}: {key}: expected finite numbers of shape {expected}, "
+                             f"found {found}, or others")
+        parameters[key].data = tensors[key]
 
 
 # ---------------------------------------------------------------- generation

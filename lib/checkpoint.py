@@ -1,4 +1,4 @@
-"""Read and write checkpoint folders: config.json, weights, adapters, checksums, and a run's provenance."""
+"""Read and write checkpoint folders and checked files, and name what a run was made of."""
 
 import functools
 import hashlib
@@ -19,7 +19,6 @@ from lib.files import (DataError, ModelError, atomic_write, between, either, exp
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
-FLOATS = ("F64", "F32", "BF16", "F16")  # safetensors' names
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
                    "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
                    "merges.txt", "generation_config.json")
@@ -44,18 +43,15 @@ SIZE = between(1, 10**7)
 OPTIONAL_SIZE = between(1, 10**7, optional=True)
 FACTOR = between(1e-6, 1e6, float)
 DTYPE = one_of(None, "float32", "bfloat16", "float16")
-REQUIRED = {
-    "vocab_size": SIZE,
-    "hidden_size": SIZE,
-    "intermediate_size": SIZE,
-    "num_hidden_layers": SIZE,
-    "num_attention_heads": SIZE,
-    "max_position_embeddings": SIZE,
-    "rms_norm_eps": between(1e-30, 1, float),
-}
-SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
-RULES = REQUIRED | dict.fromkeys(SWITCHES, either(bool, optional=True)) | {
+SWITCH = either(bool, optional=True)
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "max_position_embeddings")
+RULES = dict.fromkeys(SIZES, SIZE) | {
     "model_type": one_of(*FAMILIES),
+    "rms_norm_eps": between(1e-30, 1, float),
+    "tie_word_embeddings": SWITCH,
+    "attention_bias": SWITCH,
+    "mlp_bias": SWITCH,
     "hidden_act": one_of(None, "silu"),
     "quantization_config": ("none: load the unquantized checkpoint", lambda value: value is None),
     "num_key_value_heads": OPTIONAL_SIZE,
@@ -146,7 +142,8 @@ def read_config(path) -> Config:
     bias = family in ("llama", "qwen3") and values.get("attention_bias", False)
     return Config(
         model_type=family,
-        **{key: values[key] for key in REQUIRED},
+        **{key: values[key] for key in SIZES},
+        rms_norm_eps=values["rms_norm_eps"],
         num_key_value_heads=n_kv_heads,
         head_dim=head_dim,
         tie_word_embeddings=values.get("tie_word_embeddings", False),
@@ -207,15 +204,6 @@ def read_rope(values: dict, head_dim: int, file: Path) -> dict:
 # ---------------------------------------------------------------- weights
 
 
-def open_safetensors(file: Path):
-    """Open a safetensors file. Raises ModelError that names it."""
-    expect_file(file, LARGEST, ModelError)
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: expected a safetensors file, found: {str(error)[:300]}") from None
-
-
 def checkpoint_files(path) -> list[Path]:
     """Return a folder's weight files: those of its index, or model.safetensors."""
     index = Path(path) / "model.safetensors.index.json"
@@ -232,31 +220,20 @@ def tokenizer_files(path: Path) -> list[Path]:
     return [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
 
 
-def read_headers(files: list[Path]) -> dict[str, tuple]:
-    """Return {key: (shape, dtype)} of the tensors in safetensors files."""
-    stored = {}
-    for file in files:
-        with open_safetensors(file) as tensors:
-            for key in tensors.keys():
-                header = tensors.get_slice(key)
-                stored[key] = tuple(header.get_shape()), header.get_dtype()
-    return stored
-
-
-def expect_tensors(stored: dict[str, tuple], parameters: dict, where) -> None:
-    """Raise ModelError that lists every missing, unexpected and misshapen key.
-
-    `stored`: {key: (shape, dtype)} as read_headers returns it; `parameters`: {key: parameter} of the model.
-    """
-    problems = [f"missing {key}" for key in sorted(parameters.keys() - stored.keys())]
-    problems += [f"unexpected {key}" for key in sorted(stored.keys() - parameters.keys())]
-    for key in sorted(parameters.keys() & stored.keys()):
-        shape, dtype = stored[key]
-        expected = tuple(parameters[key].shape)
-        if shape != expected or dtype not in FLOATS:
-            problems.append(f"{key}: expected shape {expected} of floats, found {shape} of {dtype}")
-    if problems:
-        raise ModelError("\n  ".join([f"{where}: the tensors do not match the configuration:", *problems]))
+def read_tensors(file: Path, device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Read a safetensors file onto a device, in a dtype. Raises ModelError."""
+    expect_file(file, LARGEST, ModelError)
+    tensors = {}
+    try:
+        with safe_open(file, framework="pt") as stored:
+            for key in stored.keys():
+                tensor = stored.get_tensor(key)
+                if not tensor.is_floating_point():
+                    raise ValueError(f"{key} of {tensor.dtype}")
+                tensors[key] = tensor.to(device, dtype)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{file}: expected a safetensors file of floats, found: {str(error)[:300]}") from None
+    return tensors
 
 
 def write_folder(path: Path, tensors: dict, config: dict, kind: str = "", copies=()) -> None:
