@@ -2,7 +2,7 @@
 
     python critic.py                                      # the embedded judge on held-out embedded pairs
     python critic.py --judge DIR --data FILE --out FILE   # any chat checkpoint, prompted with RUBRIC
-    python critic.py --judge URL --data FILE --out FILE   # an OpenAI-compatible server; key: JUDGE_API_KEY
+    python critic.py --judge URL --judge-model NAME --data FILE --out FILE  # a server; key: JUDGE_API_KEY
 
 score = Σ_k k·p(k) / Σ_k p(k),  k = 1 … 5   p: of the answer after the rubric (a server: the digit answered)
 s     = (score − 1) / 4                     risk of the pair (GuardJudge: P(unsafe) / (P(safe) + P(unsafe)))
@@ -16,10 +16,10 @@ import json
 import re
 import sqlite3
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import chain, islice, takewhile
 from os.path import commonprefix
 from pathlib import Path
 from typing import Literal
@@ -31,8 +31,8 @@ from data.chat import LONGEST, Chat, batches_by_length, pad_left
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations
 from lib.checkpoint import fingerprint
 from lib.cli import progress_bar, require, run
-from lib.endpoint import GIVE_UP, Endpoint, EndpointError
-from lib.files import DataError, ModelError, expect_writable, write_jsonl
+from lib.endpoint import Endpoint, EndpointError
+from lib.files import DataError, ModelError, write_jsonl
 from lib.frame import fill, find_forged_markup, read_rubric
 from lib.report import risk_metrics, shown
 from lib.risk import UNKNOWN, as_risk, print_risk
@@ -53,8 +53,8 @@ class JudgeOptions:
     # judge
     judge: str | None = None  # folder or http(s)://…/v1; none (default: embedded, for embedded data)
     judge_kind: Literal["rubric", "guard"] = "rubric"  # scores 1 … 5, or Llama Guard's or Qwen3Guard's words
-    judge_model: str | None = None  # the model's name at the URL (default: the only one there)
-    rubric: Path | None = None  # {prompt}, {response} (default: rubric.txt of the judge, or data/)
+    judge_model: str | None = None  # the model's name at the URL
+    rubric: Path | None = None  # with {prompt}, {response} (default: rubric.txt of the judge, or data/)
     # machine
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where models run
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where faster
@@ -145,12 +145,9 @@ class LocalJudge:
             hidden = hidden[:, -1 - len(self.lead) :].float()  # (B, 1 + len(lead), H), float32 as in training
             probs = F.linear(hidden, self.model.lm_head.weight.float()).softmax(-1)  # (B, 1 + len(lead), V)
             risks, masses = self.read(probs)
-            likeliest = probs[:, 0].argmax(-1)  # (B,)
-            verdicts = {}
-            for i, risk, mass, token in zip(batch, risks.tolist(), masses.tolist(), likeliest.tolist()):
-                token = self.chat.tokenizer.id_to_token(token)
-                why = f"less than {MIN_MASS} of the probability on an answer, most on {token!r}"
-                verdicts[pairs[i]] = Verdict(risk) if mass >= MIN_MASS else Verdict(why=why)
+            verdicts, no_answer = {}, Verdict(why=f"less than {MIN_MASS} of the probability on an answer")
+            for i, risk, mass in zip(batch, risks.tolist(), masses.tolist()):
+                verdicts[pairs[i]] = Verdict(risk) if mass >= MIN_MASS else no_answer
             yield verdicts
 
     def answer_probs(self, probs: torch.Tensor) -> torch.Tensor:
@@ -258,6 +255,7 @@ class EndpointJudge(Endpoint):
     def __init__(self, options: JudgeOptions):
         self.rubric = read_rubric(options.rubric or RUBRIC)
         super().__init__(options.judge, options.judge_model)
+        self.fingerprint = [self.url, self.model]
 
     def judge(self, pair: tuple[str, str]) -> dict:
         """Return {pair: Verdict} of one pair."""
@@ -269,15 +267,9 @@ class EndpointJudge(Endpoint):
         return {pair: Verdict((score - 1) / 4)}
 
     def __call__(self, pairs: list):
-        """Yield {pair: Verdict} of one pair at a time, as the answers come."""
-        self.unanswered = 0
-        pool = ThreadPoolExecutor(REQUESTS)
-        try:
-            for future in as_completed([pool.submit(self.judge, pair) for pair in pairs]):
-                yield future.result()
-        finally:
-            self.unanswered = GIVE_UP  # after an interrupt no request is sent or tried again
-            pool.shutdown(cancel_futures=True)
+        """Yield {pair: Verdict} of one pair at a time."""
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            yield from pool.map(self.judge, pairs)
 
 
 def parse_score(answer: str) -> int:
@@ -303,7 +295,8 @@ def open_judge(options: JudgeOptions) -> LocalJudge | EndpointJudge | None:
     if options.judge in (None, "none"):
         return None
     if is_url(options.judge):
-        require(options, ("judge_kind", options.judge_kind == "rubric", "rubric for a URL"))
+        require(options, ("judge_kind", options.judge_kind == "rubric", "rubric for a URL"),
+                ("judge_model", options.judge_model, "the name of a model at the URL"))
         return EndpointJudge(options)
     require(options, ("judge_model", not options.judge_model, "none for a folder"))
     if options.judge_kind == "rubric":
@@ -317,15 +310,9 @@ def open_judge(options: JudgeOptions) -> LocalJudge | EndpointJudge | None:
 
 @contextmanager
 def open_verdicts(path: Path):
-    """Open the SQLite file of verdicts, or make it. Processes may share it: SQLite waits for their locks.
-
-    Raises DataError if it is another file, or cannot be read and written.
-    """
+    """Open the SQLite file of verdicts, or make it. Processes may share it: SQLite waits for their locks."""
     try:
         with closing(sqlite3.connect(path, timeout=600)) as file:
-            tables = file.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
-            if tables not in ([], [(f"CREATE TABLE {TABLE}",)]):  # a view or a trigger could do anything
-                raise sqlite3.DatabaseError(str(tables)[:200])
             file.execute(f"CREATE TABLE IF NOT EXISTS {TABLE}")
             yield file
     except sqlite3.Error as error:
@@ -340,11 +327,9 @@ def judge_pairs(judge, pairs: list[tuple[str, str]], desc: str = "judging",
     White space around the texts is removed: templates trim it, and a small judge could be led by it.
     Prints how many verdicts are not valid, and why. Raises DataError if it asked, and none is valid.
     """
-    if not judge.fingerprint:
-        print("judge: the server does not say which model it runs: no verdict is kept")
     judge_key = hashlib.sha256(json.dumps([judge.fingerprint, judge.rubric]).encode()).hexdigest()
     pairs = [(prompt.strip(), response.strip()) for prompt, response in pairs]
-    verdicts, todo, first_error = {}, [], ""
+    verdicts, todo = {}, []
     with open_verdicts(verdict_file) as file:
         for pair in dict.fromkeys(pairs):  # each once
             row = file.execute("SELECT risk FROM verdicts WHERE (judge, prompt, response) = (?, ?, ?)",
@@ -359,37 +344,29 @@ def judge_pairs(judge, pairs: list[tuple[str, str]], desc: str = "judging",
         with progress_bar(desc=desc, total=len(todo), unit="pairs", disable=not todo) as bar:
             for batch in judge(todo):
                 verdicts |= batch
-                for pair, verdict in batch.items():
-                    first_error = first_error or verdict.why
-                    if verdict.valid and judge.fingerprint:
-                        row = (judge_key, *pair, verdict.risk)
-                        file.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", row)
+                rows = [(judge_key, *pair, verdict.risk) for pair, verdict in batch.items() if verdict.valid]
+                file.executemany("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", rows)
                 file.commit()
                 bar.update(len(batch))
     verdicts = [verdicts[pair] for pair in pairs]
-    if todo and not any(verdict.valid for verdict in verdicts):
-        raise DataError(f"--judge: expected a valid verdict on at least one of {len(pairs)} responses, found "
-                        f"none; the first reason: {first_error} (check --judge, --judge-model and "
-                        "JUDGE_API_KEY)")
-    if reasons := Counter(verdict.why for verdict in verdicts if not verdict.valid):
-        most = "; ".join(f"{count} × {why}" for why, count in reasons.most_common(4))
-        print(f"judge: {reasons.total()} of {len(pairs)} verdicts are not valid ({most}): taken as risk 1")
+    reasons = Counter(verdict.why for verdict in verdicts if not verdict.valid)
+    most = "; ".join(f"{count} × {why}" for why, count in reasons.most_common(4))
+    if todo and reasons.total() == len(verdicts):
+        raise DataError(f"--judge: expected a valid verdict on at least one of {len(verdicts)} responses, "
+                        f"found none ({most})")
+    if reasons:
+        print(f"judge: {reasons.total()} of {len(verdicts)} verdicts are not valid ({most}): taken as risk 1")
     return verdicts
 
 
 def conversation_verdicts(judge, conversations: list[Conversation]) -> list[Verdict]:
     """Return the verdict on each conversation: the riskiest of its (message, assistant's reply) pairs."""
-    pairs, indices = [], []
-    for index, conversation in enumerate(conversations):
-        for before, turn in zip(conversation.messages, conversation.messages[1:]):
-            if turn["role"] == "assistant":
-                pairs.append((before["content"], turn["content"]))
-                indices.append(index)
-    riskiest = {}
-    for index, verdict in zip(indices, judge_pairs(judge, pairs)):
-        if index not in riskiest or not verdict.valid or verdict.risk > riskiest[index].risk:
-            riskiest[index] = verdict
-    return [riskiest[index] for index in range(len(conversations))]
+    turns = []  # pairs of each conversation
+    for conversation in conversations:
+        pairs = zip(conversation.messages, conversation.messages[1:])
+        turns.append([(a["content"], b["content"]) for a, b in pairs if b["role"] == "assistant"])
+    verdicts = iter(judge_pairs(judge, list(chain.from_iterable(turns))))
+    return [max(islice(verdicts, len(pairs)), key=lambda v: (v.risk, not v.valid)) for pairs in turns]
 
 
 # ---------------------------------------------------------------- the script
@@ -402,29 +379,21 @@ def main(config: CriticConfig) -> None:
     require(config, ("judge", config.judge not in (None, "none"), "a checkpoint folder or a URL"),
             ("out", not (config.out and config.out.exists()), "a new file"))
     conversations = read_conversations(config.data, need="answer")
-    if config.out:
-        expect_writable(config.out)
     verdicts = conversation_verdicts(open_judge(config), conversations)
     if config.out:
         rows = [c.meta | {"risk": v.risk, "score": v.score, "valid": v.valid, "hash": c.hash}
                 for c, v in zip(conversations, verdicts)]
         write_jsonl(config.out, rows)
-    scores = [round(verdict.score) for verdict in verdicts if verdict.valid]
-    unknown = len(verdicts) - len(scores)
-    print(f"{len(verdicts)} responses of {config.data}, {unknown} without a valid verdict (risk 1)")
-    print("  scores 1 to 5:", *(scores.count(score) for score in range(1, 6)))
+    print(f"{len(verdicts)} responses of {config.data}")
     risk = torch.tensor([verdict.risk for verdict in verdicts], dtype=torch.float64)
     print_risk(risk, conversations)
-    labels = [conversation.meta.get("harmful") for conversation in conversations]
-    labelled = [i for i, label in enumerate(labels) if isinstance(label, bool)]
+    labelled = [i for i, c in enumerate(conversations) if isinstance(c.meta.get("harmful"), bool)]
     if labelled:
-        harmful = torch.tensor([labels[i] for i in labelled], dtype=torch.float64)
+        harmful = torch.tensor([conversations[i].meta["harmful"] for i in labelled], dtype=torch.float64)
         for name, value in risk_metrics(risk[labelled], harmful).items():
             print(f"  {name:<20} {shown(value)}")
-    if config.out:
-        print(f"wrote {config.out}")
-    else:
-        print("no risk is written (add --out FILE, which train.py --risk FILE takes)")
+    print(f"wrote {config.out}" if config.out else
+          "no risk is written (add --out FILE, which train.py --risk FILE takes)")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from lib.checkpoint import read_config
 from lib.cli import as_typed, comma_list, option_value, printable, progress_bar, require, run
 from lib.files import (DataError, new_folder, read_json, remove_if_unused, write_config, write_json,
                        write_jsonl)
+from lib.options import METHODS_WITH_OPTION
 from lib.report import KINDS, figures, lines_below, read_completions, read_run, summarize, table
 from lib.scores import is_correct, mark_garbled, metric_of, refuses
 from model import Transformer, generate, load_model, sample_seed, working_dtype
@@ -236,12 +237,13 @@ def judge_rows(rows: list[dict], judge, desc: str) -> list[dict]:
 
 
 def differences(runs: dict[Path, dict], options) -> list[str]:
-    """Return "option: value (run, …), …" for each of the options in which runs {path: config} differ."""
+    """Return "option: value (run, …), …" for each option in which runs {path: config} with it differ."""
     lines = []
     for option in options:
         paths = defaultdict(list)  # value → runs
         for path, config in runs.items():
-            paths[str(config.get(option))[:60]].append(str(path))
+            if config.get("method") in METHODS_WITH_OPTION.get(option, [config.get("method")]):
+                paths[str(config.get(option))[:60]].append(str(path))
         if len(paths) > 1:
             values = [f"{value} ({', '.join(of_value)})" for value, of_value in paths.items()]
             lines.append(printable(f"{option}: {', '.join(values)}"))
@@ -307,7 +309,8 @@ def compare(paths, fluency: tuple | None = None) -> tuple[str, list[dict]]:
     if not runs:
         raise DataError("--compare: expected at least one finished run of train.py, found none")
     if different := differences(runs, ("model_sha256", "sets_sha256")):
-        raise DataError(f"--compare: expected one aligned model and the same prompts, found {different[0]}")
+        why = differences(runs, ("model", *KINDS, "limit")) or different
+        raise DataError("--compare: expected one aligned model and the same prompts, found " + "; ".join(why))
     groups = group_runs(runs)
     rows = [pool(name, "after", group, fluency) for name, group in groups.items()]
     for group in groups.values():
@@ -322,7 +325,7 @@ def compare(paths, fluency: tuple | None = None) -> tuple[str, list[dict]]:
     text = table(columns) + "\n\nper cent; seeds pooled, 95 % intervals over groups of prompts"
     options = {option for config in runs.values() for option in config}
     for line in differences(runs, sorted(options - UNREPORTED)):
-        text += "\n" + textwrap.fill(f"runs differ in {line}", 100)
+        text += "\n" + textwrap.fill(f"runs differ in {line}", 100, break_on_hyphens=False)
     return text, rows
 
 

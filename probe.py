@@ -27,7 +27,7 @@ from data.conversations import (WORLD, Conversation, group_of, is_embedded, read
 from lib.checkpoint import Config, fingerprint, load_checked, save_checked
 from lib.cli import comma_list, printable, progress_bar, require, run
 from lib.distributed import on_rank_zero
-from lib.files import COUNT, DataError, either, expect, expect_writable, parse_json, write_jsonl
+from lib.files import COUNT, DataError, either, expect, parse_json, write_jsonl
 from lib.report import probe_report, risk_metrics
 from lib.risk import UNKNOWN, print_risk
 from model import Transformer, load_model, working_dtype
@@ -321,7 +321,6 @@ def main(config: ProbeConfig) -> None:
     out = config.out or default
     if out.is_dir() or config.score and out.exists():
         raise DataError(f"--out: expected a new file, found {out}; remove it, or type --out OTHER")
-    expect_writable(out)
     date = config.date or (fitted_date(config.probe) if config.probe else None)
     chat = Chat(config.model, date)
     model = load_model(config.model, config.device, working_dtype(config.model, config.device, config.dtype))

@@ -60,7 +60,8 @@ from lib.cli import as_typed, progress_bar, require, run
 from lib.files import DataError, remove, write_json
 from lib.options import check_options, leak_line
 from lib.reference import KeptReference, live_reference
-from lib.report import agreement, figures, lines_below, print_answers, read_completions, summarize, table
+from lib.report import (KINDS, agreement, figures, learned_line, lines_below, print_answers, read_completions,
+                        summarize, table)
 from lib.risk import expect_risks, print_risk, read_risk, stored_risk
 from lib.run import (Progress, State, check_step, load_or_compute, open_run, resumed_options, run_facts,
                      running, state_key, step_metrics)
@@ -260,6 +261,8 @@ def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat, example
             records.append({"messages": turns, "harmful": c.is_harmful, "cut": cut})
     print(f"anchors: {len(records)} of {file}; left out: {len(candidates) - len(records)} (harmful and not "
           f"refused, benign and refused, or without an answer)")
+    if not config.anchors:
+        print("  all are harmful prompts: harmless ones, too, keep the model from refusing more (--anchors FILE)")
     if not records:
         raise DataError(f"{file}: expected prompts that {config.data} lacks, harmful and refused or benign "
                         f'("harmful": false) and answered, found none')
@@ -373,9 +376,8 @@ def complete_options(config: TrainConfig) -> TrainConfig:
         config = replace(config, date=fitted_date(config.probe))
     # The embedded sets are the default where model and data are embedded; the data's name picks one of them.
     config = default_sets(config, config.data if is_embedded(config.model) else config.model)
-    if "none" == config.harmful == config.benign == config.task:
-        print("nothing will be evaluated: give --harmful FILE, --benign FILE, --task FILE, for example "
-              "--harmful data/world/eval_harmful.jsonl")
+    if missing := [f"--{kind} FILE" for kind in KINDS if getattr(config, kind) == "none"]:
+        print(f"not evaluated, unless you type {', '.join(missing)}")
     has_judge = config.judge != "none" or config.risk not in ("critic", "max")
     require(config, ("judge", has_judge, f"a checkpoint folder or a URL for --risk {config.risk}"))
     return config
@@ -528,7 +530,7 @@ def main(config: TrainConfig) -> None:
     columns["this run"] = results["after"]
     shown = {title: figures(result) for title, result in columns.items()}
     print(f"\n{config.out}, per cent with 95 % intervals\n{table(shown)}{lines_below(results['after'])}"
-          + leak_line(config))
+          + leak_line(config) + (learned_line(results["base"], results["after"]) if "base" in results else ""))
     if is_demo:
         print_answers(config.out, plain.out)
 

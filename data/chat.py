@@ -73,7 +73,7 @@ def read_template(folder: Path) -> tuple[str, dict]:
     config = read_json(folder / "tokenizer_config.json", default={})
     source = config.get("chat_template")
     if os.path.lexists(template_file):
-        source = read_text(template_file, links=False)
+        source = read_text(template_file)
     if isinstance(source, list):  # several named templates
         templates = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
         source = templates[0].get("template") if templates else None

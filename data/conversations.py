@@ -286,13 +286,16 @@ def split_by_prompt(conversations: list[Conversation], seed: int = 0) -> list[li
     A group is the records with the same "group" or, without it, the same prompt but for case and white space.
     Raises DataError where a group is labelled both ways, or a split would lack a class.
     """
-    groups = {}
+    groups, contradicting = {}, {}
     for conversation in conversations:
-        group = groups.setdefault(group_of(conversation), [])
-        group.append(conversation)
-        if conversation.is_harmful != group[0].is_harmful:
-            raise DataError(f"{conversation.where}: expected harmful = {group[0].is_harmful} as in "
-                            f"{group[0].where} (same prompt or group), found {conversation.is_harmful}")
+        key = group_of(conversation)
+        groups.setdefault(key, []).append(conversation)
+        if conversation.is_harmful != groups[key][0].is_harmful:
+            contradicting.setdefault(key, (conversation, groups[key][0]))
+    if contradicting:
+        second, first = next(iter(contradicting.values()))
+        raise DataError(f"{second.where}: expected harmful = {first.is_harmful} as in {first.where} (same prompt "
+                        f"or group), found {second.is_harmful}; {len(contradicting)} prompts have both labels")
     splits = [[], [], []]
     for harmful in (False, True):
         keys = [key for key, group in groups.items() if group[0].is_harmful == harmful]

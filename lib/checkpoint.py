@@ -22,7 +22,6 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
                    "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
                    "merges.txt", "generation_config.json")
-LARGEST = 1 << 60  # bytes of a weight file
 
 
 # ---------------------------------------------------------------- config.json
@@ -222,7 +221,7 @@ def tokenizer_files(path: Path) -> list[Path]:
 
 def read_tensors(file: Path, device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Read a safetensors file onto a device, in a dtype. Raises ModelError."""
-    expect_file(file, LARGEST, ModelError)
+    expect_file(file)
     tensors = {}
     try:
         with safe_open(file, framework="pt") as stored:
@@ -261,7 +260,7 @@ def save_checked(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
 
 def load_checked(path: Path, expected: str) -> tuple[dict, dict]:
     """Return (tensors, metadata) of `save_checked`. Raises DataError that says what was `expected`."""
-    expect_file(path, LARGEST)
+    expect_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = parse_json((file.metadata() or {}).get("checked", "{}"))
@@ -286,7 +285,7 @@ def fingerprint(path) -> str:
     """Return the SHA-256 (hex) of config.json and every weight file of a folder, one behind the other."""
     digest = hashlib.sha256()
     for file in (Path(path) / "config.json", *checkpoint_files(path)):
-        with open(expect_file(file, LARGEST, ModelError), "rb") as stream:
+        with open(expect_file(file), "rb") as stream:
             hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
 

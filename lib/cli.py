@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lib import distributed
-from lib.files import DataError, ModelError
+from lib.files import DataError
 
 ROOT = Path(__file__).parent.parent
 METAVARS = {int: "N", float: "X", Path: "PATH"}
@@ -101,7 +101,7 @@ def run(main, config_class, positional: str | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt, as Ctrl-C is
     try:
         main(parse(config_class, positional=positional))
-    except (DataError, ModelError, OSError, FloatingPointError) as error:
+    except (DataError, OSError, FloatingPointError) as error:
         sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
     except KeyboardInterrupt as error:
         sys.exit("\n".join(["interrupted", *getattr(error, "__notes__", ())]))

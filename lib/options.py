@@ -26,7 +26,7 @@ def check_options(config) -> None:
     share, per_step, processes = config.anchor_share, config.batch_size * config.accumulation, world_size()
     require(
         config,
-        ("out", config.resume or not (config.out and config.out.exists()), "a folder that does not exist"),
+        ("out", config.resume or not (config.out and config.out.exists()), "a folder that does not exist (--resume continues an interrupted run)"),
         ("beta_min", 0 <= config.beta_min <= 1, "0 to 1"),
         ("beta_max", config.beta_min <= config.beta_max <= 1, "beta-min to 1"),
         ("ema", 0 <= config.ema < 1, "0 to under 1"),
@@ -36,8 +36,10 @@ def check_options(config) -> None:
         ("probe", config.risk in ("probe", "max") or not config.probe, "none unless --risk probe or max"),
         ("dtype", config.lora_r or config.dtype != "bfloat16", "float32 with --lora-r 0"),
         ("anchor_share", 0 <= share < 1, "0 to under 1"),
-        ("anchor_share", share > 0 or config.method not in ("lisa", "safegrad"), f"above 0 with --method {config.method}"),
-        ("method", config.method != "safegrad" or config.lora_r and processes == 1, "no safegrad with --lora-r 0 or several processes"),
+        ("anchor_share", share > 0 or config.method not in ("lisa", "safegrad"),
+         f"above 0 with --method {config.method}"),
+        ("method", config.method != "safegrad" or config.lora_r and processes == 1,
+         "no safegrad with --lora-r 0 or several processes"),
         ("anchors", share or not config.anchors, "none without --anchor-share"),
         ("batch_size", per_step % processes == 0, f"times --accumulation a multiple of the {processes} processes"),
         ("fsdp", not config.fsdp or processes > 1, "several processes: torchrun --nproc_per_node=N train.py …"),

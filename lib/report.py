@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lib.cli import printable
-from lib.files import COUNT, DataError, between, either, expect, json_lines, read_json, read_text
+from lib.files import COUNT, DataError, between, either, expect, read_json, read_rows
 
 KINDS = ("harmful", "benign", "task")  # of evaluation sets
 SUCCESS = {  # of a harmful set: key in results.json → title, the score that it needs, success of a row
@@ -252,6 +252,15 @@ def lines_below(results: dict) -> str:
     return "".join("\n" + textwrap.fill(line, 100, subsequent_indent="  ") for line in lines)
 
 
+def learned_line(base: dict, after: dict) -> str:
+    """Return a line where no task is solved better than before, "" elsewhere: safety may be a lack of training."""
+    tasks = [(base["task"][name], rate) for name, rate in after["task"].items() if name in base["task"]]
+    if not tasks or any(rate["rate"] > before["ci95"][1] for before, rate in tasks):
+        return ""
+    return ("\nno task is solved better than by the aligned model: this run has learned little, and its low ASR "
+            "says nothing; try a higher --lr, or more --epochs")
+
+
 def probe_report(report: dict) -> str:
     """Format what probe.py measured: AUROC by layer, metrics by set, mean risk by source."""
     layers = report["per_layer"]
@@ -276,7 +285,7 @@ def probe_report(report: dict) -> str:
 def read_run(path: Path) -> dict:
     """Read the config.json of a finished run. Raises DataError or ModelError that names file and key."""
     config = read_json(path / "config.json")
-    expect(config, CONFIG, path / "config.json", DataError)
+    expect(config, CONFIG, path / "config.json")
     return config
 
 
@@ -284,11 +293,9 @@ def read_completions(run: Path, which: str) -> list[dict]:
     """Read the completions of a run, `which` "base" or "after". Raises DataError that names file and line."""
     file = run / f"completions_{which}.jsonl"
     rows, passes = [], defaultdict(Counter)  # set → rows by decoding
-    for line, row in json_lines(read_text(file, links=False), file):
-        if not isinstance(row, dict):
-            raise DataError(f"{file}:{line}: expected an object, found {repr(row)[:60]}")
+    for where, row in read_rows(file):
         score = "correct" if row.get("kind") == "task" else "refused"
-        expect(row, ROW | {score: BOOLEAN}, f"{file}:{line}", DataError)
+        expect(row, ROW | {score: BOOLEAN}, where)
         passes[row["kind"], row["set"]][row["decoding"]] += 1
         rows.append(row)
     for (_, name), counts in passes.items():

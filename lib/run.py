@@ -22,8 +22,8 @@ import torch
 from lib.checkpoint import load_checked, provenance, save_checked
 from lib.cli import as_typed, option_value
 from lib.distributed import all_reduce_sum, full_tensor, on_rank_zero, rank, shard_like, world_size
-from lib.files import (COUNT, DataError, between, either, errors_name_path, expect, fsync, json_lines,
-                       new_folder, read_json, read_text, remove, remove_if_unused, write_config, write_jsonl,
+from lib.files import (COUNT, DataError, between, either, errors_name_path, expect, new_folder,
+                       read_json, read_rows, read_text, remove, remove_if_unused, write_config, write_jsonl,
                        write_text)
 
 STATE = {"step": COUNT, "smoothed_risk": between(0, 1, float, optional=True), "moved": either(bool)}
@@ -144,12 +144,7 @@ def load_or_compute(file: Path, compute) -> list[dict]:
     if not on_rank_zero(file.exists):
         rows = compute()
         on_rank_zero(lambda: write_jsonl(file, rows))
-    rows = []
-    for line, row in json_lines(read_text(file, links=False), file):
-        if not isinstance(row, dict):
-            raise DataError(f"{file}:{line}: expected an object, found {str(row)[:60]}")
-        rows.append(row)
-    return rows
+    return [row for _, row in read_rows(file)]
 
 
 # ---------------------------------------------------------------- metrics
@@ -248,7 +243,7 @@ class Progress:
                 if metadata["key"] != self.key:
                     raise ValueError("a state of other data or options than the run has now")
                 values = json.loads(metadata["state"])
-                expect(dict(values), STATE, self.file, DataError)
+                expect(dict(values), STATE, self.file)
                 state = self.load(tensors, values)
             except (LookupError, TypeError, ValueError, RuntimeError) as error:
                 raise DataError(f"{error}; delete {self.file} to train from the first step") from None
@@ -303,7 +298,6 @@ class Progress:
                     tensors[f"{key} {name}"] = tensor
         values = {"step": state.step, "smoothed_risk": state.smoothed_risk, "moved": state.moved}
         metadata = {"key": self.key, "state": json.dumps(values)}
-        on_rank_zero(lambda: fsync(self.metrics_file))
         on_rank_zero(lambda: save_checked(self.file, tensors, metadata))
         self.saved_at = time.monotonic()
 

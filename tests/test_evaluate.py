@@ -18,7 +18,7 @@ from data.conversations import WORLD, Conversation
 from evaluate import EvalConfig, EvalOptions, compare, default_sets, evaluate_model, evaluation_sets, main, options_as_in_run, respond
 from lib.cli import parse
 from lib.files import DataError, ModelError
-from lib.report import design_effect, figures, lines_below, rate_of, summarize, table, wilson
+from lib.report import design_effect, figures, learned_line, lines_below, rate_of, summarize, table, wilson
 from lib.scores import few_words, is_correct, mark_garbled, mean_nll, metric_of, refuses
 from model import generate, sample_seed
 from train import TrainConfig
@@ -422,6 +422,24 @@ def test_options_that_differ_are_printed_and_what_was_evaluated_otherwise_is_nev
     assert len(rows) == 1 + n_rows and line.format(tmp_path) in " ".join(text.split()) and (line or "runs differ" not in text)
 
 
+def test_an_option_that_a_method_does_not_use_is_no_difference(tmp_path):
+    runs = [write_run(tmp_path / f"{method}-0", method=method, beta_max=beta) for method, beta in (("sft", 0.9), ("adaptive", 1.0))]
+    text = compare(runs)[0]
+    assert "runs differ in method" in text and "beta_max" not in text
+    runs.append(write_run(tmp_path / "paper-0", method="adaptive", beta_max=0.9))
+    assert f"runs differ in beta_max: 1.0 ({runs[1]}), 0.9 ({runs[2]})" in " ".join(compare(runs)[0].split())
+
+
+def test_a_run_that_solves_no_task_better_than_before_is_no_evidence_of_safety():
+    def summary(right):
+        rows = [{"kind": "task", "set": "t", "decoding": "greedy", "group": str(i), "prompt": "p", "thought": "", "response": "r", "cut": False,
+                 "answer": "a", "correct": i < right} for i in range(50)]
+        return summarize(rows, 1.0, 8)
+
+    assert "this run has learned little" in learned_line(summary(2), summary(3)) and learned_line(summary(2), summary(40)) == ""
+    assert learned_line(summarize([], 1.0, 8), summarize([], 1.0, 8)) == ""
+
+
 def test_another_aligned_model_other_prompts_and_damaged_folders_are_refused(tmp_path):
     first = write_run(tmp_path / "a-0")
     for i, key in enumerate(("model_sha256", "sets_sha256")):
@@ -429,6 +447,8 @@ def test_another_aligned_model_other_prompts_and_damaged_folders_are_refused(tmp
             compare([first, write_run(tmp_path / str(i) / "a-1", 1, **{key: "other"})])
         with pytest.raises(DataError, match=f"{key}: expected str, found None"):  # nothing says that they are alike
             compare([write_run(tmp_path / str(i) / "b-1", 1, **{key: None})])
+    with pytest.raises(DataError, match="the same prompts, found limit: 0 .*a-0.*, 30 .*c-1"):
+        compare([write_run(tmp_path / "l" / "a-0", limit=0), write_run(tmp_path / "l" / "c-1", 1, sets_sha256="other", limit=30)])
     text = (first / "completions_after.jsonl").read_text()
     (first / "completions_after.jsonl").write_text(text.replace("true", "false", 1))
     with pytest.raises(DataError, match="results.json: expected the figures of completions_after.jsonl, found others"):

@@ -17,7 +17,7 @@ from conftest import DEVICE, assert_near, hidden_states, load_model, policy, tol
 from data.chat import Chat
 from data.conversations import WORLD
 from lib.checkpoint import fingerprint
-from lib.files import ModelError
+from lib.files import DataError, ModelError
 from model import (add_lora, bfloat16_speedup, compile_blocks, generate, load_adapter, rope_frequencies, sample, save_adapter,
                    save_model, working_dtype)
 
@@ -200,7 +200,7 @@ class TestCheckpoints:
     def test_nothing_is_unpickled_and_broken_files_are_named(self, tmp_path):
         folder = edited(GOLDEN[0], tmp_path / "m")
         os.rename(folder / "model.safetensors", folder / "pytorch_model.bin")
-        with pytest.raises(ModelError, match="model.safetensors: expected a file, found nothing"):
+        with pytest.raises(DataError, match="model.safetensors: expected a file, found nothing"):
             load_model(folder)
         (folder / "model.safetensors").write_bytes(b"not a checkpoint")
         with pytest.raises(ModelError, match="model.safetensors: expected a safetensors file"):
