@@ -101,6 +101,8 @@ def read_form(path: Path) -> tuple[str, list[dict]]:
             value = values.get(key) if isinstance(values, dict) else None
             if not value or not isinstance(value, kind):
                 raise DataError(f"{where}: expected {key} of {form}, found {str(value)[:60]!r}")
+        if form == "sentiment" and values["label"] not in LABELS:
+            raise DataError(f"{where}: expected label 0 or 1, found {values['label'][:60]!r}")
     return form, [values for _, values in records]
 
 

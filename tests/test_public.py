@@ -157,6 +157,7 @@ def test_what_was_left_out_is_said(tmp_path, capsys):
     ("x.jsonl", '{"question": "a", "answer": "b"}\n[]\n', "x.jsonl:2: expected question of arithmetic"),
     ("x.jsonl", "[]\n", "expected one of these sets of columns: .*found none"),
     ("x.tsv", "sentence\tlabel\n", "x.tsv: expected at least one sentence"),
+    ("x.csv", "sentence,label\ngood,positive\n", "x.csv:2: expected label 0 or 1, found 'positive'"),
     ("x.tsv", "good\tpositive\n", "x.tsv:1: expected sentence, tab, 0 or 1"),
     ("x.tsv", "", "x.tsv: expected at least one sentence"),
 ])
