@@ -517,8 +517,8 @@ def load_adapter(model: Transformer, path) -> None:
     config = read_json(file)
     expect(config, lora_rules(config), file)
     tensors = read_tensors(weights, model.device, torch.float32)
-    ranks = {len(tensor) for key, tensor in tensors.items() if ".lora_A." in key}
-    if ranks != {config["r"]}:  # before adapters of an absurd rank are made
+    ranks = {tuple(tensor.shape[:1]) for key, tensor in tensors.items() if ".lora_A." in key}
+    if ranks != {(config["r"],)}:  # before adapters of an absurd rank are made
         raise ModelError(f"{weights}: expected adapters of rank r = {config['r']}, found {sorted(ranks)}")
     try:
         add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])

@@ -165,7 +165,7 @@ class TestCheckpoints:
         ids = torch.arange(9, device=DEVICE)[None]
         assert torch.equal(load_model(tmp_path / "m")(ids), load_model(path)(ids))
         os.remove(tmp_path / "m" / "model-1.safetensors")
-        with pytest.raises(ModelError, match="model-1.safetensors"):
+        with pytest.raises(DataError, match="model-1.safetensors"):
             load_model(tmp_path / "m")
 
     def test_every_wrong_key_is_listed(self, tmp_path):
@@ -296,7 +296,7 @@ class TestLoRA:
             with pytest.raises(ModelError, match=r"found a PEFT adapter: merge it .* merge_and_unload\(\)"):
                 read(folder)
         (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
-        with pytest.raises(ModelError, match="expected adapters of rank r = 3, found .2."):
+        with pytest.raises(ModelError, match="expected adapters of rank r = 3, found ..2,.."):
             load_adapter(load_model(GOLDEN[0]), folder)
 
 
