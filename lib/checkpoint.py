@@ -126,7 +126,8 @@ def read_config(path) -> Config:
                          "peft's merge_and_unload(), and save the model with its tokenizer")
     raw = read_json(file)
     if "model_type" not in raw and "method" in raw:
-        raise ModelError(f"{path}: expected a checkpoint, found a run of train.py: its model is {path}/model")
+        raise ModelError(f"{path}: expected a checkpoint, found a run of train.py; its model is {path}/model, "
+                         "which an unfinished run lacks")
     expect(raw, RULES, file)
     values = {key: value for key, value in raw.items() if value is not None}
     family, n_heads = values["model_type"], values["num_attention_heads"]

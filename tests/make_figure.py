@@ -56,10 +56,10 @@ def save(figure, name: str) -> None:
     plt.close(figure)
 
 
-def real_model(name: str, of_prompts: str) -> None:
+def real_model(name: str, of_prompts: str, decoding: str) -> None:
     """Draw the share answered on two training sets, with intervals; beside it Alpaca / XSTest refused, and the task.
 
-    name: of the result file. of_prompts: how the harmful prompts were chosen, for the axis.
+    name: of the result file. of_prompts: which prompts these are, for the axis. decoding: "greedy" or "T=1".
     """
     results = read(f"{name}.json")
     measured = {row["name"] for attack in TRAINED_ON for row in results[attack]}
@@ -73,26 +73,25 @@ def real_model(name: str, of_prompts: str) -> None:
                 continue
             axes.hlines(y, -2, 100, lw=0.3, color="#999999", zorder=0)
             for key, shift, marker, colour, prompts in (
-                    ("answered harmful T=1", -0.15, "o", DARK, "AdvBench, held out"),
-                    ("answered harmful_other T=1", 0.15, "D", LIGHT, "HarmBench, JailbreakBench")):
+                    (f"answered harmful {decoding}", -0.15, "o", DARK, "AdvBench, held out"),
+                    (f"answered harmful_other {decoding}", 0.15, "D", LIGHT, "HarmBench, JailbreakBench")):
                 value = rows[method][key]
                 low, high = (100 * x for x in value["ci95"])
-                n = rows[method][key.replace("T=1", "greedy")]["n"]
                 axes.plot([low, high], [y + shift] * 2, color=colour, lw=1.2)
                 axes.plot(100 * value["rate"], y + shift, marker, color=colour, markersize=5,
-                          label=None if y else f"{prompts} (n = {n})", markerfacecolor=colour if marker == "o" else "white")
+                          label=None if y else f"{prompts} (n = {value['n']})", markerfacecolor=colour if marker == "o" else "white")
             refused, alike, task = (100 * rows[method][key]["rate"] for key in
                                     ("over-refusal benign", "over-refusal lookalike", "task sentiment"))
             axes.text(106, y, f"{half_up(refused)} / {half_up(alike)}", va="center", fontsize=8)
             axes.text(134, y, f"{half_up(task)}" if method != "aligned model" else "–", va="center", fontsize=8)
-        axes.axvspan(*(100 * x for x in rows["aligned model"]["answered harmful T=1"]["ci95"]), color="#dddddd", lw=0,
+        axes.axvspan(*(100 * x for x in rows["aligned model"][f"answered harmful {decoding}"]["ci95"]), color="#dddddd", lw=0,
                      label="95 % interval of the aligned model on AdvBench")
         axes.text(106, -1.0, "refused, %\nAlpaca /\nXSTest", fontsize=7, va="bottom")
         axes.text(134, -1.0, "task\nright, %", fontsize=7, va="bottom")
         axes.set_title(TRAINED_ON[attack], fontsize=10, loc="left", pad=22)
         axes.set_xlim(-2, 148)
         axes.set_xticks([0, 25, 50, 75, 100])
-        axes.set_xlabel(f"{of_prompts} answered at T = 1, per cent", fontsize=9, loc="left")
+        axes.set_xlabel(f"{of_prompts} answered ({decoding}), per cent", fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylim(len(methods) - 0.5, -0.9)
     panels[0].set_yticks(range(len(methods)), [METHODS[method] for method in methods], fontsize=9)
@@ -166,7 +165,8 @@ def frontier() -> None:
 def main() -> None:
     """Draw all figures."""
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "0", "font.family": "sans-serif", "font.size": 10})
-    real_model("smollm2", "harmful prompts")
+    real_model("qwen", "harmful prompts, refused before,", "greedy")
+    real_model("smollm2", "harmful prompts", "T=1")
     for draw in (embedded, probe_by_layer, frontier):
         draw()
 
