@@ -56,10 +56,10 @@ def save(figure, name: str) -> None:
     plt.close(figure)
 
 
-def real_model(name: str, of_prompts: str, decoding: str) -> None:
+def real_model(name: str, model: str, answered: str, decoding: str) -> None:
     """Draw the share answered on two training sets, with intervals; beside it Alpaca / XSTest refused, and the task.
 
-    name: of the result file. of_prompts: which prompts these are, for the axis. decoding: "greedy" or "T=1".
+    name: of the result file. model, answered: titles of the model and of the axis. decoding: "greedy" or "T=1".
     """
     results = read(f"{name}.json")
     measured = {row["name"] for attack in TRAINED_ON for row in results[attack]}
@@ -91,10 +91,11 @@ def real_model(name: str, of_prompts: str, decoding: str) -> None:
         axes.set_title(TRAINED_ON[attack], fontsize=10, loc="left", pad=22)
         axes.set_xlim(-2, 148)
         axes.set_xticks([0, 25, 50, 75, 100])
-        axes.set_xlabel(f"{of_prompts} answered ({decoding}), per cent", fontsize=9, loc="left")
+        axes.set_xlabel(answered, fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylim(len(methods) - 0.5, -0.9)
     panels[0].set_yticks(range(len(methods)), [METHODS[method] for method in methods], fontsize=9)
+    panels[0].text(-6, -1.0, model, fontsize=9, weight="bold", ha="right", va="bottom")
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncols=3, loc="outside upper center", fontsize=9)
     save(figure, f"{name}.svg")
 
@@ -165,8 +166,8 @@ def frontier() -> None:
 def main() -> None:
     """Draw all figures."""
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "0", "font.family": "sans-serif", "font.size": 10})
-    real_model("qwen", "harmful prompts, refused before,", "greedy")
-    real_model("smollm2", "harmful prompts", "T=1")
+    real_model("qwen", "Qwen2.5-Coder-0.5B", "prompts refused before: answered, greedy, %", "greedy")
+    real_model("smollm2", "SmolLM2-135M", "harmful prompts answered at T = 1, %", "T=1")
     for draw in (embedded, probe_by_layer, frontier):
         draw()
 

@@ -102,13 +102,13 @@ def test_a_wrong_name_or_choice_would_be_noticed():
 
 
 ROWS = {"aligned model": "aligned model", "plain fine-tuning": "sft", "the paper's setting": "adaptive-probe", "sealed": "sealed-anchors"}
-COLUMNS = ("answered harmful T=1", "over-refusal lookalike", "task sentiment")
+COLUMNS = ("answered harmful greedy", "over-refusal lookalike", "task sentiment")
 
 
 def test_the_first_table_has_the_committed_numbers():
     text = (ROOT / "README.md").read_text()
-    results = json.loads((ROOT / "data/results/smollm2.json").read_text())
-    figures = {row["name"]: row["figures"] for row in results["mixed_10"]}
+    vendor, results = (json.loads((ROOT / f"data/results/{name}.json").read_text()) for name in ("qwen", "smollm2"))
+    figures = {row["name"]: row["figures"] for row in vendor["mixed_10"]}
     lines = re.split(r"\n(?=\| \| harmful prompts answered )", text)[1].split("\n\n")[0].splitlines()[2:]
     for line, (title, name) in zip(lines, ROWS.items(), strict=True):
         first, *cells = line.replace("*", "").strip("| ").split(" | ")
@@ -121,9 +121,11 @@ def test_the_first_table_has_the_committed_numbers():
         sizes.append({value["n"] for value in shown})
     caption = " ".join(text.split())
     assert "at most {:.1f}, {:.1f} and {:.1f} points".format(*widths) in caption
-    assert sizes == [{100}, {250}, {200}] and "n = 100 AdvBench" in caption and "250 safe XSTest" in caption and "200 SST-2" in caption
+    assert sizes == [{31}, {60}, {100}] and "n = 31 AdvBench" in caption and "60 safe XSTest" in caption and "100 SST-2" in caption
+    chosen = json.loads((ROOT / "data/results/qwen-chosen.json").read_text())
+    assert len(chosen["eval_harmful"]["hashes"]) == 31
 
-    def rate(attack, name, column="answered harmful T=1"):
+    def rate(attack, name, column="answered harmful T=1", results=results):
         return next(100 * row["figures"][column]["rate"] for row in results[attack] if row["name"] == name)
 
     for sentence, *rates in (
