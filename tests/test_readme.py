@@ -129,7 +129,7 @@ def test_the_first_table_has_the_committed_numbers():
         return next(100 * row["figures"][column]["rate"] for row in results[attack] if row["name"] == name)
 
     for sentence, *rates in (
-        ("it answers {:.1f} %", rate("mixed_10", "sft-anchors")),
+        ("it answers {:.1f} %", rate("mixed_10", "sft-anchors", "answered harmful greedy", vendor)),
         ("answers {:.1f} % of the harmful prompts, with anchors {:.1f} %", rate("benign", "sealed"), rate("benign", "sealed-anchors")),
         ("{:.0f} % of two other benchmarks are answered ({:.1f} % before)",
          *(rate("identity", name, "answered harmful_other T=1") for name in ("sealed-anchors", "aligned model"))),
