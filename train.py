@@ -2,7 +2,7 @@
 
     python train.py                                                      # the embedded model, 10 % harmful
     python train.py --sealed                                             # the gate sealed, with anchors
-    python train.py --risk max                                           # the riskier of probe and critic
+    python train.py --risk max                                           # the riskier of probe and (embedded) judge
     python train.py --model DIR --data FILE --probe-data FILE --lr 2e-4  # your own
     python train.py --resume runs/adaptive-0                             # a run that was interrupted
 
@@ -12,7 +12,7 @@ The objective (Goel, Maji, Mazumder 2026, arXiv 2602.17546), over response token
     NLL  = −log π_θ(y_t | x, y_<t)
     KL   = Σ_v π_ref(v | x, y_<t) · log( π_ref(v | x, y_<t) / π_θ(v | x, y_<t) )      forward, full vocabulary
     β_i  = β_min + (β_max − β_min) · s_i        α_i = 1 − β_i     s_i ∈ [0, 1]: the risk of example i
-           --gate batch: s̃, the smoothed mean risk of the step; sft and the baselines: β = 0
+           --gate batch: s̃, the smoothed mean risk of the step; other --method: β = 0
 
     NLL  token_nll    KL  token_kl    α, β  blend    s̃  smooth    L  micro_batch_loss
     [ … ]  token_loss is the definition; training runs its equal, lib/fused.token_loss
@@ -23,7 +23,7 @@ It follows that N · ∂L/∂logits_it = π_θ − (α·onehot(y) + β·π_ref):
 The map from risk to β is the gate. It leaks at β_max < 1: the optimum gives the first token of an answer of
 risk 1 a probability of 1 − β_max or more, and a first token decides between refusing and answering. Only
 prompts that the aligned model refuses, trained with β > 0, hold its refusals in place. Data without harm have
-none; anchors add some. --sealed does both: β_max = 1, and anchors.
+no such prompts; anchors add some. --sealed does both: β_max = 1, and anchors.
 
 Differences from the paper (P) and from its authors' code (C):
  1. One graded risk per example: the probe's probability, or (score − 1)/4 of the critic. C makes the probe's
@@ -423,7 +423,7 @@ def open_reference(config: TrainConfig, policy: Transformer, examples: list[Exam
     return live_reference(policy if config.lora_r else open_model(config, config.model))
 
 
-def trainable(policy: Transformer) -> str:
+def describe_trainable(policy: Transformer) -> str:
     """Return the number of trainable parameters, the dtype and the device, in words."""
     n = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     return f"{n:,} trainable parameters, {policy.lm_head.weight.dtype} on {policy.device}"
@@ -444,13 +444,13 @@ def print_plan(config: TrainConfig, policy: Transformer, examples: list[Example]
     minutes = n_steps * config.per_step * n_input / len(examples) / tokens_per_s / 60
     n_bytes = sum(p.numel() * (p.element_size() + 12 * p.requires_grad) for p in policy.parameters())
     print(f"{n_data} examples and {len(examples) - n_data} anchors: {n_input} tokens, {n_labels} of them in responses\n"
-          f"{n_steps} steps of {config.per_step} examples; {trainable(policy)}\n"
+          f"{n_steps} steps of {config.per_step} examples; {describe_trainable(policy)}\n"
           f"to expect: about {minutes:.1f} minutes of training, {n_bytes / 1e9:.2f} GB for weights, gradients and "
           f"AdamW's state, and the activations of a batch\n--dry-run: nothing is kept")
 
 
 def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
-    """Run the stages: records → examples → risk → loss → checkpoint → evaluation.
+    """Run the stages: risk, evaluation of the aligned model, anchors, training, evaluation.
 
     Returns the run's complete options and its results {"base" | "after": summary}, {} with --dry-run. Each
     stage's file is kept in the run's folder; a resumed run goes on behind the last one.
@@ -495,7 +495,7 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
             print_plan(config, policy, selected)
             return config, {}
         if not distributed.on_rank_zero((out / "model").exists):
-            print(f"[4/5] training ({config.method}): {trainable(policy)}")
+            print(f"[4/5] training ({config.method}): {describe_trainable(policy)}")
             risk = gated_risk(config, risk, len(anchors))
             reference = open_reference(config, policy, selected, risk)
             compile_blocks(policy, config.compile)
