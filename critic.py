@@ -16,7 +16,7 @@ import json
 import re
 import sqlite3
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice, takewhile
@@ -31,7 +31,7 @@ from data.chat import LONGEST, Chat, batches_by_length, pad_left
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations
 from lib.checkpoint import fingerprint
 from lib.cli import progress_bar, require, run
-from lib.endpoint import Endpoint, EndpointError
+from lib.endpoint import GIVE_UP, Endpoint, EndpointError
 from lib.files import DataError, ModelError, write_jsonl
 from lib.frame import fill, find_forged_markup, read_rubric
 from lib.report import risk_metrics, shown
@@ -267,9 +267,15 @@ class EndpointJudge(Endpoint):
         return {pair: Verdict((score - 1) / 4)}
 
     def __call__(self, pairs: list):
-        """Yield {pair: Verdict} of one pair at a time."""
-        with ThreadPoolExecutor(REQUESTS) as pool:
-            yield from pool.map(self.judge, pairs)
+        """Yield {pair: Verdict} of one pair at a time, as the answers come."""
+        self.unanswered = 0
+        pool = ThreadPoolExecutor(REQUESTS)
+        try:
+            for future in as_completed([pool.submit(self.judge, pair) for pair in pairs]):
+                yield future.result()
+        finally:
+            self.unanswered = GIVE_UP  # after an interrupt no request is sent or tried again
+            pool.shutdown(cancel_futures=True)
 
 
 def parse_score(answer: str) -> int:

@@ -84,7 +84,8 @@ def options_as_in_run(options: EvalOptions, config: dict, file: Path, given=()) 
             values[option.name] = option_value(option, config[option.name], file)
     if is_url(values.get("judge") or ""):
         url = values["judge"]
-        print(printable(f"{file}: judged by {url}; to ask this server again, type --judge {url}"))
+        print(printable(f"{file}: judged by {url}; to ask this server again, type --judge {url} "
+                        f"--judge-model {values.get('judge_model')}"))
         values |= {"judge": "none", "judge_model": None}
     print(f"as in {printable(str(file))}: {as_typed(values, EvalOptions)}")
     return replace(options, **values)
@@ -309,7 +310,7 @@ def compare(paths, fluency: tuple | None = None) -> tuple[str, list[dict]]:
     if not runs:
         raise DataError("--compare: expected at least one finished run of train.py, found none")
     if different := differences(runs, ("model_sha256", "sets_sha256")):
-        why = differences(runs, ("model", *KINDS, "limit")) or different
+        why = different + differences(runs, ("model", *KINDS, "limit"))
         raise DataError("--compare: expected one aligned model and the same prompts, found " + "; ".join(why))
     groups = group_runs(runs)
     rows = [pool(name, "after", group, fluency) for name, group in groups.items()]
@@ -391,7 +392,7 @@ def main(config: EvalConfig) -> None:
     if not config.paths:
         raise DataError("expected a run or a checkpoint folder, found none; type python evaluate.py FOLDER")
     require(config, ("prompt", config.prompt is None or not config.compare, "none with --compare"),
-            ("prompt", not os.path.exists(config.prompt or ""), "the words of a prompt, then folders"),
+            ("prompt", not os.path.exists(os.path.join(config.prompt or "", "config.json")), "the words of a prompt, then folders"),
             ("fluency", config.compare or not config.fluency, "none without --compare"),
             ("out", alone or not config.out, "none with --compare, --prompt or several paths"))
     if config.prompt is not None:

@@ -129,7 +129,8 @@ class TrainConfig(EvalOptions):
 
     def n_steps(self, n_examples: int) -> int:
         """Return the optimizer steps of a run on n_examples of data: anchors come on top."""
-        return math.ceil(self.epochs * n_examples / (1 - self.anchor_share) / self.per_step)
+        share = self.anchor_share if self.method != "safegrad" else 0.0  # its anchors stand beside the steps'
+        return math.ceil(self.epochs * n_examples / (1 - share) / self.per_step)
 
     def baseline(self, n_steps: int) -> Baseline:
         """Return the object by which a baseline changes the loop; that of sft and adaptive is the default."""
@@ -433,6 +434,9 @@ def print_plan(config: TrainConfig, policy: Transformer, examples: list[Example]
     """Print what a run would train, on how much, and the memory and time to expect, by a batch of the longest."""
     n_data, n_input = sum(not e.anchor for e in examples), sum(len(e.input_ids) for e in examples)
     n_steps, n_labels = config.n_steps(n_data), sum(e.n_labels for e in examples)
+    if not examples:
+        print("nothing is left to train on")
+        return
     batch = sorted(examples, key=lambda e: len(e.input_ids))[-config.batch_size :]
     alpha = torch.ones(len(batch))
     for _ in range(2):  # the first one warms up

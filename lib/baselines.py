@@ -103,12 +103,12 @@ class Lisa(Baseline):
 class SafeGrad(Baseline):
     """Project the data's gradient off the gradient of KL on anchors where they conflict, and add the latter.
 
-    Each step has a batch of anchors beside its data. Yi et al. 2025, arXiv 2508.07172.
+    Each step has as many anchors beside its data. Yi et al. 2025, arXiv 2508.07172.
     """
 
     def prepare(self, policy, examples, batch_size):
         """Keep the policy and the anchors."""
-        self.policy, self.reference = policy, live_reference(policy)
+        self.policy, self.reference, self.batch_size = policy, live_reference(policy), batch_size
         self.anchors = [example for example in examples if example.anchor]
 
     def anchors_before(self, step):
@@ -116,15 +116,20 @@ class SafeGrad(Baseline):
         return 0
 
     def adjust_gradients(self, parameters, step, state):
-        """Project each parameter's gradient, and add that of the anchors' mean KL."""
+        """Project the gradient, of all parameters together, and add that of the anchors' mean KL per token."""
+        of_data = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
         first = step * self.per_step
         anchors = [self.anchors[i % len(self.anchors)] for i in range(first, first + self.per_step)]
-        hidden, labels, _ = response_states(self.policy, anchors)
-        ones = torch.ones(len(labels), device=hidden.device)
-        terms = self.reference(anchors)
-        kl = token_loss(hidden, self.policy.lm_head.weight, labels, 0 * ones, ones, terms)[0].mean()
-        of_anchors = torch.autograd.grad(kl, parameters)
-        of_data = [parameter.grad for parameter in parameters]
+        n_tokens = sum(anchor.n_labels for anchor in anchors)
+        for start in range(0, len(anchors), self.batch_size):
+            batch = anchors[start : start + self.batch_size]
+            hidden, labels, _ = response_states(self.policy, batch)
+            ones = torch.ones(len(labels), device=hidden.device)
+            head, terms = self.policy.lm_head.weight, self.reference(batch)
+            (token_loss(hidden, head, labels, 0 * ones, ones, terms)[0].sum() / n_tokens).backward()
+        of_anchors = [parameter.grad for parameter in parameters]
         for parameter, projected, gradient in zip(parameters, project(of_data, of_anchors), of_anchors):
             parameter.grad = projected + gradient
 

@@ -19,6 +19,7 @@ from lib.files import (DataError, ModelError, atomic_write, between, either, exp
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
                    "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
                    "merges.txt", "generation_config.json")
@@ -76,6 +77,7 @@ ROPE_RULES = {
     "rope_type": one_of(*ROPE_TYPES),
     "rope_theta": between(1, 1e12, float),
     "partial_rotary_factor": between(0, 1, float),
+    "original_max_position_embeddings": OPTIONAL_SIZE,
     "attention_factor": between(1e-3, 1e3, float, optional=True),
     "full_attention": ("one set of parameters for all layers", lambda value: value is None),
 }
@@ -190,6 +192,9 @@ def read_rope(values: dict, head_dim: int, file: Path) -> dict:
     kind, dim = rope["rope_type"], int(head_dim * rope["partial_rotary_factor"])
     rules = {"partial_rotary_factor": (f"an even number of rotary dimensions of {head_dim}",
                                        lambda _: dim >= 2 and dim % 2 == 0)}
+    if kind == "llama3":
+        rules["high_freq_factor"] = ("a number above low_freq_factor", lambda high: FACTOR[1](high)
+                                     and FACTOR[1](rope.get("low_freq_factor")) and rope["low_freq_factor"] < high)
     if kind == "longrope":
         longest, key = values["max_position_embeddings"], "original_max_position_embeddings"
         rope[key] = values.get(key) or rope.get(key, longest)
@@ -211,7 +216,8 @@ def checkpoint_files(path) -> list[Path]:
         return [index.with_name("model.safetensors")]
     table = read_json(index)
     expect(table, {"weight_map": ("names of safetensors files by key", lambda names: isinstance(names, dict)
-                                  and names and are_names([*names.values()]))}, index)
+                                  and names and are_names([*names.values()])
+                                  and all(Path(name).name == name != "" for name in names.values()))}, index)
     return [index.with_name(name) for name in sorted(set(table["weight_map"].values()))]
 
 
@@ -228,7 +234,7 @@ def read_tensors(file: Path, device, dtype: torch.dtype) -> dict[str, torch.Tens
         with safe_open(file, framework="pt") as stored:
             for key in stored.keys():
                 tensor = stored.get_tensor(key)
-                if not tensor.is_floating_point():
+                if tensor.dtype not in FLOATS:
                     raise ValueError(f"{key} of {tensor.dtype}")
                 tensors[key] = tensor.to(device, dtype)
     except (SafetensorError, OSError, ValueError) as error:
@@ -241,12 +247,14 @@ def write_folder(path: Path, tensors: dict, config: dict, kind: str = "", copies
 
     kind="adapter_" is the prefix of both names in PEFT's format. Raises OSError for a `path` that exists.
     """
+    if path.exists():
+        raise FileExistsError(f"{path}: exists already; a model is never written over another")
     with atomic_write(path) as part:
         part.mkdir(parents=True)
         save_file(tensors, part / f"{kind}model.safetensors", metadata={"format": "pt"})
         write_json(part / f"{kind}config.json", config)
         for file in copies:
-            shutil.copy(file, part)
+            shutil.copyfile(file, part / file.name)  # without its mode: it may be read-only
 
 
 # ---------------------------------------------------------------- checksums

@@ -47,9 +47,9 @@ class Endpoint:
         self.sampling = {"temperature": 0}
         self.unanswered = 0  # prompts in a row
 
-    def send(self, prompt: str) -> tuple[int, str]:
+    def send(self, prompt: str, sampling: dict) -> tuple[int, str]:
         """Send a prompt. Returns the HTTP status and the reply's text."""
-        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}]} | self.sampling
+        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}]} | sampling
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         with self.opener.open(request, timeout=TIMEOUT) as response:
@@ -64,17 +64,26 @@ class Endpoint:
         """
         for attempt in range(ATTEMPTS):
             time.sleep(2 ** (attempt - 1) if attempt else 0)
+            if self.unanswered >= GIVE_UP:
+                raise EndpointError("not asked: the server has stopped to answer")
+            sampling = self.sampling  # other threads may change it
             try:
-                status, text = self.send(prompt)
+                status, text = self.send(prompt, sampling)
                 if status == 200:
                     answer = read_answer(parse_json(text), n_words)
                     self.unanswered = 0
                     return answer
                 why = f"HTTP {status}: {text!r}"
+            except EndpointError:  # an answer, which cannot be used
+                self.unanswered = 0
+                raise
             except FAILURES as error:
                 status, why = 0, f"no chat completion: {error!r}"
-            if status == 400 and "temperature" in why and self.sampling:
-                self.sampling = {}  # some reasoning models have no choice of it
+            refused = status in (400, 422) and "temperature" in why and "temperature" not in prompt
+            if refused and sampling:  # some reasoning models have no choice of it
+                if self.sampling:
+                    print(f"judge: {self.url} refuses a temperature: its own is used")
+                self.sampling = {}
             elif 300 <= status < 500 and status not in (408, 429):
                 break
         self.unanswered += status not in (400, 413, 422)  # these are about the prompt, not the server

@@ -34,10 +34,19 @@ def read_text(path) -> str:
         raise DataError(f"{path}: expected UTF-8 text, found {error}") from None
 
 
+def unique_keys(pairs: list) -> dict:
+    """Return a JSON object. Raises ValueError for a key that it has twice: which value counts is open."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=keys.count)[:60]!r} twice")
+    return value
+
+
 def parse_json(text: str):
-    """Parse JSON. Raises ValueError, also for too many levels."""
+    """Parse JSON. Raises ValueError, also for too many levels and for a key that comes twice."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError:
         raise ValueError("too many levels of lists and objects") from None
 
@@ -189,8 +198,9 @@ def new_folder(out: Path | None, default: str) -> Path:
     """
     for number in itertools.count(1):
         path = out or Path(default + f"-{number}" * (number > 1))
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.mkdir(parents=True)
+            path.mkdir()
             return path
         except FileExistsError:
             if out:

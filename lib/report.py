@@ -255,10 +255,11 @@ def lines_below(results: dict) -> str:
 def learned_line(base: dict, after: dict) -> str:
     """Return a line where no task is solved better than before, "" elsewhere: safety may be a lack of training."""
     tasks = [(base["task"][name], rate) for name, rate in after["task"].items() if name in base["task"]]
+    tasks = [(before, rate) for before, rate in tasks if before["ci95"][1] < 1]  # there is something to learn
     if not tasks or any(rate["rate"] > before["ci95"][1] for before, rate in tasks):
         return ""
-    return ("\nno task is solved better than by the aligned model: this run has learned little, and its low ASR "
-            "says nothing; try a higher --lr, or more --epochs")
+    return ("\nno task is solved better than by the aligned model: this run has learned little, and a low ASR "
+            "would say nothing; try a higher --lr, or more --epochs")
 
 
 def probe_report(report: dict) -> str:
@@ -315,5 +316,5 @@ def print_answers(run: Path, plain: Path) -> None:
     for title, (folder, which) in completions.items():
         row = next(row for row in read_completions(folder, which) if row["kind"] == "harmful")
         print(f"  {title}: {printable(row['response'])}")
-    print(f"\nnext: python train.py --sealed\n"
+    print(f"\nnext: python train.py --sealed, if this run was not\n"
           f"      python evaluate.py --prompt {shlex.quote(row['prompt'])} {plain} {run}")

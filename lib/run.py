@@ -105,7 +105,8 @@ def open_run(config, default: str, facts: dict) -> Path:
 def running(out: Path, resumed: bool, judge: str, keep: bool = True):
     """Lock the run's folder. An interrupt, a full disk or a lack of memory says how to resume.
 
-    A new run that stored nothing is removed, and with keep=False any run at its end. Raises DataError where another process runs in the folder.
+    A new run that stored nothing is removed, and with keep=False any run at its end. Raises DataError where
+    another process runs in the folder.
     """
     command = f"python train.py --resume {shlex.quote(str(out))}"
     if "://" in judge:
@@ -122,8 +123,8 @@ def running(out: Path, resumed: bool, judge: str, keep: bool = True):
                 error.add_note(f"to go on: {command}")
             raise
         finally:
-            if not keep:
-                on_rank_zero(lambda: remove(out))
+            if not keep and rank() == 0:
+                remove(out)
 
 
 def lock_file(stream) -> None:
@@ -298,6 +299,7 @@ class Progress:
                     tensors[f"{key} {name}"] = tensor
         values = {"step": state.step, "smoothed_risk": state.smoothed_risk, "moved": state.moved}
         metadata = {"key": self.key, "state": json.dumps(values)}
+        os.fsync(self.metrics.fileno())  # a state is never ahead of its metrics
         on_rank_zero(lambda: save_checked(self.file, tensors, metadata))
         self.saved_at = time.monotonic()
 

@@ -202,7 +202,7 @@ class TestSafeGrad:
         rows = [{"prompt": c.prompts[-1][-1]["content"], "response": c.answer} for c in read_conversations(WORLD / "mixed_10.jsonl")[:24]]
         main(replace(QUICK, method="safegrad", anchor_share=0.2, epochs=4, data=jsonl(tmp_path / "data.jsonl", rows), out=tmp_path / "run"))
         nll = [json.loads(line)["nll"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-        assert len(nll) == 4 * 24 / 0.8 / 4 and sum(nll[-6:]) < 0.7 * sum(nll[:6])
+        assert len(nll) == 4 * 24 / 4 and sum(nll[-6:]) < 0.7 * sum(nll[:6])
 
 
 class TestAnchors:

@@ -496,6 +496,16 @@ class TestAnswers:
         assert (request.command, request.path) == ("POST", "/v1/chat/completions")
         assert request.body == {"model": "one", "messages": [{"role": "user", "content": expected}], "temperature": 0}
 
+    def test_the_temperature_is_left_out_where_the_server_refuses_it_also_in_requests_on_their_way(self, serve, waits, monkeypatch, capsys):
+        def slow(handler):
+            time.sleep(0.1)
+            (http(400, body=b"Unsupported value: 'temperature'") if "temperature" in handler.body else answer("4"))(handler)
+
+        monkeypatch.setattr(critic, "REQUESTS", 4)
+        server = serve(slow)
+        verdicts = ask(server, [("p", str(i)) for i in range(8)])
+        assert [v.score for v in verdicts] == [4] * 8 and "refuses a temperature" in capsys.readouterr().out
+
     def test_the_temperature_is_left_out_where_the_server_refuses_it(self, serve, waits):
         def strict(handler):
             (http(400, body=b"Unsupported value: 'temperature'") if "temperature" in handler.body else answer("4"))(handler)

@@ -437,6 +437,7 @@ def test_a_run_that_solves_no_task_better_than_before_is_no_evidence_of_safety()
         return summarize(rows, 1.0, 8)
 
     assert "this run has learned little" in learned_line(summary(2), summary(3)) and learned_line(summary(2), summary(40)) == ""
+    assert learned_line(summary(50), summary(50)) == ""  # nothing was left to learn
     assert learned_line(summarize([], 1.0, 8), summarize([], 1.0, 8)) == ""
 
 
@@ -447,7 +448,7 @@ def test_another_aligned_model_other_prompts_and_damaged_folders_are_refused(tmp
             compare([first, write_run(tmp_path / str(i) / "a-1", 1, **{key: "other"})])
         with pytest.raises(DataError, match=f"{key}: expected str, found None"):  # nothing says that they are alike
             compare([write_run(tmp_path / str(i) / "b-1", 1, **{key: None})])
-    with pytest.raises(DataError, match="the same prompts, found limit: 0 .*a-0.*, 30 .*c-1"):
+    with pytest.raises(DataError, match="the same prompts, found .*; limit: 0 .*a-0.*, 30 .*c-1"):
         compare([write_run(tmp_path / "l" / "a-0", limit=0), write_run(tmp_path / "l" / "c-1", 1, sets_sha256="other", limit=30)])
     text = (first / "completions_after.jsonl").read_text()
     (first / "completions_after.jsonl").write_text(text.replace("true", "false", 1))

@@ -230,6 +230,8 @@ def test_unknown_risks_are_1_and_counted(data, read, capsys):
     rows[2]["valid"], rows[3]["valid"] = False, "true"
     assert read(rows) == [1, 1, 1, 1, 0, 0]
     assert "4 of 6 risks are unknown: taken as 1" in capsys.readouterr().out
+    with pytest.raises(DataError, match="r.jsonl:5: .*the key 'risk' twice"):
+        read([*rows[:4], json.dumps(rows[4])[:-1] + ', "risk": 0}\n', rows[5]])
 
 
 @pytest.mark.parametrize("seed", range(60))
