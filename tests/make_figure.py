@@ -12,15 +12,15 @@ import matplotlib.pyplot as plt
 RESULTS = Path(__file__).parent.parent / "data" / "results"
 METHODS = {  # rows of a real model's figure, from above
     "aligned model": "aligned model, before",
-    "sft": "plain SFT",
-    "filter": "SFT without risky rows",
-    "safeinstr": "SFT + 3 % refusals (SafeInstr)",
-    "sft-anchors": "SFT + 10 % anchors",
+    "sft": "plain fine-tuning",
+    "filter": "plain, without risky rows",
+    "safeinstr": "plain + 3 % refusals (SafeInstr)",
+    "sft-anchors": "plain + 10 % anchors",
     "lisa": "Lisa",
     "kl": "constant KL, β 0.5",
     "csft": "C-SFT",
-    "adaptive-probe": "adaptive, β 0.1 … 0.9 (paper)",
-    "sealed": "adaptive, β 0.02 … 1 (sealed)",
+    "adaptive-probe": "the paper's, β 0.1 … 0.9",
+    "sealed": "sealed, β 0.02 … 1",
     "sealed-anchors": "sealed + 10 % anchors",
 }
 TRAINED_ON = {"mixed_10": "trained on SST-2, 10 % of it harmful", "benign": "trained on SST-2 alone"}
