@@ -202,8 +202,10 @@ def micro_batch_loss(policy: Transformer, reference, examples: list[Example], al
     loss, nll, kl = fused.token_loss(hidden, policy.lm_head.weight, labels, alpha, beta, terms)
     if token_weights:
         loss = loss * token_weights(nll, examples)
-    zeros, example = nll.new_zeros(len(examples)), order[row].to(policy.device)
-    return loss.sum() / n_tokens, zeros.index_add(0, example, nll), zeros.index_add(0, example, kl)
+    example_of_token = order[row].to(policy.device)  # (N,), in the order that was given
+    zeros = nll.new_zeros(len(examples))
+    return (loss.sum() / n_tokens, zeros.index_add(0, example_of_token, nll),
+            zeros.index_add(0, example_of_token, kl))
 
 
 # ---------------------------------------------------------------- the risk of the data

@@ -245,7 +245,7 @@ def read_tensors(file: Path, device, dtype: torch.dtype) -> dict[str, torch.Tens
 def write_folder(path: Path, tensors: dict, config: dict, kind: str = "", copies=()) -> None:
     """Write a new folder with model.safetensors, config.json, and copies of files, atomically.
 
-    kind="adapter_" is the prefix of both names in PEFT's format. Raises OSError for a `path` that exists.
+    kind="adapter_" is the prefix of both names in PEFT's format. Raises FileExistsError for a `path` that exists.
     """
     if path.exists():
         raise FileExistsError(f"{path}: exists already; a model is never written over another")

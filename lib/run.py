@@ -299,7 +299,7 @@ class Progress:
                     tensors[f"{key} {name}"] = tensor
         values = {"step": state.step, "smoothed_risk": state.smoothed_risk, "moved": state.moved}
         metadata = {"key": self.key, "state": json.dumps(values)}
-        os.fsync(self.metrics.fileno())  # a state is never ahead of its metrics
+        on_rank_zero(lambda: os.fsync(self.metrics.fileno()))  # a state is never ahead of its metrics
         on_rank_zero(lambda: save_checked(self.file, tensors, metadata))
         self.saved_at = time.monotonic()
 

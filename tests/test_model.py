@@ -221,7 +221,7 @@ class TestCheckpoints:
     def test_a_model_is_never_written_over_another(self, tmp_path):
         (tmp_path / "x").mkdir()
         (tmp_path / "x" / "file").touch()
-        with pytest.raises(OSError, match="not empty"):
+        with pytest.raises(FileExistsError, match="exists already"):
             save_model(load_model(GOLDEN[0]), tmp_path / "x")
         assert [path.name for path in tmp_path.rglob("*")] == ["x", "file"]
 
@@ -279,7 +279,7 @@ class TestLoRA:
         model, folder = load_model(GOLDEN[0]), tmp_path / "adapter"
         add_lora(model, 2, 2)
         save_adapter(model, folder)
-        with pytest.raises(OSError, match="not empty"):
+        with pytest.raises(FileExistsError, match="exists already"):
             save_adapter(model, folder)
         config = json.loads((folder / "adapter_config.json").read_text())
         plain = {"lora_dropout": 0.1, "megatron_core": "megatron.core", "peft_version": "0.18", "qalora_group_size": 16,
