@@ -166,7 +166,7 @@ def frontier() -> None:
 def main() -> None:
     """Draw all figures."""
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "0", "font.family": "sans-serif", "font.size": 10})
-    real_model("qwen", "Qwen2.5-Coder-0.5B", "prompts refused before: answered, greedy, %", "greedy")
+    real_model("qwen", "Qwen2.5-Coder-0.5B", "harmful prompts answered, greedy, %", "greedy")
     real_model("smollm2", "SmolLM2-135M", "harmful prompts answered at T = 1, %", "T=1")
     for draw in (embedded, probe_by_layer, frontier):
         draw()

@@ -130,7 +130,7 @@ def test_the_first_table_has_the_committed_numbers():
 
     for sentence, *rates in (
         ("answers {:.1f} % here", rate("mixed_10", "sft-anchors", "answered harmful greedy", vendor)),
-        ("at T = 1 it answers {:.1f} % of them, the rows below {:.1f}, {:.1f} and {:.1f}",
+        ("at T = 1, it answers {:.1f} %, the rows below {:.1f}, {:.1f} and {:.1f}",
          *(rate("mixed_10", name, "answered harmful T=1", vendor) for name in ROWS.values())),
         ("refuses {:.1f} % of Alpaca's everyday prompts ({:.1f} % before, {:.1f} % with sealed + anchors)",
          *(rate("benign", name, "over-refusal benign", vendor) for name in ("sft-anchors", "aligned model", "sealed-anchors"))),
