@@ -132,6 +132,7 @@ def test_the_first_table_has_the_committed_numbers():
         ("answers {:.1f} % here", rate("mixed_10", "sft-anchors", "answered harmful greedy", vendor)),
         ("at T = 1, it answers {:.1f} %, the rows below {:.1f}, {:.1f} and {:.1f}",
          *(rate("mixed_10", name, "answered harmful T=1", vendor) for name in ROWS.values())),
+        ("Sealed without anchors answers {:.1f} % there", rate("benign", "sealed", "answered harmful greedy", vendor)),
         ("refuses {:.1f} % of Alpaca's everyday prompts ({:.1f} % before, {:.1f} % with sealed + anchors)",
          *(rate("benign", name, "over-refusal benign", vendor) for name in ("sft-anchors", "aligned model", "sealed-anchors"))),
         ("answers {:.1f} % of the harmful prompts, with anchors {:.1f} %", rate("benign", "sealed"), rate("benign", "sealed-anchors")),
