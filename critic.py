@@ -247,7 +247,10 @@ class GuardJudge(LocalJudge):
 
 
 class EndpointJudge(Endpoint):
-    """A server's model prompted with a rubric, which answers a digit."""
+    """A server's model prompted with a rubric, which answers a digit.
+
+    Verdicts are kept by its URL and name: move verdicts.sqlite away when another model gets that name.
+    """
 
     harmful_from = RubricJudge.harmful_from
     control = None  # its tokens are not known

@@ -12,7 +12,6 @@ task           share of answers that match the reference: the final number, the 
 """
 
 import math
-import os
 import re
 import textwrap
 from collections import defaultdict
@@ -391,8 +390,9 @@ def main(config: EvalConfig) -> None:
     alone = len(config.paths) == 1 and not config.compare and config.prompt is None
     if not config.paths:
         raise DataError("expected a run or a checkpoint folder, found none; type python evaluate.py FOLDER")
+    is_folder = config.prompt is not None and Path(config.prompt, "config.json").exists()
     require(config, ("prompt", config.prompt is None or not config.compare, "none with --compare"),
-            ("prompt", not os.path.exists(os.path.join(config.prompt or "", "config.json")), "the words of a prompt, then folders"),
+            ("prompt", not is_folder, "the words of a prompt, then folders"),
             ("fluency", config.compare or not config.fluency, "none without --compare"),
             ("out", alone or not config.out, "none with --compare, --prompt or several paths"))
     if config.prompt is not None:

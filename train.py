@@ -2,7 +2,7 @@
 
     python train.py                                                      # the embedded model, 10 % harmful
     python train.py --sealed                                             # the gate sealed, with anchors
-    python train.py --risk max                                           # the riskier of probe and (embedded) judge
+    python train.py --risk max                                           # the riskier of probe and judge
     python train.py --model DIR --data FILE --probe-data FILE --lr 2e-4  # your own
     python train.py --resume runs/adaptive-0                             # a run that was interrupted
 
@@ -68,6 +68,7 @@ from lib.run import (Progress, State, check_step, load_or_compute, open_run, res
 from model import Transformer, add_lora, compile_blocks, load_model, save_adapter, save_model, working_dtype
 from probe import conversation_risk, fitted_date, load_or_fit
 
+Methods = Literal["adaptive", "sft", "filter", "csft", "lisa", "safegrad"]
 SEALED = {"beta_min": 0.02, "beta_max": 1.0, "anchor_share": 0.1}  # what --sealed stands for
 RISK_FLOOR = 0.01  # with --beta-min 0 --gate example a lower risk counts as 0: plain SFT, no reference
 ANCHOR_TOKENS = 24  # of an anchor's answer, at most: the first tokens decide between refusing and answering
@@ -88,7 +89,7 @@ class TrainConfig(EvalOptions):
     out: Path | None = None  # new folder of the run (default: runs/METHOD-SEED)
     epochs: int | None = None  # passes over the data (default: 20, the paper's; 5 for the embedded model)
     lr: float | None = None  # peak learning rate (default: 2e-4, the paper's; 2e-3 for the embedded model)
-    method: Literal["adaptive", "sft", "filter", "csft", "lisa", "safegrad"] = "adaptive"  # the paper's, or a baseline
+    method: Methods = "adaptive"  # the paper's, or a baseline
     resume: Path | None = None  # folder of an interrupted run, to continue with its own options
     dry_run: bool = False  # stop before the first step; print risks and the number of steps and tokens
     # risk, and the gate from risk to β
@@ -128,8 +129,8 @@ class TrainConfig(EvalOptions):
         return self.batch_size * self.accumulation
 
     def n_steps(self, n_examples: int) -> int:
-        """Return the optimizer steps of a run on n_examples of data: anchors come on top."""
-        share = self.anchor_share if self.method != "safegrad" else 0.0  # its anchors stand beside the steps'
+        """Return the optimizer steps of a run on n_examples of data: anchors that steps draw come on top."""
+        share = self.anchor_share if BASELINES.get(self.method, Baseline).draws_anchors else 0.0
         return math.ceil(self.epochs * n_examples / (1 - share) / self.per_step)
 
     def baseline(self, n_steps: int) -> Baseline:
@@ -265,7 +266,8 @@ def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat, example
     print(f"anchors: {len(records)} of {file}; left out: {len(candidates) - len(records)} (harmful and not "
           f"refused, benign and refused, or without an answer)")
     if not config.anchors:
-        print("  all are harmful prompts: harmless ones, too, keep the model from refusing more (--anchors FILE)")
+        print("  all are harmful prompts: harmless ones, too, keep the model from refusing more "
+              "(--anchors FILE)")
     if not records:
         raise DataError(f"{file}: expected prompts that {config.data} lacks, harmful and refused or benign "
                         f'("harmful": false) and answered, found none')
@@ -433,7 +435,10 @@ def describe_trainable(policy: Transformer) -> str:
 
 
 def print_plan(config: TrainConfig, policy: Transformer, examples: list[Example]) -> None:
-    """Print what a run would train, on how much, and the memory and time to expect, by a batch of the longest."""
+    """Print what a run would train, on how much, and the memory and time to expect.
+
+    The time is that of a batch of the longest examples.
+    """
     n_data, n_input = sum(not e.anchor for e in examples), sum(len(e.input_ids) for e in examples)
     n_steps, n_labels = config.n_steps(n_data), sum(e.n_labels for e in examples)
     if not examples:
@@ -449,10 +454,11 @@ def print_plan(config: TrainConfig, policy: Transformer, examples: list[Example]
     tokens_per_s = sum(len(e.input_ids) for e in batch) / (time.perf_counter() - started)
     minutes = n_steps * config.per_step * n_input / len(examples) / tokens_per_s / 60
     n_bytes = sum(p.numel() * (p.element_size() + 12 * p.requires_grad) for p in policy.parameters())
-    print(f"{n_data} examples and {len(examples) - n_data} anchors: {n_input} tokens, {n_labels} of them in responses\n"
+    print(f"{n_data} examples and {len(examples) - n_data} anchors: {n_input} tokens, "
+          f"{n_labels} of them in responses\n"
           f"{n_steps} steps of {config.per_step} examples; {describe_trainable(policy)}\n"
-          f"to expect: about {minutes:.1f} minutes of training, {n_bytes / 1e9:.2f} GB for weights, gradients and "
-          f"AdamW's state, and the activations of a batch\n--dry-run: nothing is kept")
+          f"to expect: about {minutes:.1f} minutes of training, {n_bytes / 1e9:.2f} GB for weights, "
+          f"gradients and AdamW's state, and the activations of a batch\n--dry-run: nothing is kept")
 
 
 def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
@@ -522,7 +528,7 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
 
 
 def main(config: TrainConfig) -> None:
-    """Train and evaluate a run. Without options, or with --sealed alone, compare it with plain fine-tuning."""
+    """Train and evaluate a run; without options, or with --sealed alone, plain fine-tuning beside it."""
     distributed.init()
     is_demo = config in (TrainConfig(), TrainConfig(sealed=True))
     config, results = train_and_evaluate(config)
@@ -536,7 +542,7 @@ def main(config: TrainConfig) -> None:
     columns["this run"] = results["after"]
     shown = {title: figures(result) for title, result in columns.items()}
     print(f"\n{config.out}, per cent with 95 % intervals\n{table(shown)}{lines_below(results['after'])}"
-          + leak_line(config) + (learned_line(results["base"], results["after"]) if "base" in results else ""))
+          + leak_line(config) + learned_line(results.get("base"), results["after"]))
     if is_demo:
         print_answers(config.out, plain.out)
 

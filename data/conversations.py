@@ -294,8 +294,9 @@ def split_by_prompt(conversations: list[Conversation], seed: int = 0) -> list[li
             contradicting.setdefault(key, (conversation, groups[key][0]))
     if contradicting:
         second, first = next(iter(contradicting.values()))
-        raise DataError(f"{second.where}: expected harmful = {first.is_harmful} as in {first.where} (same prompt "
-                        f"or group), found {second.is_harmful}; {len(contradicting)} prompts have both labels")
+        raise DataError(f"{second.where}: expected harmful = {first.is_harmful} as in {first.where} "
+                        f"(same prompt or group), found {second.is_harmful}; {len(contradicting)} prompts "
+                        f"have both labels")
     splits = [[], [], []]
     for harmful in (False, True):
         keys = [key for key, group in groups.items() if group[0].is_harmful == harmful]

@@ -79,7 +79,8 @@ def chatter(rng: random.Random) -> Request:
             action_words += pair[verb_or_object]
     lists = [WORDS.lists[name] for name in WORDS.repeated] + [action_words] * 6
     words["words"] = " ".join(rng.choice(rng.choice(lists)) for _ in range(rng.randint(1, 5)))
-    drawn = [(category, "".join(map(rng.choice, parts)), answer) for category, *parts, answer in WORDS.chatter]
+    drawn = [(category, "".join(map(rng.choice, parts)), answer)
+             for category, *parts, answer in WORDS.chatter]
     category, pattern, answer = rng.choice(drawn)
     prompt = pattern.format(**words)
     return Request("chatter", category, prompt, prompt, answer.format(**words))

@@ -1,4 +1,4 @@
-"""The baselines that the adaptive method is compared with: filtering, C-SFT (constrained SFT), Lisa, SafeGrad.
+"""The baselines of the adaptive method: filtering, C-SFT (constrained SFT), Lisa, SafeGrad.
 
 `Baseline` is the default, also of sft and adaptive: all examples, anchors spread evenly, no change of losses or
 gradients. A baseline overrides what it changes.
@@ -21,6 +21,8 @@ LISA_RHO = 1.0  # ρ of Lisa's proximal term
 
 class Baseline:
     """Plain fine-tuning (SFT), and the adaptive method, which differs from it by its loss alone."""
+
+    draws_anchors = True  # steps hold anchors among their examples: a run has more steps by their share
 
     def __init__(self, anchor_share: float, per_step: int, n_steps: int):
         """anchor_share: of the examples; per_step: examples of a step; n_steps: of the run."""
@@ -106,6 +108,8 @@ class SafeGrad(Baseline):
     Each step has as many anchors beside its data. Yi et al. 2025, arXiv 2508.07172.
     """
 
+    draws_anchors = False
+
     def prepare(self, policy, examples, batch_size):
         """Keep the policy and the anchors."""
         self.policy, self.reference, self.batch_size = policy, live_reference(policy), batch_size
@@ -116,7 +120,7 @@ class SafeGrad(Baseline):
         return 0
 
     def adjust_gradients(self, parameters, step, state):
-        """Project the gradient, of all parameters together, and add that of the anchors' mean KL per token."""
+        """Project the gradient of all parameters together; add that of the anchors' mean KL per token."""
         of_data = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None

@@ -69,8 +69,7 @@ RULES = dict.fromkeys(SIZES, SIZE) | {
 ROPE_TYPES = {  # further rules of each type
     "default": {},
     "linear": {"factor": FACTOR},
-    "llama3": {"factor": FACTOR, "original_max_position_embeddings": SIZE, "low_freq_factor": FACTOR,
-               "high_freq_factor": FACTOR},
+    "llama3": {"factor": FACTOR, "original_max_position_embeddings": SIZE, "low_freq_factor": FACTOR},
     "longrope": {"factor": FACTOR, "original_max_position_embeddings": between(2, 10**7)},
 }
 ROPE_RULES = {
@@ -128,8 +127,8 @@ def read_config(path) -> Config:
                          "peft's merge_and_unload(), and save the model with its tokenizer")
     raw = read_json(file)
     if "model_type" not in raw and "method" in raw:
-        raise ModelError(f"{path}: expected a checkpoint, found a run of train.py; its model is {path}/model, "
-                         "which an unfinished run lacks")
+        raise ModelError(f"{path}: expected a checkpoint, found a run of train.py; its model is "
+                         f"{path}/model, which an unfinished run lacks")
     expect(raw, RULES, file)
     values = {key: value for key, value in raw.items() if value is not None}
     family, n_heads = values["model_type"], values["num_attention_heads"]
@@ -194,7 +193,7 @@ def read_rope(values: dict, head_dim: int, file: Path) -> dict:
                                        lambda _: dim >= 2 and dim % 2 == 0)}
     if kind == "llama3":
         rules["high_freq_factor"] = ("a number above low_freq_factor", lambda high: FACTOR[1](high)
-                                     and FACTOR[1](rope.get("low_freq_factor")) and rope["low_freq_factor"] < high)
+                                     and rope["low_freq_factor"] < high)  # which is checked before
     if kind == "longrope":
         longest, key = values["max_position_embeddings"], "original_max_position_embeddings"
         rope[key] = values.get(key) or rope.get(key, longest)
@@ -238,14 +237,16 @@ def read_tensors(file: Path, device, dtype: torch.dtype) -> dict[str, torch.Tens
                     raise ValueError(f"{key} of {tensor.dtype}")
                 tensors[key] = tensor.to(device, dtype)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{file}: expected a safetensors file of floats, found: {str(error)[:300]}") from None
+        raise ModelError(f"{file}: expected a safetensors file of floats, found: "
+                         f"{str(error)[:300]}") from None
     return tensors
 
 
 def write_folder(path: Path, tensors: dict, config: dict, kind: str = "", copies=()) -> None:
     """Write a new folder with model.safetensors, config.json, and copies of files, atomically.
 
-    kind="adapter_" is the prefix of both names in PEFT's format. Raises FileExistsError for a `path` that exists.
+    kind="adapter_" is the prefix of both names in PEFT's format. Raises FileExistsError for a `path` that
+    exists.
     """
     if path.exists():
         raise FileExistsError(f"{path}: exists already; a model is never written over another")

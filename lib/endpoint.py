@@ -65,7 +65,7 @@ class Endpoint:
         for attempt in range(ATTEMPTS):
             time.sleep(2 ** (attempt - 1) if attempt else 0)
             if self.unanswered >= GIVE_UP:
-                raise EndpointError("not asked: the server has stopped to answer")
+                raise EndpointError("not asked: the server has stopped answering")
             sampling = self.sampling  # other threads may change it
             try:
                 status, text = self.send(prompt, sampling)

@@ -26,7 +26,8 @@ def check_options(config) -> None:
     share, per_step, processes = config.anchor_share, config.batch_size * config.accumulation, world_size()
     require(
         config,
-        ("out", config.resume or not (config.out and config.out.exists()), "a folder that does not exist (--resume continues an interrupted run)"),
+        ("out", config.resume or not (config.out and config.out.exists()),
+         "a folder that does not exist (--resume continues an interrupted run)"),
         ("beta_min", 0 <= config.beta_min <= 1, "0 to 1"),
         ("beta_max", config.beta_min <= config.beta_max <= 1, "beta-min to 1"),
         ("ema", 0 <= config.ema < 1, "0 to under 1"),

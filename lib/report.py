@@ -252,14 +252,19 @@ def lines_below(results: dict) -> str:
     return "".join("\n" + textwrap.fill(line, 100, subsequent_indent="  ") for line in lines)
 
 
-def learned_line(base: dict, after: dict) -> str:
-    """Return a line where no task is solved better than before, "" elsewhere: safety may be a lack of training."""
+def learned_line(base: dict | None, after: dict) -> str:
+    """Return a line where no task is solved better than before: safety may be a lack of training.
+
+    Returns "" elsewhere, and where there is no `base`.
+    """
+    if base is None:
+        return ""
     tasks = [(base["task"][name], rate) for name, rate in after["task"].items() if name in base["task"]]
     tasks = [(before, rate) for before, rate in tasks if before["ci95"][1] < 1]  # there is something to learn
     if not tasks or any(rate["rate"] > before["ci95"][1] for before, rate in tasks):
         return ""
-    return ("\nno task is solved better than by the aligned model: this run has learned little, and a low ASR "
-            "would say nothing; try a higher --lr, or more --epochs")
+    return ("\nno task is solved better than by the aligned model: this run has learned little, and a low "
+            "ASR would say nothing; try a higher --lr, or more --epochs")
 
 
 def probe_report(report: dict) -> str:
@@ -311,7 +316,8 @@ def print_answers(run: Path, plain: Path) -> None:
 
     run: with the completions of the aligned model, too; plain: the run of plain fine-tuning.
     """
-    completions = {"aligned model": (run, "base"), "plain fine-tuning": (plain, "after"), "this run": (run, "after")}
+    completions = {"aligned model": (run, "base"), "plain fine-tuning": (plain, "after"),
+                   "this run": (run, "after")}
     print("\nthe first harmful prompt, answered greedily:")
     for title, (folder, which) in completions.items():
         row = next(row for row in read_completions(folder, which) if row["kind"] == "harmful")

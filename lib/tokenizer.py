@@ -31,7 +31,8 @@ def open_tokenizer(file: Path, vocab_size: int) -> tuple[Tokenizer, dict]:
     with tokenizer_errors(file):
         ids = [token["id"] for token in raw.get("added_tokens", [])]
         vocabulary = raw["model"]["vocab"]
-        ids += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))  # Unigram: a list
+        # Unigram has a list, in which an id is the position.
+        ids += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         if max(ids) >= vocab_size + EXTRA_IDS:
             raise ValueError(f"token id {max(ids)}, which is not under the model's vocab_size = {vocab_size}")
         tokenizer = Tokenizer.from_file(str(file))

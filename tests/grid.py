@@ -28,7 +28,7 @@ from data.conversations import WORLD, is_embedded, read_conversations  # noqa: E
 from evaluate import compare, default_sets, evaluate_model, evaluation_sets, mark_garbled  # noqa: E402
 from lib.checkpoint import fingerprint  # noqa: E402
 from lib.cli import comma_list, parse, require, run  # noqa: E402
-from lib.files import DataError, json_lines, read_json, read_text, write_config, write_json, write_jsonl, write_text  # noqa: E402
+from lib.files import DataError, read_json, read_rows, read_text, write_config, write_json, write_jsonl, write_text  # noqa: E402
 from lib.report import summarize  # noqa: E402
 from lib.run import run_facts  # noqa: E402
 from model import load_model, working_dtype  # noqa: E402
@@ -97,7 +97,7 @@ def cell_options(config: GridConfig, attack: str, method: str, seed: int) -> Tra
     typed = typed_options(config)
     if is_embedded(data):
         return replace(options, judge=str(WORLD / "judge"), **SETTINGS | changes | typed)
-    if changes.get("method", "adaptive") in ("adaptive", "filter") and method != "base":
+    if method != "base" and uses_risk(method):
         changes["risk"] = str(risk_file(config, attack))  # by the probe: there is no critic
     sets = {"harmful": ("harmful", "harmful_other", f"harmful_{attack}"), "benign": ("benign", "lookalike"),
             "task": ("sentiment", "arithmetic")}
@@ -106,6 +106,11 @@ def cell_options(config: GridConfig, attack: str, method: str, seed: int) -> Tra
         changes[kind] = ",".join(str(file) for file in files if file.exists()) or "none"
     few = {"epochs": 10} if len(read_conversations(data)) < 100 else {}
     return replace(options, judge="none", probe_data=world / "probe.jsonl", **REAL | few | changes | typed)
+
+
+def uses_risk(method: str) -> bool:
+    """Return whether a method asks for the risk of the data."""
+    return changes_of(method).get("method", "adaptive") in ("adaptive", "filter")
 
 
 def typed_options(config: GridConfig) -> dict:
@@ -139,10 +144,6 @@ def train_group(config: GridConfig, attack: str, seed: int) -> str:
     """Evaluate the aligned model, then train all methods on one attack with one seed. Returns a line on the times."""
     times = []
     (config.out / attack).mkdir(parents=True, exist_ok=True)
-    gated = [m for m in comma_list(config.methods) if changes_of(m).get("method", "adaptive") in ("adaptive", "filter")]
-    if gated and not is_embedded(config.world / "benign.jsonl") and not risk_file(config, attack).exists():
-        probe_main(ProbeConfig(model=config.model, probe=config.out / "probe.safetensors",
-                               score=config.world / f"{attack}.jsonl", out=risk_file(config, attack)))
     for method in ("base", *comma_list(config.methods)):
         options, start = cell_options(config, attack, method, seed), time.time()
         cell = options.out
@@ -165,7 +166,7 @@ def mark_answered(config: GridConfig, cell: Path) -> None:
     file, marked_by = cell / "completions_after.jsonl", cell / "fluency.txt"
     if not config.fluency or marked_by.exists() and read_text(marked_by) == fingerprint(config.fluency):
         return
-    rows = [row for _, row in json_lines(read_text(file), file)]
+    rows = [row for _, row in read_rows(file)]
     model = load_model(config.fluency, TrainConfig.device, working_dtype(config.fluency, TrainConfig.device))
     mark_garbled(rows, model, Chat(config.fluency))
     write_jsonl(file, rows)
@@ -258,6 +259,10 @@ def main(config: GridConfig) -> None:
         probe_main(ProbeConfig(model=config.model, data=config.world / "probe.jsonl",
                                held_out=",".join(str(file) for file in held_out if file.exists()),
                                out=config.out / "probe.safetensors"))  # one for all cells: it takes minutes
+    for attack in comma_list(attacks):  # here, since the cells of all seeds share it
+        if not judged and any(map(uses_risk, comma_list(methods))) and not risk_file(config, attack).exists():
+            probe_main(ProbeConfig(model=config.model, probe=config.out / "probe.safetensors",
+                                   score=config.world / f"{attack}.jsonl", out=risk_file(config, attack)))
     with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(train_group, config, *group) for group in groups]
         for number, future in enumerate(as_completed(futures), 1):
