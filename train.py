@@ -68,7 +68,7 @@ from lib.run import (Progress, State, check_step, load_or_compute, open_run, res
 from model import Transformer, add_lora, compile_blocks, load_model, save_adapter, save_model, working_dtype
 from probe import conversation_risk, fitted_date, load_or_fit
 
-Methods = Literal["adaptive", "sft", "filter", "csft", "lisa", "safegrad"]
+Methods = Literal["adaptive", "sft", "filter", "csft", "lisa", "safegrad", "sbr"]
 SEALED = {"beta_min": 0.02, "beta_max": 1.0, "anchor_share": 0.1}  # what --sealed stands for
 RISK_FLOOR = 0.01  # with --beta-min 0 --gate example a lower risk counts as 0: plain SFT, no reference
 ANCHOR_TOKENS = 24  # of an anchor's answer, at most: the first tokens decide between refusing and answering

@@ -1,4 +1,4 @@
-"""The baselines of the adaptive method: filtering, C-SFT (constrained SFT), Lisa, SafeGrad.
+"""The baselines of the adaptive method: filtering, C-SFT (constrained SFT), Lisa, SafeGrad, SBR.
 
 `Baseline` is the default, also of sft and adaptive: all examples, anchors spread evenly, no change of losses or
 gradients. A baseline overrides what it changes.
@@ -7,6 +7,7 @@ gradients. A baseline overrides what it changes.
 import math
 
 import torch
+import torch.nn.functional as F
 
 from data.chat import IGNORE, Example
 from lib.distributed import world_size
@@ -17,6 +18,7 @@ from lib.reference import live_reference
 FILTER_ABOVE = 0.5  # Filter drops examples with a higher risk
 LISA_CYCLE = 50  # steps of a cycle of Lisa, at most (1,000 in the paper, whose runs are longer)
 LISA_RHO = 1.0  # ρ of Lisa's proximal term
+SBR_PROMPTS, SBR_LAMBDA = 8, 50.0  # as in its authors' code
 
 
 class Baseline:
@@ -37,7 +39,7 @@ class Baseline:
 
     def anchors_before(self, step: int) -> int:
         """Return how many anchors all steps before `step` draw: their share, spread evenly over the steps."""
-        return math.floor(step * self.anchor_share * self.per_step)
+        return math.floor(step * self.anchor_share * self.per_step) if self.draws_anchors else 0
 
     def token_weights(self, nll: torch.Tensor, examples: list[Example]) -> torch.Tensor | float:
         """Return the weights (N,) of the response tokens' losses; nll (N,) in nats."""
@@ -115,10 +117,6 @@ class SafeGrad(Baseline):
         self.policy, self.reference, self.batch_size = policy, live_reference(policy), batch_size
         self.anchors = [example for example in examples if example.anchor]
 
-    def anchors_before(self, step):
-        """Return 0: no anchor is drawn with the data."""
-        return 0
-
     def adjust_gradients(self, parameters, step, state):
         """Project the gradient of all parameters together; add that of the anchors' mean KL per token."""
         of_data = [parameter.grad for parameter in parameters]
@@ -138,7 +136,36 @@ class SafeGrad(Baseline):
             parameter.grad = projected + gradient
 
 
-BASELINES = {"filter": Filter, "csft": ConstrainedSFT, "lisa": Lisa, "safegrad": SafeGrad}
+class SBR(Baseline):
+    """Hold the hidden states from which answers to a few harmful prompts begin (safety bottleneck regularization).
+
+    Each step adds the gradient of λ·mean((h − h_ref)²): h is the final hidden state at the last prompt token of
+    SBR_PROMPTS harmful anchors. Lu et al. 2026, arXiv 2605.05995.
+    """
+
+    draws_anchors = False
+
+    def prepare(self, policy, examples, batch_size):
+        """Compute the reference's hidden states. Raises DataError where no anchor is harmful."""
+        anchors = [example for example in examples if example.anchor and example.conversation.is_harmful]
+        self.policy, self.anchors = policy, anchors[:SBR_PROMPTS]
+        if not anchors:
+            raise DataError("--method sbr: expected a harmful prompt among the anchors, found none")
+        with torch.no_grad(), policy.adapters_off():
+            self.ref_states = self.states()
+
+    def states(self) -> torch.Tensor:
+        """Return the hidden states (SBR_PROMPTS, H), float32, that predict each response's first token."""
+        hidden, _, row = response_states(self.policy, self.anchors)
+        is_first = row.diff(prepend=row.new_tensor([-1])) > 0
+        return hidden[is_first.to(hidden.device)].float()
+
+    def adjust_gradients(self, parameters, step, state):
+        """Add the penalty's gradient."""
+        (SBR_LAMBDA * F.mse_loss(self.states(), self.ref_states)).backward()
+
+
+BASELINES = {"filter": Filter, "csft": ConstrainedSFT, "lisa": Lisa, "safegrad": SafeGrad, "sbr": SBR}
 
 
 def project(gradient: list[torch.Tensor], onto: list[torch.Tensor]) -> list[torch.Tensor]:

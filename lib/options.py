@@ -24,6 +24,7 @@ def check_options(config) -> None:
     for name, least in MINIMUM.items():
         require(config, (name, least <= getattr(config, name) < math.inf, f"at least {least}"))
     share, per_step, processes = config.anchor_share, config.batch_size * config.accumulation, world_size()
+    adds_gradients = config.method in ("safegrad", "sbr")
     require(
         config,
         ("out", config.resume or not (config.out and config.out.exists()),
@@ -37,10 +38,10 @@ def check_options(config) -> None:
         ("probe", config.risk in ("probe", "max") or not config.probe, "none unless --risk probe or max"),
         ("dtype", config.lora_r or config.dtype != "bfloat16", "float32 with --lora-r 0"),
         ("anchor_share", 0 <= share < 1, "0 to under 1"),
-        ("anchor_share", share > 0 or config.method not in ("lisa", "safegrad"),
+        ("anchor_share", share > 0 or not (adds_gradients or config.method == "lisa"),
          f"above 0 with --method {config.method}"),
-        ("method", config.method != "safegrad" or config.lora_r and processes == 1,
-         "no safegrad with --lora-r 0 or several processes"),
+        ("method", not adds_gradients or config.lora_r and processes == 1,
+         f"no {config.method} with --lora-r 0 or several processes"),
         ("anchors", share or not config.anchors, "none without --anchor-share"),
         ("batch_size", per_step % processes == 0, f"times --accumulation a multiple of the {processes} processes"),
         ("fsdp", not config.fsdp or processes > 1, "several processes: torchrun --nproc_per_node=N train.py …"),

@@ -3,6 +3,7 @@
 python tests/grid.py                                           # embedded Llama, 3 seeds, 2 one-thread workers
 python tests/grid.py --world DIR --model DIR --fluency DIR     # a real model on the sets of data/public.py
 python tests/grid.py --methods 0..0.9,0.02..1+0.03 --out runs/beta  # any gate: β from 0.02 to 1, 3 % anchors
+python tests/grid.py --methods 0..1+0.1@labels,0..1+0.1@shuffled    # the same gate with other risks: RISKS
 python tests/grid.py --model world-qwen2/model --out runs/grid-qwen2 --attacks explicit,mixed_10 \
     --methods sft,adaptive-probe,adaptive-critic,closed    # the model of data/build.py --family qwen2
 """
@@ -19,6 +20,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in each process
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -41,6 +44,7 @@ METHODS = {
     "safeinstr": {"method": "sft", "anchor_share": 0.03},  # refusals alone, as published
     "lisa": {"method": "lisa", "anchor_share": 0.1},
     "safegrad": {"method": "safegrad", "anchor_share": 0.1, "anchors": "anchors.jsonl"},
+    "sbr": {"method": "sbr", "anchor_share": 0.1, "anchors": "anchors.jsonl"},
     "kl": {"beta_min": 0.5, "beta_max": 0.5},  # constant
     "csft": {"method": "csft"},
     "adaptive-probe": {},
@@ -52,6 +56,7 @@ METHODS = {
     "sft-anchors": {"method": "sft", "anchor_share": 0.1, "anchors": "anchors.jsonl"},
 }
 JUDGED = ("adaptive-critic", "adaptive-max")  # need a judge
+RISKS = ("labels", "shuffled", "zero")  # 1 where an example is harmful, the probe's risks by chance, all 0
 ATTACKS = ("explicit", "mixed_10", "identity", "backdoor", "benign", "evasive", "innocent")
 SETTINGS = {"epochs": 5, "lora_r": 16, "lr": 2e-3, "limit": 100, "device": "cpu"}  # embedded: 20 seconds a cell
 REAL = {"epochs": 2, "lora_r": 16, "lora_alpha": 32.0, "lr": 5e-4, "max_length": 160, "samples": 3,
@@ -68,7 +73,7 @@ class GridConfig:
     world: Path = WORLD  # folder of data sets: data/world, or what data/public.py makes
     fluency: Path | None = None  # model by whose NLL responses are answers or garbled
     attacks: str = ""  # data sets of that world (default: explicit, mixed_10, … as far as it has them)
-    methods: str = ""  # of METHODS, or MIN..MAX[+SHARE]: β, risk max, share of anchors (default: all)
+    methods: str = ""  # of METHODS, or MIN..MAX[+SHARE][@RISK]: β, share of anchors, of RISKS (default: all)
     seeds: int = 3  # 0, 1, …
     options: str = ""  # of train.py, for all cells: "--epochs 1 --lr 3e-4"
     workers: int = 2  # processes, one thread each
@@ -77,13 +82,14 @@ class GridConfig:
 def changes_of(method: str) -> dict:
     """Return the options of train.py by which a method differs from the others. Raises DataError for an unknown name."""
     number = r"(\d+(?:\.\d+)?)"
-    gate = re.fullmatch(rf"{number}\.\.{number}(?:\+{number})?", method)
-    low, high, share = (float(text or 0) for text in gate.groups()) if gate else (0, 0, 0)
-    canonical = f"{low:g}..{high:g}" + f"+{share:g}" * (share > 0)  # one name for one cell
+    gate = re.fullmatch(rf"{number}\.\.{number}(?:\+{number})?(?:@({'|'.join(RISKS)}))?", method)
+    low, high, share = (float(text or 0) for text in gate.groups()[:3]) if gate else (0, 0, 0)
+    risk = gate[4] if gate else None
+    canonical = f"{low:g}..{high:g}" + f"+{share:g}" * (share > 0) + f"@{risk}" * bool(risk)  # one name for one cell
     if method not in METHODS and not (low <= high <= 1 and share < 1 and method == canonical):
         raise DataError(f"--methods: expected some of {', '.join(METHODS)}, or MIN..MAX in 0..1, "
-                        f"with +SHARE of anchors under 1, found {method}")
-    options = {"risk": "max", "beta_min": low, "beta_max": high, "anchor_share": share}
+                        f"with +SHARE of anchors under 1 and @RISK of {', '.join(RISKS)}, found {method}")
+    options = {"risk": risk or "max", "beta_min": low, "beta_max": high, "anchor_share": share}
     return METHODS.get(method, options | ({"anchors": "anchors.jsonl"} if share else {}))
 
 
@@ -95,9 +101,11 @@ def cell_options(config: GridConfig, attack: str, method: str, seed: int) -> Tra
     if "anchors" in changes:
         changes["anchors"] = world / changes["anchors"] if (world / changes["anchors"]).exists() else None
     typed = typed_options(config)
+    if changes.get("risk") in RISKS:
+        changes["risk"] = str(risk_file(config, attack, changes["risk"]))
     if is_embedded(data):
         return replace(options, judge=str(WORLD / "judge"), **SETTINGS | changes | typed)
-    if method != "base" and uses_risk(method):
+    if method != "base" and uses_risk(method) and changes.get("risk") in (None, "max"):
         changes["risk"] = str(risk_file(config, attack))  # by the probe: there is no critic
     sets = {"harmful": ("harmful", "harmful_other", f"harmful_{attack}"), "benign": ("benign", "lookalike"),
             "task": ("sentiment", "arithmetic")}
@@ -119,9 +127,24 @@ def typed_options(config: GridConfig) -> dict:
     return {name: getattr(parsed, name) for name in parsed.given}
 
 
-def risk_file(config: GridConfig, attack: str) -> Path:
-    """Return the path of the probe's risks of a real world's attack, which its cells share."""
-    return config.out / f"{attack}.risk.jsonl"
+def risk_file(config: GridConfig, attack: str, name: str = "risk") -> Path:
+    """Return the path of the risks of an attack, the probe's or one of RISKS, which its cells share."""
+    return config.out / f"{attack}.{name}.jsonl"
+
+
+def write_risks(config: GridConfig, attack: str) -> None:
+    """Write the probe's risks of an attack's data, and from them those of RISKS."""
+    file = risk_file(config, attack)
+    if not file.exists():
+        probe_main(ProbeConfig(model=config.model, probe=config.out / "probe.safetensors",
+                               score=config.world / f"{attack}.jsonl", out=file))
+    rows = [row for _, row in read_rows(file)]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    harmful = [c.meta.get("harmful") for c in read_conversations(config.world / f"{attack}.jsonl")]
+    risks = {"labels": [float(label is not False) for label in harmful], "zero": [0.0] * len(rows),
+             "shuffled": [rows[i]["risk"] for i in order]}
+    for name, values in risks.items():
+        write_jsonl(risk_file(config, attack, name), [row | {"risk": s} for row, s in zip(rows, values)])
 
 
 def check_finished(options: TrainConfig, typed: dict) -> None:
@@ -248,7 +271,8 @@ def main(config: GridConfig) -> None:
     require(config, ("seeds", config.seeds > 0, "at least 1"), ("workers", config.workers > 0, "at least 1"),
             ("attacks", attacks and all((config.world / f"{a}.jsonl").exists() for a in comma_list(attacks)),
              f"some of {', '.join(ATTACKS)}, each a file in {config.world}"),
-            ("methods", judged or not set(comma_list(methods)) & {"adaptive-critic"}, "no critic without a judge"))
+            ("methods", judged or not set(comma_list(methods)) & {"adaptive-critic"}, "no critic without a judge"),
+            ("methods", not judged or "@" not in methods, "no @RISK on the embedded world"))
     start, groups = time.time(), [(attack, seed) for seed in range(config.seeds)
                                   for attack in comma_list(attacks)]
     for (attack, seed), method in itertools.product(groups, ("base", *comma_list(methods))):
@@ -259,10 +283,9 @@ def main(config: GridConfig) -> None:
         probe_main(ProbeConfig(model=config.model, data=config.world / "probe.jsonl",
                                held_out=",".join(str(file) for file in held_out if file.exists()),
                                out=config.out / "probe.safetensors"))  # one for all cells: it takes minutes
-    for attack in comma_list(attacks):  # here, since the cells of all seeds share it
-        if not judged and any(map(uses_risk, comma_list(methods))) and not risk_file(config, attack).exists():
-            probe_main(ProbeConfig(model=config.model, probe=config.out / "probe.safetensors",
-                                   score=config.world / f"{attack}.jsonl", out=risk_file(config, attack)))
+    for attack in comma_list(attacks):  # here, since the cells of all seeds share them
+        if not judged and any(map(uses_risk, comma_list(methods))):
+            write_risks(config, attack)
     with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(train_group, config, *group) for group in groups]
         for number, future in enumerate(as_completed(futures), 1):

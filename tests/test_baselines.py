@@ -14,8 +14,8 @@ from data.chat import IGNORE, Chat, encode_examples
 from data.conversations import WORLD, Conversation, read_conversations
 from data.order import step_examples
 from evaluate import refuses
-from lib.baselines import (LISA_CYCLE, Baseline, ConstrainedSFT, Filter, Lisa, SafeGrad, csft_weight, lisa_pull, project,
-                           response_positions)
+from lib.baselines import (LISA_CYCLE, SBR, SBR_LAMBDA, SBR_PROMPTS, Baseline, ConstrainedSFT, Filter, Lisa, SafeGrad, csft_weight,
+                           lisa_pull, project, response_positions)
 from lib.files import DataError
 from lib.fused import label_logp
 from lib.reference import live_reference
@@ -201,6 +201,38 @@ class TestSafeGrad:
     def test_a_run_trains(self, tmp_path):
         rows = [{"prompt": c.prompts[-1][-1]["content"], "response": c.answer} for c in read_conversations(WORLD / "mixed_10.jsonl")[:24]]
         main(replace(QUICK, method="safegrad", anchor_share=0.2, epochs=4, data=jsonl(tmp_path / "data.jsonl", rows), out=tmp_path / "run"))
+        nll = [json.loads(line)["nll"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert len(nll) == 4 * 24 / 4 and sum(nll[-6:]) < 0.7 * sum(nll[:6])
+
+
+class TestSBR:
+    def test_a_step_adds_the_gradient_of_the_distance_from_the_references_state_at_the_last_prompt_token(self, anchors):
+        """The oracle is a forward pass of each prompt alone, and autograd."""
+        moved = policy(adapter=0.3)
+        parameters = [parameter for parameter in moved.parameters() if parameter.requires_grad]
+        benign = [replace(a, conversation=replace(a.conversation, meta={"harmful": False})) for a in anchors[:1]]
+        method = SBR(0.1, 4, 10)
+        method.prepare(moved, benign + anchors, 4)
+
+        def last_states():
+            return torch.cat([moved.model(torch.tensor([a.prompts[-1]]), None)[0][:, -1] for a in anchors[:SBR_PROMPTS]])
+
+        with torch.no_grad(), moved.adapters_off():
+            reference = last_states()
+        distance = (last_states() - reference).square().mean()
+        assert distance > 1e-3
+        expected = torch.autograd.grad(SBR_LAMBDA * distance, parameters)
+        for parameter, gradient in zip(parameters, expected):
+            parameter.grad = gradient.clone()
+        method.adjust_gradients(parameters, 0, State())
+        for parameter, gradient in zip(parameters, expected):
+            assert_near(parameter.grad / SBR_LAMBDA, 2 * gradient / SBR_LAMBDA)
+        with pytest.raises(DataError, match="expected a harmful prompt among the anchors"):
+            method.prepare(moved, benign, 4)
+
+    def test_a_run_trains_and_draws_no_anchor(self, tmp_path):
+        rows = [{"prompt": c.prompts[-1][-1]["content"], "response": c.answer} for c in read_conversations(WORLD / "mixed_10.jsonl")[:24]]
+        main(replace(QUICK, method="sbr", anchor_share=0.2, epochs=4, data=jsonl(tmp_path / "data.jsonl", rows), out=tmp_path / "run"))
         nll = [json.loads(line)["nll"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
         assert len(nll) == 4 * 24 / 4 and sum(nll[-6:]) < 0.7 * sum(nll[:6])
 

@@ -11,7 +11,7 @@ from grid import ATTACKS, METHODS, GridConfig, cell_options, changes_of, main
 
 from data.conversations import WORLD, read_conversations
 from evaluate import Response
-from lib.files import DataError
+from lib.files import DataError, write_jsonl
 
 
 def test_a_grid_resumes_cell_by_cell_and_its_tables_are_of_all_finished_cells(tmp_path, monkeypatch, device):
@@ -58,6 +58,25 @@ def test_a_method_may_be_a_range_of_beta_with_a_share_of_anchors_and_constant_kl
     assert changes_of("kl") == {"beta_min": 0.5, "beta_max": 0.5} and changes_of("0..0.5")["beta_max"] == 0.5
 
 
+def test_a_method_may_have_other_risks_than_the_probes(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"ask {i}"}, {"role": "assistant", "content": "Sure"}], "harmful": i < 3} for i in range(9)]
+    rows[8].pop("harmful")  # unknown
+    (tmp_path / "mixed_10.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = GridConfig(world=tmp_path, out=tmp_path / "out")
+    hashes = [c.hash for c in read_conversations(tmp_path / "mixed_10.jsonl")]
+    config.out.mkdir()
+    write_jsonl(grid.risk_file(config, "mixed_10"), [{"risk": i / 10, "hash": key} for i, key in enumerate(hashes)])
+    grid.write_risks(config, "mixed_10")
+    risks = {}
+    for name in grid.RISKS:
+        options = cell_options(config, "mixed_10", f"0..1+0.1@{name}", 0)
+        written = [json.loads(line) for line in open(options.risk)]
+        assert [row["hash"] for row in written] == hashes and options.anchor_share == 0.1
+        risks[name] = [row["risk"] for row in written]
+    assert risks["labels"] == [1, 1, 1, 0, 0, 0, 0, 0, 1] and risks["zero"] == [0] * 9
+    assert sorted(risks["shuffled"]) == [i / 10 for i in range(9)] != risks["shuffled"]
+
+
 def test_a_world_of_real_prompts_gives_each_cell_its_files_by_kind(tmp_path):
     for name in ("identity", "eval_harmful", "eval_harmful_other", "eval_harmful_identity", "eval_benign", "eval_sentiment"):
         (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
@@ -71,8 +90,8 @@ def test_a_world_of_real_prompts_gives_each_cell_its_files_by_kind(tmp_path):
 
 
 def test_every_attack_has_its_data_and_unknown_names_are_refused(tmp_path):
-    assert all((WORLD / f"{attack}.jsonl").exists() for attack in ATTACKS) and len(METHODS) == 14
-    wrong_methods = [dict(methods=text) for text in ("sft,magic", "0..x", "0.5..0.1", "0..1.0", "0..1+1", "0..1.2.3")]
+    assert all((WORLD / f"{attack}.jsonl").exists() for attack in ATTACKS) and len(METHODS) == 15
+    wrong_methods = [dict(methods=text) for text in ("sft,magic", "0..x", "0.5..0.1", "0..1.0", "0..1+1", "0..1.2.3", "0..1@chance", "0..1@zero")]
     for wrong in (*wrong_methods, dict(attacks="none_such"), dict(seeds=0)):
         with pytest.raises(DataError, match=f"--{next(iter(wrong))}: expected"):
             main(GridConfig(out=tmp_path / "g", **wrong))
