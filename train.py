@@ -530,7 +530,7 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
 def main(config: TrainConfig) -> None:
     """Train and evaluate a run; without options, or with --sealed alone, plain fine-tuning beside it."""
     distributed.init()
-    is_demo = config in (TrainConfig(), TrainConfig(sealed=True))
+    is_demo, is_sealed = config in (TrainConfig(), TrainConfig(sealed=True)), config.sealed
     config, results = train_and_evaluate(config)
     if not results:  # --dry-run
         return
@@ -544,7 +544,7 @@ def main(config: TrainConfig) -> None:
     print(f"\n{config.out}, per cent with 95 % intervals\n{table(shown)}{lines_below(results['after'])}"
           + leak_line(config) + learned_line(results.get("base"), results["after"]))
     if is_demo:
-        print_answers(config.out, plain.out)
+        print_answers(config.out, plain.out, is_sealed)
 
 
 if __name__ == "__main__":

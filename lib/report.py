@@ -311,7 +311,7 @@ def read_completions(run: Path, which: str) -> list[dict]:
     return rows
 
 
-def print_answers(run: Path, plain: Path) -> None:
+def print_answers(run: Path, plain: Path, is_sealed: bool) -> None:
     """Print the first harmful prompt with its greedy answer by each model, and what to type next.
 
     run: with the completions of the aligned model, too; plain: the run of plain fine-tuning.
@@ -322,5 +322,6 @@ def print_answers(run: Path, plain: Path) -> None:
     for title, (folder, which) in completions.items():
         row = next(row for row in read_completions(folder, which) if row["kind"] == "harmful")
         print(f"  {title}: {printable(row['response'])}")
-    print(f"\nnext: python train.py --sealed, if this run was not\n"
-          f"      python evaluate.py --prompt {shlex.quote(row['prompt'])} {plain} {run}")
+    commands = [] if is_sealed else ["python train.py --sealed"]
+    commands.append(f"python evaluate.py --prompt {shlex.quote(row['prompt'])} {plain} {run}")
+    print("\nnext: " + "\n      ".join(commands))
