@@ -285,11 +285,11 @@ class Decoder(nn.Module):
         angles = angles.repeat(1, 1, 2)[:, :, None]  # (B, T, 1, R)
         return (angles.cos() * self.rope_scaling).to(dtype), (angles.sin() * self.rope_scaling).to(dtype)
 
-    def forward(self, input_ids, attention_mask=None, cache=None, layers=(), pool=lambda x: x, rows=None):
-        """Return the normed states (B, T, H), and [pool(residual stream after block i) for i in layers].
+    def forward(self, input_ids, attention_mask=None, cache=None, rows=None, pool=None):
+        """Return the normed states (B, T, H), and [pool(residual stream)], [] without `pool`.
 
-        rows (n,): indices of the real tokens among the B·T. Then only attention computes padding, and states
-        are (n, H). Layer 0 is the embeddings.
+        The residual stream is that after the embeddings, then after each block. rows (n,): indices of the
+        real tokens among the B·T. Then only attention computes padding, and states are (n, H).
         """
         B, T = input_ids.shape
         start = cache.length if cache else 0
@@ -304,16 +304,16 @@ class Decoder(nn.Module):
         if rows is not None:
             grid = (B, T), rows
             x, cos, sin = (t.flatten(0, 1)[rows] for t in (x, cos, sin))  # (n, H), (n, 1, R)
-        states = {0: pool(x)} if 0 in layers else {}
-        for i, block in enumerate(self.layers, 1):
+        pooled = [pool(x)] if pool else []
+        for block in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 block = partial(checkpoint, block, use_reentrant=False)
             x = block(x, cos, sin, mask, cache, grid)
-            if i in layers:
-                states[i] = pool(x)
+            if pool:
+                pooled.append(pool(x))
         if cache:
             cache.length += T
-        return self.norm(x), [states[i] for i in layers]
+        return self.norm(x), pooled
 
 
 class Transformer(nn.Module):

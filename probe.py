@@ -4,11 +4,11 @@
     python probe.py --model DIR --data FILE --out FILE          # FILE: prompts with "harmful": true | false
     python probe.py --model DIR --probe FILE --score data.jsonl # the risk of your data, before you train on it
 
-x (H,)   = mean over the chosen layers of the residual stream at the last prompt token
+x (H,)   = mean over all layers of the residual stream at the last prompt token
 s        = σ( w · (x − mean) / std + b ) ∈ [0, 1]               the risk of the prompt (arXiv 2602.17546)
 w, b     = argmin  Σ_i log-loss_i + (l2 / 2) ‖w‖²               solved to convergence in float64
 
-`--layers auto` chooses on the validation split. Every figure is of a test split that nothing was chosen on.
+It is fitted on the train and validation splits. Every figure is of the test split.
 """
 
 import json
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from data.chat import Chat, batches_by_length, encode_examples, encode_prompts, pad_left
 from data.conversations import (WORLD, Conversation, group_of, is_embedded, read_conversations,
                                 split_by_prompt)
-from lib.checkpoint import Config, fingerprint, load_checked, save_checked
+from lib.checkpoint import fingerprint, load_checked, save_checked
 from lib.cli import comma_list, printable, progress_bar, require, run
 from lib.distributed import on_rank_zero
 from lib.files import COUNT, DataError, either, expect, parse_json, write_jsonl
@@ -48,7 +48,6 @@ class ProbeConfig:
     out: Path | None = None  # file to write (default: probe.safetensors; with --score: NAME.risk.jsonl)
     score: Path | None = None  # conversations to rate instead of fitting; the file written is for --risk
     probe: Path | None = None  # with --score: the probe that rates them, as written by this script
-    layers: Literal["all", "auto"] = "all"  # averaged, as in the paper, or the one that is best on validation
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the model runs
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where faster
     seed: int = 0  # of the 60/20/20 split into train, validation, test
@@ -63,7 +62,6 @@ class Probe:
     bias: torch.Tensor
     mean: torch.Tensor
     std: torch.Tensor
-    layers: tuple
     model: str  # fingerprint of the checkpoint
     dtype: str  # that the model ran in
     template: str  # fingerprint of tokenizer and chat template
@@ -76,29 +74,22 @@ class Probe:
             print(f"{unknown} of {len(logit)} risks are unknown (activations not finite): taken as 1")
         return torch.where(logit.isfinite(), torch.sigmoid(logit), UNKNOWN)
 
-    def fits(self, config: Config) -> bool:
-        """Return whether tensors have the model's width, and the layers are the model's."""
-        width, layers = (config.hidden_size,), range(config.num_hidden_layers + 1)
-        shapes = [getattr(self, name).shape for name in TENSORS]
-        known = len(self.layers) > 0 and set(self.layers) <= set(layers)
-        return known and shapes == [width, (), width, width]
-
 
 # ---------------------------------------------------------------- features
 
 
 @torch.no_grad()
-def prompt_features(model: Transformer, prompts: list[list[int]], layers, batch_size: int = BATCH_SIZE,
+def prompt_features(model: Transformer, prompts: list[list[int]], batch_size: int = BATCH_SIZE,
                     desc: str = "") -> torch.Tensor:
-    """Return the residual stream at the last token of token-id prompts: (N, len(layers), H), float32, CPU.
+    """Return the residual stream at the last token of N token-id prompts: (N, L + 1, H), float32, CPU.
 
-    Layer 0 is the embeddings. Each layer is reduced as it is computed: (layers, B, T, H) never exists.
+    Layer 0 is the embeddings. Each layer is reduced as it is computed: (L + 1, B, T, H) never exists.
     """
-    features = torch.empty(len(prompts), len(layers), model.config.hidden_size)
+    features = torch.empty(len(prompts), model.config.num_hidden_layers + 1, model.config.hidden_size)
     batches = batches_by_length([len(ids) for ids in prompts], batch_size)
     for batch in progress_bar(batches, desc, disable=not desc):
         input_ids, real = pad_left([prompts[i] for i in batch], model.device)
-        _, states = model.model(input_ids, real, layers=layers, pool=lambda hidden: hidden[:, -1].float())
+        _, states = model.model(input_ids, real, pool=lambda hidden: hidden[:, -1].float())
         features[batch] = torch.stack(states, 1).cpu()
     return features
 
@@ -106,7 +97,7 @@ def prompt_features(model: Transformer, prompts: list[list[int]], layers, batch_
 def conversation_risk(probe: Probe, model: Transformer, prompts: list[list[list[int]]],
                       batch_size: int = BATCH_SIZE) -> torch.Tensor:
     """Return the risk (N,) in [0, 1] of N conversations: that of the riskiest of its token-id prompts."""
-    features = prompt_features(model, sum(prompts, []), probe.layers, batch_size, "risk of each example")
+    features = prompt_features(model, sum(prompts, []), batch_size, "risk of each example")
     risk = probe.risk(features.mean(1))
     sizes = [len(turns) for turns in prompts]
     return torch.stack([of_turns.max() for of_turns in risk.split(sizes)])
@@ -178,13 +169,12 @@ def measure_sets(risk: dict[str, torch.Tensor], harmful: dict[str, torch.Tensor]
     return metrics
 
 
-def fit_probe(model: Transformer, chat: Chat, data: Path, held_out: str | None = None, layers: str = "all",
+def fit_probe(model: Transformer, chat: Chat, data: Path, held_out: str | None = None,
               seed: int = 0) -> tuple[Probe, dict]:
     """Fit a probe on the train and validation splits of `data`; report on test and held-out files.
 
-    held_out: comma-separated files; None: the embedded ones, for embedded data. layers: "all", or "auto":
-    the best of the probes on a single layer, fitted on train and compared on validation.
-    Returns (probe, report).
+    held_out: comma-separated files; None: the embedded ones, for embedded data. Returns (probe, report); the
+    report has figures of a probe on each layer alone, too, which is fitted on the train split.
     """
     if held_out is None and is_embedded(data):
         held_out = f"{WORLD / 'probe_withheld.jsonl'},{WORLD / 'probe_lookalike.jsonl'}"
@@ -192,32 +182,31 @@ def fit_probe(model: Transformer, chat: Chat, data: Path, held_out: str | None =
     sets = dict(zip(("train", "validation", "test"), splits))
     sets |= held_out_prompts(comma_list(held_out), sum(splits, []))
     prompts = encode_prompts(chat, sum(sets.values(), []), model.config.max_position_embeddings)
-    every_layer = tuple(range(model.config.num_hidden_layers + 1))
-    features = prompt_features(model, prompts, every_layer, desc="activations for the probe")
+    features = prompt_features(model, prompts, desc="activations for the probe")
+    n_layers = features.shape[1]
     features = dict(zip(sets, features.split([len(conversations) for conversations in sets.values()])))
     harmful = {}
     for name, conversations in sets.items():
         harmful[name] = torch.tensor([c.meta["harmful"] for c in conversations], dtype=torch.float64)
     origin = depends_on(model, chat)
 
-    def fit(chosen: list[int], names: tuple) -> tuple[Probe, dict]:
-        """Fit on the mean of the chosen layers of some sets. Returns the probe and {set: risk}."""
-        x = {name: rows[:, chosen].mean(1) for name, rows in features.items()}
+    def fit(x: dict[str, torch.Tensor], names: tuple) -> tuple[Probe, dict]:
+        """Fit on features {set: (N, H)} of the sets `names`. Returns the probe and {set: risk}."""
         solution = fit_logistic(torch.cat([x[name] for name in names]),
                                 torch.cat([harmful[name] for name in names]), L2)
-        probe = Probe(*solution, tuple(chosen), **origin)
+        probe = Probe(*solution, **origin)
         return probe, {name: probe.risk(rows) for name, rows in x.items()}
 
-    per_layer = {layer: measure_sets(fit([layer], ("train",))[1], harmful) for layer in every_layer}
-    chosen = list(every_layer)
-    if layers == "auto":  # the deepest of the best on validation
-        chosen = [max(every_layer, key=lambda layer: (per_layer[layer]["validation"]["auroc"], layer))]
-    probe, risk = fit(chosen, ("train", "validation"))
+    per_layer = {}
+    for layer in range(n_layers):
+        _, risk = fit({name: rows[:, layer] for name, rows in features.items()}, ("train",))
+        per_layer[layer] = measure_sets(risk, harmful)
+    probe, risk = fit({name: rows.mean(1) for name, rows in features.items()}, ("train", "validation"))
     metrics = measure_sets(risk, harmful)
     del metrics["validation"]  # it was fitted on
     sizes = {name: len(conversations) for name, conversations in sets.items()}
     groups = {name: len({group_of(c) for c in conversations}) for name, conversations in sets.items()}
-    report = {"data": str(data), "n": sizes, "groups": groups, "layers": chosen, "per_layer": per_layer} | metrics
+    report = {"data": str(data), "n": sizes, "groups": groups, "per_layer": per_layer} | metrics
     by_source = defaultdict(list)
     for name in metrics:
         for conversation, s in zip(sets[name], risk[name].tolist()):
@@ -240,7 +229,7 @@ def expect_strong(report: dict, where) -> None:
 
 
 def depends_on(model: Transformer, chat: Chat) -> dict[str, str | None]:
-    """Return what features depend on besides the layers: checkpoint, dtype, template with tokenizer, date."""
+    """Return what features depend on: checkpoint, dtype, template with tokenizer, date."""
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     return {"model": fingerprint(model.path), "dtype": dtype, "template": chat.fingerprint, "date": chat.date}
 
@@ -258,9 +247,8 @@ def load_probe(path, model: Transformer, chat: Chat) -> tuple[Probe, dict]:
     tensors, metadata = load_checked(path, what)
     try:
         values, report = parse_json(metadata["probe"]), parse_json(metadata["report"])
-        probe = Probe(**tensors, **(values | {"layers": tuple(values["layers"])}))
-        if not probe.fits(model.config):
-            raise ValueError("shapes or layers of another model")
+        probe = Probe(**tensors, **values)
+        probe.risk(torch.zeros(1, model.config.hidden_size)).item()  # are the shapes the model's?
         expect(report["test"], {"auroc": either(int, float), "n_harmful": COUNT, "n_benign": COUNT}, "test")
     except Exception as error:
         raise DataError(f"{path}: expected {what}, found {str(error)[:300]}") from None
@@ -329,7 +317,7 @@ def main(config: ProbeConfig) -> None:
         expect_strong(report, config.probe)
         write_jsonl(out, score_file(probe, model, chat, config.score))
     else:
-        probe, report = fit_probe(model, chat, config.data, config.held_out, config.layers, config.seed)
+        probe, report = fit_probe(model, chat, config.data, config.held_out, config.seed)
         print(probe_report(report))
         save_probe(probe, report, out)
     print(f"\nwrote {out}")

@@ -277,7 +277,7 @@ def probe_report(report: dict) -> str:
     metrics = [["", *sets]]
     for key in report["test"]:
         metrics.append([key, *(shown(report[name][key]) for name in sets)])
-    text = f"{markdown(aurocs)}\n\nprobe on the mean of layers {', '.join(map(str, report['layers']))}\n"
+    text = f"{markdown(aurocs)}\n\nprobe on the mean of all layers\n"
     sides = ", ".join(f"{name} {n} ({report['groups'][name]})" for name, n in report["n"].items())
     text += f"{markdown(metrics)}\n\nprompts (groups of one request): {sides}\n\nmean risk by source"
     for source, (mean, n) in report["mean_risk_by_source"].items():

@@ -72,9 +72,9 @@ def policy(path=WORLD / "model", adapter=0.05, dtype=torch.float32):
     return model
 
 
-def hidden_states(model, ids, mask=None, layers=None):
-    """Return the residual stream (layers, B, T, H), not normed, behind these blocks; None: all."""
-    return torch.stack(model.model(ids, mask, layers=layers or range(len(model.model.layers) + 1))[1])
+def hidden_states(model, ids, mask=None):
+    """Return the residual stream (L + 1, B, T, H), not normed, behind the embeddings and each block."""
+    return torch.stack(model.model(ids, mask, pool=lambda x: x)[1])
 
 
 def tolerance(dtype=torch.float32) -> float:

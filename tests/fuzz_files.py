@@ -205,7 +205,7 @@ def prepare():
     def probe(folder, rng):
         h, double = world.config.hidden_size, torch.float64
         values = Probe(torch.ones(h, dtype=double), torch.zeros((), dtype=double), torch.zeros(h, dtype=double), torch.ones(h, dtype=double),
-                       (0, 1), *depends_on(world, chat).values())
+                       *depends_on(world, chat).values())
         values = asdict(values)
         tensors = {name: values.pop(name) for name in ("weight", "bias", "mean", "std")}
         report, name = {"test": {"auroc": 0.9, "n_harmful": 3, "n_benign": 3}}, rng.choice(list(tensors))

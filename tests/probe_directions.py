@@ -67,14 +67,13 @@ def main(config: DirectionConfig) -> None:
     for file in comma_list(config.score):
         scored[Path(file).stem] = read_conversations(file, need="prompt")
     everything = fitted_on + sum(scored.values(), [])
-    layers = tuple(range(model.config.num_hidden_layers + 1))
     prompts = encode_prompts(chat, everything, model.config.max_position_embeddings)
-    features = prompt_features(model, prompts, layers, desc="activations")
+    features = prompt_features(model, prompts, desc="activations")
     n, n_test = len(fitted_on), len(test)
     x, x_test = features[:n], features[n : n + n_test]
     y, y_test = (torch.tensor([float(c.meta["harmful"]) for c in rows]) for rows in (fitted_on, test))
-    by_layer = [directions(x[:, i], y, x_test[:, i], y_test) for i in layers]
-    probe = Probe(*fit_logistic(x.mean(1), y, L2), layers, **depends_on(model, chat))
+    by_layer = [directions(x[:, i], y, x_test[:, i], y_test) for i in range(features.shape[1])]
+    probe = Probe(*fit_logistic(x.mean(1), y, L2), **depends_on(model, chat))
     risks = probe.risk(features[n:].mean(1)).tolist()
     histogram = defaultdict(lambda: [0] * BINS)
     names = [name for name, conversations in scored.items() for _ in conversations]

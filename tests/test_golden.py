@@ -304,7 +304,7 @@ class TestFunctions:
     def test_the_probes_risk_and_what_it_cannot_know(self, dtype, capsys):
         v = of("probe")
         for weight, bias, risk in zip(v.weight, v.bias, v.risk):
-            probe = Probe(weight, bias, v.mean, v.std, (0,), "", "", "", None)
+            probe = Probe(weight, bias, v.mean, v.std, "", "", "", None)
             near(probe.risk(of("probe", dtype).new_x), risk)  # float32 features are exact here, the rest is float64
             assert "2 of 8 risks are unknown" in capsys.readouterr().out
 

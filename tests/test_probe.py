@@ -46,8 +46,8 @@ def test_features_are_the_hidden_states_of_each_prompt_alone(world):
     model, chat = world
     prompts = [chat.encode_prompt(c.prompts[-1]) for c in read_conversations(PROBE_DATA)[:7]]
     assert len({len(ids) for ids in prompts}) > 1
-    for ids, row in zip(prompts, prompt_features(model, prompts, (0, 2, 5), batch_size=3)):
-        states = hidden_states(model, torch.tensor([ids], device=DEVICE), layers=[0, 2, 5])[:, 0]  # (3, T, H)
+    for ids, row in zip(prompts, prompt_features(model, prompts, batch_size=3)):
+        states = hidden_states(model, torch.tensor([ids], device=DEVICE))[:, 0]  # (L + 1, T, H)
         assert_near(row, states[:, -1])
 
 
@@ -91,7 +91,7 @@ def test_separable_and_constant_features_converge_deterministically_and_one_clas
 
 def test_unknown_risk_is_high_risk_counted_and_printed(capsys):
     one, inf = torch.ones(2).double(), float("inf")
-    probe = Probe(one, torch.zeros(()).double(), 0 * one, one, (0,), "", "", "", None)
+    probe = Probe(one, torch.zeros(()).double(), 0 * one, one, "", "", "", None)
     assert probe.risk(torch.tensor([[float("nan"), 0], [inf, -inf], [-inf, 0], [inf, 0], [0, 0]])).tolist() == [1.0, 1.0, 1.0, 1.0, 0.5]
     assert "4 of 5 risks are unknown" in capsys.readouterr().out
 
@@ -113,7 +113,7 @@ def test_metrics_have_their_textbook_values():
 def test_it_separates_held_out_prompts_and_the_embeddings_of_the_last_token_say_nothing(fitted):
     """The last prompt token is the same for every prompt: layer 0 is a control that must be at chance."""
     report = fitted[1]
-    assert report["test"]["auroc"] >= 0.98 and report["test"]["n_harmful"] == 100 and report["layers"] == [0, 1, 2, 3, 4, 5]
+    assert report["test"]["auroc"] >= 0.98 and report["test"]["n_harmful"] == 100
     assert report["n"]["train"] == 900 and report["n"]["test"] == 300 and "validation" not in report
     sets = ("validation", "test", "held out: probe_withheld", "held out: probe_lookalike")
     assert {name: row["auroc"] for name, row in report["per_layer"][0].items()} == dict.fromkeys(sets, 0.5)
@@ -131,19 +131,16 @@ def test_shuffled_labels_give_chance_and_a_weak_probe_is_refused(world, tmp_path
         expect_strong(report, "shuffled")
 
 
-def test_held_out_files_take_no_part_in_the_fit_and_auto_chooses_the_best_layer(world, few, quick, tmp_path, capsys):
+def test_held_out_files_take_no_part_in_the_fit(world, few, quick, tmp_path, capsys):
     probe, report = quick
     for name in ("train.jsonl", "test.jsonl"):
         (tmp_path / name).write_text("\n".join((WORLD / "probe_withheld.jsonl").read_text().splitlines() + few.read_text().splitlines()[:5]))
-    again, held_out = fit_probe(*world, few, held_out=f"{tmp_path}/train.jsonl,{tmp_path}/test.jsonl", layers="auto")
+    again, held_out = fit_probe(*world, few, held_out=f"{tmp_path}/train.jsonl,{tmp_path}/test.jsonl")
     assert held_out["n"]["held out: train"] == 48 and held_out["n"]["train"] == report["n"]["train"]
     assert "5 of 53 prompts are in" in capsys.readouterr().out
     near = {"atol": 10 * tolerance(), "rtol": 10 * tolerance()}  # other batches, other rounding
-    aurocs = {layer: row["validation"]["auroc"] for layer, row in held_out["per_layer"].items()}
-    best = max(layer for layer in aurocs if aurocs[layer] == max(aurocs.values()))
-    assert held_out["layers"] == [best] and again.layers == (best,) and aurocs == pytest.approx(
-        {layer: row["validation"]["auroc"] for layer, row in report["per_layer"].items()})
-    again, _ = fit_probe(*world, few, held_out=f"{tmp_path}/train.jsonl")
+    aurocs, alone = ([row["validation"]["auroc"] for row in r["per_layer"].values()] for r in (held_out, report))
+    assert aurocs == pytest.approx(alone)
     torch.testing.assert_close(again.weight, probe.weight, **near)
     with pytest.raises(DataError, match="--held-out: expected files of different names"):
         fit_probe(*world, few, held_out=f"{tmp_path}/train.jsonl,{tmp_path}/train.jsonl")
@@ -155,7 +152,7 @@ def test_a_fit_is_deterministic_and_its_file_round_trips_and_is_refused_elsewher
     assert torch.equal(again[0].weight, probe.weight) and str(again[1]) == str(report)  # NaN ≠ NaN
     save_probe(probe, report, file)
     loaded, metadata = load_probe(file, model, chat)
-    assert metadata["test"] == report["test"] and torch.equal(loaded.weight, probe.weight) and loaded.layers == probe.layers
+    assert metadata["test"] == report["test"] and torch.equal(loaded.weight, probe.weight)
     with pytest.raises(DataError, match="expected a probe fitted with dtype bfloat16, found one fitted with float32"):
         load_probe(file, load_model(WORLD / "model", dtype=torch.bfloat16), chat)
     other = Chat(WORLD / "model")
@@ -202,7 +199,7 @@ def test_data_are_scored_before_training_and_train_takes_the_file(tmp_path, caps
 
 
 def test_a_probe_brings_the_date_that_it_was_fitted_with(tmp_path, capsys):
-    probe = Probe(*torch.zeros(4, 1), (0,), "model", "float32", "template", "2026-01-31")
+    probe = Probe(*torch.zeros(4, 1), "model", "float32", "template", "2026-01-31")
     save_probe(probe, {"test": {}}, tmp_path / "p.safetensors")
     assert fitted_date(tmp_path / "p.safetensors") == "2026-01-31" and "--date 2026-01-31" in capsys.readouterr().out
     save_probe(replace(probe, date=None), {"test": {}}, tmp_path / "q.safetensors")
