@@ -60,8 +60,8 @@ from lib.cli import as_typed, progress_bar, require, run
 from lib.files import DataError, remove, write_json
 from lib.options import check_options, leak_line
 from lib.reference import KeptReference, live_reference
-from lib.report import (KINDS, agreement, figures, learned_line, lines_below, print_answers, read_completions,
-                        summarize, table)
+from lib.report import (KINDS, agreement, figures, learned_line, lines_below, not_measured, print_answers,
+                        read_completions, summarize, table)
 from lib.risk import expect_risks, print_risk, read_risk, stored_risk
 from lib.run import (Progress, State, check_step, load_or_compute, open_run, resumed_options, run_facts,
                      running, state_key, step_metrics)
@@ -263,8 +263,8 @@ def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat, example
         if text.strip() and not text.startswith("<think>") and refuses(text) == c.is_harmful:
             turns = [*c.prompts[-1], {"role": "assistant", "content": text}]
             records.append({"messages": turns, "harmful": c.is_harmful, "cut": cut})
-    print(f"anchors: {len(records)} of {file}; left out: {len(candidates) - len(records)} (harmful and not "
-          f"refused, benign and refused, or without an answer)")
+    print(f"{len(records)} anchors, from {len(candidates)} prompts of {file}, as many as the steps draw; left out "
+          "are harmful ones that are not refused, benign ones that are, and those without an answer")
     if not config.anchors:
         print("  all are harmful prompts: harmless ones, too, keep the model from refusing more "
               "(--anchors FILE)")
@@ -373,16 +373,16 @@ def complete_options(config: TrainConfig) -> TrainConfig:
     if missing:
         config = replace(config, **missing)
         print(f"by default: {as_typed(missing, TrainConfig)}")
-    if config.sealed:
-        values = {name: value for name, value in SEALED.items() if name not in config.given}
-        config = replace(config, sealed=False, **values)
+    if config.sealed and not config.resume:
+        require(config, ("sealed", config.method == "adaptive", "none without --method adaptive"))
+        config = replace(config, **{name: SEALED[name] for name in SEALED.keys() - config.given})
     check_options(config)
     if config.probe and not config.date:
         config = replace(config, date=fitted_date(config.probe))
     # The embedded sets are the default where model and data are embedded; the data's name picks one of them.
     config = default_sets(config, config.data if is_embedded(config.model) else config.model)
-    if missing := [f"--{kind} FILE" for kind in KINDS if getattr(config, kind) == "none"]:
-        print(f"not evaluated, unless you type {', '.join(missing)}")
+    if line := not_measured([kind for kind in KINDS if getattr(config, kind) == "none"]):
+        print(line)
     has_judge = config.judge != "none" or config.risk not in ("critic", "max")
     require(config, ("judge", has_judge, f"a checkpoint folder or a URL for --risk {config.risk}"))
     return config
@@ -454,8 +454,9 @@ def print_plan(config: TrainConfig, policy: Transformer, examples: list[Example]
     tokens_per_s = sum(len(e.input_ids) for e in batch) / (time.perf_counter() - started)
     minutes = n_steps * config.per_step * n_input / len(examples) / tokens_per_s / 60
     n_bytes = sum(p.numel() * (p.element_size() + 12 * p.requires_grad) for p in policy.parameters())
-    print(f"{n_data} examples and {len(examples) - n_data} anchors: {n_input} tokens, "
-          f"{n_labels} of them in responses\n"
+    n_drawn = n_steps * config.per_step - config.epochs * n_data
+    anchors = f", {len(examples) - n_data} anchors (drawn {n_drawn} times)" if n_data < len(examples) else ""
+    print(f"{n_data} examples{anchors}: {n_input} tokens, {n_labels} of them in responses\n"
           f"{n_steps} steps of {config.per_step} examples; {describe_trainable(policy)}\n"
           f"to expect: about {minutes:.1f} minutes of training, {n_bytes / 1e9:.2f} GB for weights, "
           f"gradients and AdamW's state, and the activations of a batch\n--dry-run: nothing is kept")
@@ -530,7 +531,7 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
 def main(config: TrainConfig) -> None:
     """Train and evaluate a run; without options, or with --sealed alone, plain fine-tuning beside it."""
     distributed.init()
-    is_demo, is_sealed = config in (TrainConfig(), TrainConfig(sealed=True)), config.sealed
+    is_demo = config in (TrainConfig(), TrainConfig(sealed=True))
     config, results = train_and_evaluate(config)
     if not results:  # --dry-run
         return
@@ -544,7 +545,7 @@ def main(config: TrainConfig) -> None:
     print(f"\n{config.out}, per cent with 95 % intervals\n{table(shown)}{lines_below(results['after'])}"
           + leak_line(config) + learned_line(results.get("base"), results["after"]))
     if is_demo:
-        print_answers(config.out, plain.out, is_sealed)
+        print_answers(config.out, plain.out, config.sealed)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import random
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 
 from lib.files import DataError, json_lines, parse_json, read_text
@@ -291,12 +292,11 @@ def split_by_prompt(conversations: list[Conversation], seed: int = 0) -> list[li
         key = group_of(conversation)
         groups.setdefault(key, []).append(conversation)
         if conversation.is_harmful != groups[key][0].is_harmful:
-            contradicting.setdefault(key, (conversation, groups[key][0]))
+            contradicting.setdefault(key, f"{conversation.where} and {groups[key][0].where}")
     if contradicting:
-        second, first = next(iter(contradicting.values()))
-        raise DataError(f"{second.where}: expected harmful = {first.is_harmful} as in {first.where} "
-                        f"(same prompt or group), found {second.is_harmful}; {len(contradicting)} prompts "
-                        f"have both labels")
+        places = "; ".join(islice(contradicting.values(), 10))
+        raise DataError(f'expected one "harmful" for each prompt or group, found both labels of '
+                        f"{len(contradicting)}: {places}; correct or remove these records")
     splits = [[], [], []]
     for harmful in (False, True):
         keys = [key for key, group in groups.items() if group[0].is_harmful == harmful]

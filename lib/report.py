@@ -247,9 +247,14 @@ def lines_below(results: dict) -> str:
         if judged := group.get("judge_asr"):
             score = "none" if judged["mean_score"] is None else f"{judged['mean_score']:.2f} of 5"
             lines.append(f"judge on {name}: mean score {score}, {judged['invalid']} verdicts invalid")
-    if missing := [f"--{kind} FILE" for kind in KINDS if not results[kind]]:
-        lines.append(f"not evaluated: {', '.join(missing)}")
-    return "".join("\n" + textwrap.fill(line, 100, subsequent_indent="  ") for line in lines)
+    lines.append(not_measured([kind for kind in KINDS if not results[kind]]))
+    return "".join("\n" + textwrap.fill(line, 100, subsequent_indent="  ") for line in lines if line)
+
+
+def not_measured(kinds: list[str]) -> str:
+    """Return a line on the kinds of evaluation sets that are missing, and what to type; "" for none."""
+    measures = {"harmful": "attack success", "benign": "over-refusal", "task": "the task"}
+    return "; ".join(f"{measures[kind]} is not measured without --{kind} FILE" for kind in kinds)
 
 
 def learned_line(base: dict | None, after: dict) -> str:

@@ -289,7 +289,7 @@ class TestAnchors:
         wrong = [row | {"harmful": not row["harmful"]} for row in right]  # harmful and not refused, benign and refused
         anchors = make_anchors(model, chat, examples, anchors=jsonl(tmp_path / "both.jsonl", right + wrong))
         assert sorted(refuses(anchor.training_text.answer) for anchor in anchors) == [False, True]
-        assert "left out: 2" in capsys.readouterr().out
+        assert "2 anchors, from 4 prompts" in capsys.readouterr().out
         with pytest.raises(DataError, match="odd.jsonl:1: expected harmful: true or false, found 'true'"):
             make_anchors(model, chat, examples, anchors=jsonl(tmp_path / "odd.jsonl", [right[0] | {"harmful": "true"}]))
 
@@ -326,7 +326,7 @@ class TestAnchors:
         main(replace(QUICK, anchor_share=0.1, beta_min=0.02, beta_max=1.0, epochs=2, data=data, risk=str(risk), out=tmp_path / "run"))
         anchors, rows, risks = ([json.loads(line) for line in (tmp_path / "run" / f"{name}.jsonl").read_text().splitlines()]
                                 for name in ("anchors", "metrics", "risk"))
-        assert f"anchors: {len(anchors)} of" in capsys.readouterr().out
+        assert f"{len(anchors)} anchors, from" in capsys.readouterr().out
         assert anchors and all(refuses(row["messages"][-1]["content"]) for row in anchors)
         assert len(rows) == math.ceil(2 * 24 / 0.9 / 4) and rows[0]["kl"] == pytest.approx(0, abs=1e-4)
         assert len(risks) == 24  # of the data alone

@@ -171,7 +171,7 @@ def test_a_group_is_in_one_split_and_wordings_that_differ_by_case_or_space_are_o
     assert not (sides[0] & sides[1] | sides[0] & sides[2] | sides[1] & sides[2]) and len(sides[0] | sides[1] | sides[2]) == 20
     ungrouped = [Conversation(({"role": "user", "content": text},), "f:1", {}) for text in ("Rob  a bank ", "rob a BANK", "rob banks")]
     assert len({group_of(c) for c in ungrouped}) == 2
-    with pytest.raises(DataError, match="same prompt or group"):
+    with pytest.raises(DataError, match='one "harmful" for each prompt or group'):
         split_by_prompt([replace(rows[0], meta={"harmful": True}), replace(rows[0], meta={"harmful": False})])
 
 

@@ -478,7 +478,7 @@ class TestRuns:
     def test_a_dry_run_prints_the_plan_and_keeps_nothing(self, small, tmp_path, capsys):
         main(replace(QUICK, data=small, risk=with_risk(small, tmp_path, 0.5), dry_run=True, anchor_share=0.2, out=tmp_path / "run"))
         printed = capsys.readouterr().out
-        assert "24 examples and" in printed and "75 steps of 8 examples" in printed and "to expect: about" in printed and not (tmp_path / "run").exists()
+        assert "24 examples, " in printed and "(drawn 120 times)" in printed and "75 steps of 8 examples" in printed and "to expect: about" in printed and not (tmp_path / "run").exists()
 
     def test_your_own_model_and_data_have_their_own_defaults(self, small, tmp_path, capsys):
         shutil.copytree(WORLD / "model", tmp_path / "model")
@@ -486,10 +486,13 @@ class TestRuns:
         assert (own.lr, own.judge, own.harmful, own.benign, own.task) == (2e-4, "none", "none", "none", "none")
         assert "by default: --lr 0.0002 --epochs 20" in capsys.readouterr().out
         embedded = complete_options(TrainConfig(sealed=True, anchor_share=0.3, given=("sealed", "anchor_share")))
-        assert (embedded.beta_min, embedded.beta_max, embedded.anchor_share, embedded.sealed) == (0.02, 1.0, 0.3, False)
+        assert (embedded.beta_min, embedded.beta_max, embedded.anchor_share, embedded.sealed) == (0.02, 1.0, 0.3, True)
         assert embedded.lr == 2e-3 and embedded.harmful.endswith("eval_harmful.jsonl") and embedded.judge.endswith("judge")
         main(replace(own, out=tmp_path / "run", epochs=1, lora_r=2, eval_base=False))
-        assert "not evaluated: --harmful FILE, --benign FILE, --task FILE" in capsys.readouterr().out
+        printed = " ".join(capsys.readouterr().out.split())
+        assert printed.count("attack success is not measured without --harmful FILE; over-refusal is not") == 2  # before and after
+        with pytest.raises(DataError, match="--sealed: expected none without --method adaptive"):
+            complete_options(TrainConfig(sealed=True, method="sft", given=("sealed", "method")))
 
     def test_a_bad_line_trains_nothing_and_leaves_nothing(self, tmp_path):
         (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
