@@ -70,7 +70,6 @@ from probe import conversation_risk, fitted_date, load_or_fit
 
 Methods = Literal["adaptive", "sft", "filter", "csft", "lisa", "safegrad", "sbr"]
 SEALED = {"beta_min": 0.02, "beta_max": 1.0, "anchor_share": 0.1}  # what --sealed stands for
-RISK_FLOOR = 0.01  # with --beta-min 0 --gate example a lower risk counts as 0: plain SFT, no reference
 ANCHOR_TOKENS = 24  # of an anchor's answer, at most: the first tokens decide between refusing and answering
 MAX_GRADIENT_NORM = 1.0
 WEIGHT_DECAY = 0.01
@@ -116,7 +115,7 @@ class TrainConfig(EvalOptions):
     fsdp: bool = False  # shard the blocks over the processes (torchrun, torch 2.8)
     save_every: float = 10.0  # minutes between saved states of training; 0: none
     eval_base: bool = True  # evaluate the aligned model, too
-    given: tuple = field(default=(), compare=False)
+    given: tuple = field(default=(), compare=False)  # the options that were typed
 
     @property
     def beta_range(self) -> tuple[float, float]:
@@ -246,8 +245,9 @@ def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat, example
     """Return anchors: prompts that the data lack, with the policy's greedy answers, about as many as are drawn.
 
     Data without harmful examples hold no refusal in place, whatever the gate; anchors do. A harmful prompt
-    that the policy answers anchors nothing, nor does a benign one that it refuses: both are left out, and of
-    the probe's data all benign ones, which may be the task. Raises DataError where no anchor is left.
+    that the policy answers anchors nothing, nor does a benign one that it refuses: both are left out. Without
+    --anchors, the probe's harmful prompts are used; its benign ones may be the task. Raises DataError where no
+    anchor is left.
     """
     file, known = config.anchors or config.probe_data, set()
     for example in examples:
@@ -260,7 +260,8 @@ def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat, example
     responses = respond(policy, chat, candidates, ANCHOR_TOKENS) if candidates else []
     records = []
     for c, (_, text, cut) in zip(candidates, responses):
-        if text.strip() and not text.startswith("<think>") and refuses(text) == c.is_harmful:
+        is_answer = text.strip() and not text.startswith("<think>")  # a thought that was cut
+        if is_answer and refuses(text) == c.is_harmful:
             turns = [*c.prompts[-1], {"role": "assistant", "content": text}]
             records.append({"messages": turns, "harmful": c.is_harmful, "cut": cut})
     print(f"{len(records)} anchors, from {len(candidates)} prompts of {file}, as many as the steps draw; left out "
@@ -309,11 +310,12 @@ def lr_at(step: int, n_steps: int, warmup_steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, n_steps - warmup_steps)))
 
 
-def train(config: TrainConfig, policy: Transformer, reference, examples: list[Example], risk: torch.Tensor,
-          out: Path) -> None:
+def train(config: TrainConfig, policy: Transformer, reference, method: Baseline, examples: list[Example],
+          risk: torch.Tensor, out: Path) -> None:
     """Train `policy` in place, from the run's saved state on; out/metrics.jsonl gains a line per step.
 
     reference: as in micro_batch_loss. risk: in [0, 1], of all examples of the run, looked up by example.index.
+    The state is saved every --save-every minutes, and refused by a run of other data or options.
     """
     data = [example for example in examples if not example.anchor]
     anchors = [example for example in examples if example.anchor]
@@ -321,7 +323,6 @@ def train(config: TrainConfig, policy: Transformer, reference, examples: list[Ex
     groups = distributed.optimizer_groups(parameters)
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
     per_step, n_steps = config.per_step, config.n_steps(len(data))
-    method = config.baseline(n_steps)
     method.prepare(policy, examples, config.batch_size)  # before restore(): the policy is still the reference
     max_kl_at_start = MAX_KL_AT_START[policy.lm_head.weight.element_size()]
     with Progress(out, policy, optimizer, config.save_every, state_key(out, examples, risk)) as progress:
@@ -406,13 +407,6 @@ def open_model(config: TrainConfig, path: Path, trainable: bool = False) -> Tran
     return model
 
 
-def gated_risk(config: TrainConfig, risk: torch.Tensor, n_anchors: int) -> torch.Tensor:
-    """Return the risk with 0 below RISK_FLOOR where β_min = 0, so that no reference is run, and 1 for anchors."""
-    floor = RISK_FLOOR if config.gate == "example" and config.beta_range[0] == 0 else 0.0
-    risk = torch.where(expect_risks(risk) < floor, 0.0, risk)
-    return torch.cat((risk, risk.new_ones(n_anchors)))
-
-
 def open_reference(config: TrainConfig, policy: Transformer, examples: list[Example], risk: torch.Tensor):
     """Return the reference for `train`, stored in the run's folder or live; None where no example has β > 0."""
     beta = blend(risk, *config.beta_range)[1]
@@ -421,7 +415,7 @@ def open_reference(config: TrainConfig, policy: Transformer, examples: list[Exam
         return None
     kept = KeptReference(config.out / "reference.bin", policy, pulled, config.batch_size)
     worth_it = config.epochs > 1 and distributed.on_rank_zero(kept.fits_half_the_disk)
-    if config.ref == "keep" or config.fsdp or (config.ref == "auto" and worth_it):
+    if config.ref == "keep" or config.fsdp or (config.ref == "auto" and worth_it):  # fsdp is never live
         kept.compute(policy)
         return kept.terms
     print("the reference runs in every step")
@@ -437,7 +431,7 @@ def describe_trainable(policy: Transformer) -> str:
 def print_plan(config: TrainConfig, policy: Transformer, examples: list[Example]) -> None:
     """Print what a run would train, on how much, and the memory and time to expect.
 
-    The time is that of a batch of the longest examples.
+    The time is that of a batch of the longest examples, without the reference.
     """
     n_data, n_input = sum(not e.anchor for e in examples), sum(len(e.input_ids) for e in examples)
     n_steps, n_labels = config.n_steps(n_data), sum(e.n_labels for e in examples)
@@ -509,10 +503,10 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
             return config, {}
         if not distributed.on_rank_zero((out / "model").exists):
             print(f"[4/5] training ({config.method}): {describe_trainable(policy)}")
-            risk = gated_risk(config, risk, len(anchors))
+            risk = torch.cat((risk, torch.ones(len(anchors), dtype=risk.dtype)))  # by example.index
             reference = open_reference(config, policy, selected, risk)
             compile_blocks(policy, config.compile)
-            train(config, policy, reference, selected, risk, out)
+            train(config, policy, reference, method, selected, risk, out)
             if config.lora_r:
                 distributed.on_rank_zero(lambda: remove(out / "adapter"))  # of a run killed between the two writes
                 save_adapter(policy, out / "adapter")

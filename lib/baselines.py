@@ -24,7 +24,7 @@ SBR_PROMPTS, SBR_LAMBDA = 8, 50.0  # as in its authors' code
 class Baseline:
     """Plain fine-tuning (SFT), and the adaptive method, which differs from it by its loss alone."""
 
-    draws_anchors = True  # steps hold anchors among their examples: a run has more steps by their share
+    draws_anchors = True  # a step's examples are data and, by their share, anchors: a run has more steps
 
     def __init__(self, anchor_share: float, per_step: int, n_steps: int):
         """anchor_share: of the examples; per_step: examples of a step; n_steps: of the run."""

@@ -278,14 +278,14 @@ def main(config: GridConfig) -> None:
     for (attack, seed), method in itertools.product(groups, ("base", *comma_list(methods))):
         check_finished(cell_options(config, attack, method, seed), typed_options(config))
     config.out.mkdir(parents=True, exist_ok=True)
-    if not judged and not (config.out / "probe.safetensors").exists():
+    needs_risk = not judged and any(map(uses_risk, comma_list(methods)))
+    if needs_risk and not (config.out / "probe.safetensors").exists():
         held_out = [config.world / f"probe_{name}.jsonl" for name in ("withheld", "lookalike")]
         probe_main(ProbeConfig(model=config.model, data=config.world / "probe.jsonl",
                                held_out=",".join(str(file) for file in held_out if file.exists()),
                                out=config.out / "probe.safetensors"))  # one for all cells: it takes minutes
-    for attack in comma_list(attacks):  # here, since the cells of all seeds share them
-        if not judged and any(map(uses_risk, comma_list(methods))):
-            write_risks(config, attack)
+    for attack in comma_list(attacks) if needs_risk else ():  # here, since the cells of all seeds share them
+        write_risks(config, attack)
     with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(train_group, config, *group) for group in groups]
         for number, future in enumerate(as_completed(futures), 1):

@@ -121,7 +121,7 @@ class TestConstrainedSFT:
         calls = []
         monkeypatch.setattr(lib.baselines, "label_logp", lambda *options: calls.append(1) or label_logp(*options))
         config = replace(QUICK, method="csft", batch_size=12, epochs=6)
-        train.train(config, policy(adapter=0.0), None, examples, torch.zeros(12), tmp_path)  # None: no other reference is called
+        train.train(config, policy(adapter=0.0), None, config.baseline(6), examples, torch.zeros(12), tmp_path)  # None: no other reference is called
         rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert len(calls) == 1 and len(rows) == 6
         assert (rows[0]["beta"], rows[0]["kl"], rows[0]["risk"]) == (0, None, None) and rows[-1]["nll"] < rows[0]["nll"]
@@ -258,7 +258,7 @@ class TestAnchors:
 
         monkeypatch.setattr(train, "micro_batch_loss", spy)
         risk = torch.cat((torch.linspace(0, 1, 12), torch.ones(len(anchors))))
-        train.train(config, model, live_reference(model), examples + anchors, risk, tmp_path)
+        train.train(config, model, live_reference(model), Baseline(0.25, 4, 4), examples + anchors, risk, tmp_path)
         assert [sum(anchor for anchor, _, _ in step) for step in steps] == [1] * math.ceil(12 / 0.75 / 4)
         assert {tuple(rest) for step in steps for anchor, *rest in step if anchor} == {weights}
         if "gate" in options:  # smoothed over the data alone

@@ -80,7 +80,7 @@ reference = KeptReference(out / "reference.bin", model, batch, 8)
 reference.compute(model)
 if n > 1:
     compile_blocks(model, backend="eager")
-train.train(config, model, reference.terms, batch, torch.linspace(0, 1, 8), out)
+train.train(config, model, reference.terms, config.baseline(8), batch, torch.linspace(0, 1, 8), out)
 assert not torch._dynamo.utils.counters["graph_break"]
 assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 

@@ -24,6 +24,7 @@ from data.conversations import WORLD, Conversation, read_conversations
 from data.text import WORDS, rater_text
 from evaluate import EvalConfig, main as evaluate_main
 from lib import reference
+from lib.baselines import Baseline
 from lib.files import DataError
 from lib.frame import find_forged_markup
 from lib.reference import KeptReference
@@ -338,7 +339,7 @@ def test_a_kept_reference_that_is_not_the_models_never_trains(tmp_path, chat, da
     kept = KeptReference(tmp_path / "reference.bin", model, examples, 8)
     kept.compute(model)
     with pytest.raises(DataError, match="step 0: expected KL 0 before the policy moves, found .* delete the run's reference.bin"):
-        train(TrainConfig(epochs=1, lr=2e-3, device=DEVICE), model, kept.terms, examples, torch.ones(6), tmp_path)
+        train(TrainConfig(epochs=1, lr=2e-3, device=DEVICE), model, kept.terms, Baseline(0, 8, 1), examples, torch.ones(6), tmp_path)
 
 
 # ---------------------------------------------------------------- the judge can be spoken to

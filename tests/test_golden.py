@@ -383,7 +383,7 @@ def test_training_takes_the_steps_of_transformers_and_peft(tmp_path, ref):
     hook = register_optimizer_step_post_hook(
         lambda *_: after.append({name: parameter.detach().clone() for name, parameter in adapters.items()}))
     try:
-        train.train(config, policy, train.open_reference(config, policy, examples, STEPS["risk"]), examples, STEPS["risk"], tmp_path)
+        train.train(config, policy, train.open_reference(config, policy, examples, STEPS["risk"]), config.baseline(6), examples, STEPS["risk"], tmp_path)
     finally:
         hook.remove()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -22,15 +22,17 @@ from data.order import draw, step_examples
 from evaluate import EvalConfig
 from grid import GridConfig
 from lib import fused
+from lib.baselines import Baseline
 from lib.cli import parse
 from lib.files import DataError
 from lib.reference import live_reference
 from lib.report import read_completions, summarize
+from lib.risk import expect_risks
 from lib.run import check_step, step_metrics
 from model import compile_blocks, generate, load_adapter
 from probe import ProbeConfig
 from train import token_loss as definition
-from train import (TrainConfig, blend, complete_options, gated_risk, leak_line, lr_at, main, micro_batch_loss, open_model, smooth,
+from train import (TrainConfig, blend, complete_options, leak_line, lr_at, main, micro_batch_loss, open_model, smooth,
                    token_kl, token_nll, train)
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -199,7 +201,7 @@ class TestMicroBatch:
 def steps_of(config, model, reference, examples, risk, folder):
     """The lines of metrics of a loop that runs in a new folder."""
     folder.mkdir()
-    train(config, model, reference, examples, risk, folder)
+    train(config, model, reference, config.baseline(config.n_steps(len(examples))), examples, risk, folder)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -241,14 +243,14 @@ class TestLoop:
     def test_behind_a_closed_gate_all_risky_data_move_nothing_to_the_bit(self, examples, tmp_path):
         """Without α and KL the gradient is rounding noise, which AdamW would turn into steps of full size."""
         model, before = policy(adapter=0.0), policy(adapter=0.0)
-        train(replace(QUICK, epochs=1, beta_min=0.0, beta_max=1.0), model, live_reference(model), examples, torch.ones(24), tmp_path)
+        train(replace(QUICK, epochs=1, beta_min=0.0, beta_max=1.0), model, live_reference(model), Baseline(0, 8, 3), examples, torch.ones(24), tmp_path)
         assert all(torch.equal(p, before.get_parameter(name)) for name, p in model.named_parameters())
 
     def test_a_non_finite_gradient_stops_the_run(self, examples, tmp_path):
         model = policy()
         model.model.norm.weight.data[0] = float("nan")
         with pytest.raises(FloatingPointError, match="step 0"):
-            train(QUICK, model, live_reference(model), examples, torch.zeros(24), tmp_path)
+            train(QUICK, model, live_reference(model), Baseline(0, 8, 3), examples, torch.zeros(24), tmp_path)
 
     def test_gradient_checkpointing_trains_alike(self, examples, tmp_path):
         _, plain = self.run(examples[:8], tmp_path, "plain")
@@ -335,13 +337,10 @@ def test_a_step_that_cannot_be_right_stops_the_run(grad_norm, kl, error):
 
 
 class TestTheGate:
-    def test_a_risk_under_the_floor_counts_as_none_where_beta_min_is_0_and_what_is_no_risk_is_refused(self, examples):
-        risk = torch.tensor([0.0, 0.009, 0.01, 1.0])
-        assert gated_risk(replace(QUICK, beta_min=0.0, beta_max=1.0), risk, 1).tolist() == pytest.approx([0, 0, 0.01, 1, 1])
+    def test_what_is_no_risk_is_refused(self):
         for wrong in (math.nan, -0.1, 1.1, math.inf):
             with pytest.raises(DataError, match="expected risks from 0 to 1"):
-                gated_risk(QUICK, torch.tensor([0.0, wrong]), 0)
-        assert gated_risk(QUICK, risk, 0).tolist() == risk.tolist()
+                expect_risks(torch.tensor([0.0, wrong]))
 
     def test_the_last_line_says_what_leaks_and_how_to_close_it(self):
         assert "keeps probability 0.1" in leak_line(QUICK) and "type --sealed" in leak_line(QUICK)
