@@ -102,7 +102,7 @@ def test_a_wrong_name_or_choice_would_be_noticed():
 
 
 ROWS = {"aligned model": "aligned model", "plain fine-tuning": "sft", "the paper's setting": "adaptive-probe", "sealed": "sealed-anchors"}
-COLUMNS = ("answered harmful greedy", "over-refusal lookalike", "task sentiment")
+COLUMNS = ("answered harmful greedy", "answered harmful T=1", "over-refusal lookalike", "task sentiment")
 
 
 def test_the_first_table_has_the_committed_numbers():
@@ -120,8 +120,8 @@ def test_the_first_table_has_the_committed_numbers():
         widths.append(100 * max(abs(end - value["rate"]) for value in shown for end in value["ci95"]))
         sizes.append({value["n"] for value in shown})
     caption = " ".join(text.split())
-    assert "at most {:.1f}, {:.1f} and {:.1f} points".format(*widths) in caption
-    assert sizes == [{31}, {60}, {100}] and "n = 31 AdvBench" in caption and "60 safe XSTest" in caption and "100 SST-2" in caption
+    assert "at most ±{:.1f}, ±{:.1f}, ±{:.1f} and ±{:.1f} points".format(*widths) in caption
+    assert sizes == [{31}, {31}, {60}, {100}] and "31 AdvBench" in caption and "60 safe XSTest" in caption and "100 SST-2" in caption
     chosen = json.loads((ROOT / "data/results/qwen-chosen.json").read_text())
     assert len(chosen["eval_harmful"]["hashes"]) == 31
 
@@ -129,11 +129,9 @@ def test_the_first_table_has_the_committed_numbers():
         return next(100 * row["figures"][column]["rate"] for row in results[attack] if row["name"] == name)
 
     for sentence, *rates in (
-        ("answers {:.1f} % here", rate("mixed_10", "sft-anchors", "answered harmful greedy", vendor)),
-        ("at T = 1, it answers {:.1f} %, the rows below {:.1f}, {:.1f} and {:.1f}",
-         *(rate("mixed_10", name, "answered harmful T=1", vendor) for name in ROWS.values())),
-        ("Sealed without anchors answers {:.1f} % there", rate("benign", "sealed", "answered harmful greedy", vendor)),
-        ("refuses {:.1f} % of Alpaca's everyday prompts ({:.1f} % before, {:.1f} % with sealed + anchors)",
+        ("anchors among its examples answers {:.1f} % of the harmful", rate("mixed_10", "sft-anchors", "answered harmful greedy", vendor)),
+        ("sealed without anchors answers {:.1f} % of the harmful ones", rate("benign", "sealed", "answered harmful greedy", vendor)),
+        ("refuses {:.1f} % of Alpaca's prompts ({:.1f} % before, {:.1f} % with sealed + anchors)",
          *(rate("benign", name, "over-refusal benign", vendor) for name in ("sft-anchors", "aligned model", "sealed-anchors"))),
         ("answers {:.1f} % of the harmful prompts, with anchors {:.1f} %", rate("benign", "sealed"), rate("benign", "sealed-anchors")),
         ("SmolLM2 answers {:.0f} % of two benchmarks ({:.1f} % before)",
