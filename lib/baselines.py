@@ -183,7 +183,7 @@ def csft_weight(logp: torch.Tensor, ref_logp: torch.Tensor, position: torch.Tens
     """Return C-SFT's weights w (N,) of the tokens' NLL, at least 0.001 and without gradient.
 
     w = 2·(1 − σ(τ·(log π_θ(y) − log π_ref(y)))), where τ is 0.5 at position 1 of a turn, 2 at positions
-    2 … 5, then 0.1: a label that became likelier than under the reference is pushed less, most strongly at positions 2 … 5.
+    2 … 5, then 0.1: a label that became likelier than under the reference is pushed less, above all there.
     logp, ref_logp, position (N,). Qi et al. 2024, arXiv 2406.05946.
     """
     tau = torch.where(position == 1, 0.5, torch.where(position <= 5, 2.0, 0.1))

@@ -167,7 +167,8 @@ def step_metrics(examples, s, alpha, beta, loss, nll, kl) -> dict:
     return {"loss": loss.sum().item(), "nll": per_token(nll, every), "nll_risky": per_token(nll, risky),
             "kl": per_token(kl, pulled), "kl_risky": per_token(kl, pulled & risky),
             "kl_other": per_token(kl, pulled & ~risky),
-            "risk": s.mean().item() if pulled.any() else None, "alpha": alpha.mean().item(), "beta": beta.mean().item()}
+            "risk": s.mean().item() if pulled.any() else None,
+            "alpha": alpha.mean().item(), "beta": beta.mean().item()}
 
 
 def check_step(row: dict, max_kl: float) -> None:
