@@ -152,13 +152,18 @@ def atomic_write(path: Path):
 
 @contextmanager
 def remove_if_unused(folder: Path):
-    """Delete a new folder if an error leaves nothing in it, or config.json alone."""
+    """Delete a new folder if an error leaves it unused."""
     try:
         yield
     except BaseException:
-        if {path.name for path in folder.glob("*")} <= {"config.json"}:
+        if is_unused(folder):
             remove(folder)
         raise
+
+
+def is_unused(folder: Path) -> bool:
+    """Return whether this is a folder with nothing in it, or config.json alone: no stage of a run has finished."""
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {"config.json"}
 
 
 def remove(path: Path) -> None:

@@ -84,9 +84,12 @@ def open_run(config, default: str, facts: dict) -> Path:
     """Make the folder of a new run with its config.json, or check that a resumed run has the same `facts`.
 
     facts: what the run is made of, beside its options: hashes of model, data, template, evaluation prompts.
-    Returns the folder. Raises DataError for a fact that has changed; another commit or version is printed.
+    Returns the folder. Raises DataError for a fact that has changed, and where another process runs in the
+    folder; another commit or version is printed.
     """
     if not config.resume:
+        if config.out and config.out.exists():  # of a run that was killed in its first stage
+            remove_unused(config.out)
         out = new_folder(config.out, default)
         write_config(out / "config.json", replace(config, out=out), **facts)
         return out
@@ -125,6 +128,14 @@ def running(out: Path, resumed: bool, judge: str, keep: bool = True):
         finally:
             if not keep and rank() == 0:
                 remove(out)
+
+
+def remove_unused(run: Path) -> None:
+    """Remove the folder of a run that finished no stage. Raises DataError where a process works on it."""
+    (run / "config.json").touch()
+    with open(run / "config.json") as lock:
+        lock_file(lock)
+        remove(run)
 
 
 def lock_file(stream) -> None:

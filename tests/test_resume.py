@@ -249,6 +249,22 @@ def test_a_second_process_at_one_run_is_refused(folder, monkeypatch):
             start("--resume", folder / "locked")
 
 
+def test_a_run_that_was_killed_in_its_first_stage_may_be_started_anew(folder):
+    fcntl = pytest.importorskip("fcntl")
+    (folder / "early").mkdir()
+    (folder / "early" / "config.json").write_text("{}")
+    with open(folder / "early" / "config.json") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="early: expected a run that no process works on"):
+            start(*options(folder, "early"))
+    start(*options(folder, "early"))
+    with pytest.raises(DataError, match="--out: expected a folder that does not exist"):
+        start(*options(folder, "early"))
+    (folder / "file").touch()
+    with pytest.raises(DataError, match="--out: expected a folder that does not exist"):
+        start(*options(folder, "file"))
+
+
 def test_a_second_signal_does_not_wait_for_the_end_of_the_step(folder):
     progress = Progress(folder, torch.nn.Linear(1, 1), None, 0, "key")
     progress.stop()
