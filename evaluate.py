@@ -22,7 +22,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from critic import JudgeOptions, is_url, judge_pairs, open_judge
-from data.chat import LONGEST, Chat, encode_prompts, rows_that_fit, today
+from data.chat import LONGEST, Chat, encode_prompts, rows_that_fit
 from data.conversations import WORLD, Conversation, is_embedded, read_conversations, read_prompts
 from lib import distributed
 from lib.checkpoint import read_config
@@ -36,7 +36,7 @@ from model import Transformer, generate, load_model, sample_seed, working_dtype
 
 BATCH_SIZE = 64  # responses generated at a time
 POOLED_ALIKE = ("samples", "temperature", "max_new_tokens", "judge", "judge_kind", "judge_model", "rubric")
-UNREPORTED = {"seed", "out", "date"}  # options that differ between most runs
+UNREPORTED = {"seed", "out"}  # options that differ between most runs
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def options_as_in_run(options: EvalOptions, config: dict, file: Path, given=()) 
 
 
 def default_sets(options: EvalOptions, source: Path) -> EvalOptions:
-    """Return `options` with the evaluation files, the judge and the date filled in where they are None.
+    """Return `options` with the evaluation files and the judge filled in where they are None.
 
     The embedded prompts and judge are defaults only where `source`, a model or its data, is embedded too.
     """
@@ -102,7 +102,7 @@ def default_sets(options: EvalOptions, source: Path) -> EvalOptions:
         names = {"harmful": ["harmful"], "benign": ["benign", "lookalike"], "task": ["arithmetic", "sentiment"]}
         if (WORLD / f"eval_harmful_{source.stem}.jsonl").exists():
             names["harmful"].append(f"harmful_{source.stem}")
-    values = {"judge": options.judge or judge, "date": options.date or today()}
+    values = {"judge": options.judge or judge}
     for kind in KINDS:
         files = [str(WORLD / f"eval_{name}.jsonl") for name in names[kind]]
         values[kind] = getattr(options, kind) or ",".join(files) or "none"
@@ -338,9 +338,9 @@ def model_folder(path: Path) -> Path:
 
 
 def open_model(path: Path, options: EvalOptions) -> tuple[Transformer, Chat]:
-    """Return a checkpoint's model and chat in the options' dtype, on their device, with their date."""
+    """Return a checkpoint's model and chat in the options' dtype, on their device."""
     dtype = working_dtype(path, options.device, options.dtype)
-    return load_model(path, options.device, dtype), Chat(path, options.date)
+    return load_model(path, options.device, dtype), Chat(path)
 
 
 def print_answer(config: EvalConfig, path: Path) -> None:

@@ -51,7 +51,6 @@ class ProbeConfig:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the model runs
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where faster
     seed: int = 0  # of the 60/20/20 split into train, validation, test
-    date: str | None = None  # YYYY-MM-DD, for chat templates that print the date (default: today)
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,6 @@ class Probe:
     model: str  # fingerprint of the checkpoint
     dtype: str  # that the model ran in
     template: str  # fingerprint of tokenizer and chat template
-    date: str | None  # that the template printed
 
     def risk(self, features: torch.Tensor) -> torch.Tensor:
         """Return σ(w·(x − mean)/std + b): (N, H) → (N,) in [0, 1]. Not finite counts as 1, and is printed."""
@@ -229,9 +227,9 @@ def expect_strong(report: dict, where) -> None:
 
 
 def depends_on(model: Transformer, chat: Chat) -> dict[str, str | None]:
-    """Return what features depend on: checkpoint, dtype, template with tokenizer, date."""
+    """Return what features depend on: checkpoint, dtype, template with tokenizer."""
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    return {"model": fingerprint(model.path), "dtype": dtype, "template": chat.fingerprint, "date": chat.date}
+    return {"model": fingerprint(model.path), "dtype": dtype, "template": chat.fingerprint}
 
 
 def save_probe(probe: Probe, report: dict, path) -> None:
@@ -254,22 +252,10 @@ def load_probe(path, model: Transformer, chat: Chat) -> tuple[Probe, dict]:
         raise DataError(f"{path}: expected {what}, found {str(error)[:300]}") from None
     for key, here in depends_on(model, chat).items():
         if (there := getattr(probe, key)) != here:
-            option = f", or --{key} {there}" if key in ("date", "dtype") else ""
+            option = f", or --{key} {there}" if key == "dtype" else ""
             raise DataError(f"{path}: expected a probe fitted with {key} {str(here)[:12]}, found one fitted "
                             f"with {str(there)[:12]}; fit it again{option}")
     return probe, report
-
-
-def fitted_date(path) -> str | None:
-    """Return the date that the template printed when a probe was fitted, or None, and print it."""
-    _, metadata = load_checked(path, "a probe written by probe.py")
-    try:
-        date = parse_json(metadata["probe"])["date"]
-    except (LookupError, TypeError, ValueError):
-        return None  # load_probe refuses it
-    if isinstance(date, str):
-        print(f"--date {date}, with which {path} was fitted")
-        return date
 
 
 def load_or_fit(file: Path | None, data: Path, model: Transformer, chat: Chat, save_to: Path) -> Probe:
@@ -309,8 +295,7 @@ def main(config: ProbeConfig) -> None:
     out = config.out or default
     if out.is_dir() or config.score and out.exists():
         raise DataError(f"--out: expected a new file, found {out}; remove it, or type --out OTHER")
-    date = config.date or (fitted_date(config.probe) if config.probe else None)
-    chat = Chat(config.model, date)
+    chat = Chat(config.model)
     model = load_model(config.model, config.device, working_dtype(config.model, config.device, config.dtype))
     if config.score:
         probe, report = load_probe(config.probe, model, chat)

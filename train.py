@@ -62,11 +62,11 @@ from lib.options import check_options, leak_line
 from lib.reference import KeptReference, live_reference
 from lib.report import (KINDS, agreement, figures, learned_line, lines_below, not_measured, print_answers,
                         read_completions, summarize, table)
-from lib.risk import expect_risks, print_risk, read_risk, stored_risk
+from lib.risk import print_risk, read_risk
 from lib.run import (Progress, State, check_step, load_or_compute, open_run, resumed_options, run_facts,
                      running, state_key, step_metrics)
 from model import Transformer, add_lora, compile_blocks, load_model, save_adapter, save_model, working_dtype
-from probe import conversation_risk, fitted_date, load_or_fit
+from probe import conversation_risk, load_or_fit
 
 Methods = Literal["adaptive", "sft", "filter", "csft", "lisa", "safegrad", "sbr"]
 SEALED = {"beta_min": 0.02, "beta_max": 1.0, "anchor_share": 0.1}  # what --sealed stands for
@@ -230,7 +230,7 @@ def training_risk(config: TrainConfig, policy: Transformer, chat: Chat, examples
               f"{both['only probe']}, to the critic alone: {both['only critic']}")
     if not sources:
         sources["file"] = torch.tensor(read_risk(Path(config.risk), examples), dtype=torch.float64)
-    risk = expect_risks(torch.stack(list(sources.values())).amax(0))
+    risk = torch.stack(list(sources.values())).amax(0)
     print_risk(risk, texts)
     columns = {name: values.tolist() for name, values in ({"risk": risk} | sources).items()}
     columns["where"] = [example.conversation.where for example in examples]
@@ -365,7 +365,7 @@ def train(config: TrainConfig, policy: Transformer, reference, method: Baseline,
 
 
 def complete_options(config: TrainConfig) -> TrainConfig:
-    """Fill in what was not given: learning rate, --sealed, the probe's date, evaluation sets, judge.
+    """Fill in what was not given: learning rate, --sealed, evaluation sets, judge.
 
     Raises DataError for a wrong option.
     """
@@ -378,8 +378,6 @@ def complete_options(config: TrainConfig) -> TrainConfig:
         require(config, ("sealed", config.method == "adaptive", "none without --method adaptive"))
         config = replace(config, **{name: SEALED[name] for name in SEALED.keys() - config.given})
     check_options(config)
-    if config.probe and not config.date:
-        config = replace(config, date=fitted_date(config.probe))
     # The embedded sets are the default where model and data are embedded; the data's name picks one of them.
     config = default_sets(config, config.data if is_embedded(config.model) else config.model)
     if line := not_measured([kind for kind in KINDS if getattr(config, kind) == "none"]):
@@ -467,7 +465,7 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
     config = complete_options(config)
     sets, conversations = evaluation_sets(config), read_conversations(config.data, need="answer")
     judge = open_judge(config) if distributed.rank() == 0 else None
-    policy, chat = open_model(config, config.model, trainable=True), Chat(config.model, config.date)
+    policy, chat = open_model(config, config.model, trainable=True), Chat(config.model)
     max_length = min(config.max_length, policy.config.max_position_embeddings)
     examples = encode_examples(chat, conversations, max_length)
     method = config.baseline(config.n_steps(len(examples)))
@@ -486,9 +484,8 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
         with policy.adapters_off():
             if config.method in ("adaptive", "filter"):
                 print("[1/5] risk of the training data")
-                rows = load_or_compute(out / "risk.jsonl",
-                                       lambda: training_risk(config, policy, chat, examples, judge))
-                risk = stored_risk(rows, examples, out / "risk.jsonl")
+                load_or_compute(out / "risk.jsonl", lambda: training_risk(config, policy, chat, examples, judge))
+                risk = torch.tensor(read_risk(out / "risk.jsonl", examples), dtype=torch.float64)
             if config.eval_base and not config.dry_run:
                 print("[2/5] evaluation of the aligned model")
                 results["base"] = evaluated(policy, "base")

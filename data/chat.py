@@ -3,7 +3,6 @@
 Training, probe, judge and evaluation all use this one path from a conversation to tokens.
 """
 
-import datetime
 import json
 import os
 import re
@@ -25,19 +24,6 @@ from lib.tokenizer import open_tokenizer, tokenizer_errors
 IGNORE = -100  # label of a token that is not trained on
 LONGEST = 1 << 15  # tokens of a prompt for the probe, a judge, or an evaluation
 BREAK = "\ufdd0"  # a noncharacter, inserted into control tokens that messages type: text is encoded up to it
-
-
-def today() -> str:
-    """Return today's date, YYYY-MM-DD."""
-    return datetime.date.today().isoformat()
-
-
-def parse_date(text: str | None) -> str:
-    """Check a date YYYY-MM-DD and return it, or today's date for None. Raises DataError."""
-    try:
-        return datetime.datetime.strptime(text or today(), "%Y-%m-%d").date().isoformat()
-    except ValueError:
-        raise DataError(f"--date: expected YYYY-MM-DD, found {text!r}") from None
 
 
 @dataclass(frozen=True)
@@ -93,10 +79,9 @@ class Chat:
 
     A control token that a message types is encoded as ordinary text. A message that could pass for the words
     between two turns (`marks`, such as Llama 2's [/INST]) is refused.
-    date: the date that the template prints, YYYY-MM-DD. It is None for a template that prints no date.
     """
 
-    def __init__(self, path, date: str | None = None):
+    def __init__(self, path):
         self.path, self.file = Path(path), Path(path) / "tokenizer.json"
         has_config = any(os.path.lexists(self.path / name) for name in ("config.json", "adapter_config.json"))
         self.vocab_size = read_config(path).vocab_size if has_config else 10**7
@@ -104,7 +89,6 @@ class Chat:
         with tokenizer_errors(self.file):
             serialized = self.tokenizer.to_str()
         self.source, self.special_tokens = read_template(self.path)
-        self.date = parse_date(date) if "strftime_now" in self.source else None
         content = self.source + json.dumps(self.special_tokens, sort_keys=True) + serialized
         self.fingerprint = sha256(content.encode("utf-8", "backslashreplace")).hexdigest()
         self.control = {}  # {id: text}: special tokens, and added tokens that the template writes
@@ -201,7 +185,7 @@ class Chat:
         variables |= {"messages": parted, "add_generation_prompt": add_generation_prompt,
                       "tools": None, "documents": None}
         try:
-            return render_template(self.source, self.special_tokens | variables, self.date)
+            return render_template(self.source, self.special_tokens | variables)
         except TemplateError as error:
             raise DataError(f"{where}: the chat template of {self.path} refuses it: {error}") from None
 

@@ -28,8 +28,7 @@ PARTS = {  # keys of records and messages that carry a part of a conversation, o
     "reasoning_content", "system", "system_prompt", "thinking", "thought", "tool_call_id", "tool_calls",
     "tools", "train", "video", "videos", "weight",
 }
-SHAREGPT = ("[{'role': {'human': 'user', 'gpt': 'assistant'}.get(turn['from'], turn['from']), 'content': "
-            "turn['value']} for turn in row['conversations']]")  # its messages in Python
+ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT, in its turns' "from"
 HARM_LABELS = {"safe": False, "benign": False, "harmless": False, "unsafe": True, "harmful": True}
 MAX_MESSAGES, MAX_TEXT = 1000, 1 << 20  # messages and characters of a record: more than models can read
 
@@ -130,18 +129,8 @@ def _json_list(text, path):
         raise DataError(f"{path}: expected a JSON list of objects: {error}; a file with one object a line "
                         f"has to end in .jsonl") from None
     if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a JSON list of objects, found {type(rows).__name__}"
-                        + _conversion(f"{path}:1", "json.load(open({0!r}))['KEY']", "row")
-                        + "\nwhere KEY holds the list, and a row is one conversation's messages")
+        raise DataError(f"{path}: expected a JSON list of conversations, found {type(rows).__name__}")
     return enumerate(rows, 1)
-
-
-def _conversion(where: str, rows: str, messages: str) -> str:
-    """Return two lines of Python that write the rows of a file, {0} in `rows`, as {"messages": …} each."""
-    path = Path(where.rpartition(":")[0])
-    out = str(path.with_name(path.stem + "-messages.jsonl"))
-    return (f"; to convert it, in Python:\n  import json; rows = {rows.format(str(path))}\n  open({out!r}, "
-            f"'w').writelines(json.dumps({{'messages': {messages}}}) + '\\n' for row in rows)")
 
 
 def _csv_rows(text, path):
@@ -172,16 +161,12 @@ def conversation_of(record, where: str, need: str) -> Conversation:
     def fail(expected, found):
         raise DataError(f"{where}: expected {expected}, found {str(found)[:200]}")
 
-    is_sharegpt = isinstance(record, dict) and "conversations" in record
-    if is_sharegpt or isinstance(record, list):
-        rows = "json.load(open({0!r}))"
-        if ".jsonl:" in where:
-            rows = "[json.loads(line) for line in open({0!r})]"
-        found, messages = ("conversations, as ShareGPT has", SHAREGPT) if is_sharegpt else ("a list", "row")
-        raise DataError(f"{where}: expected an object with messages, found {found}"
-                        + _conversion(where, rows, messages))
+    if isinstance(record, list):
+        record = {"messages": record}
     if not isinstance(record, dict):
         fail("an object", repr(record)[:60])
+    if "conversations" in record and "messages" not in record:
+        record = record | {"messages": _sharegpt_messages(record["conversations"])}
     if "messages" in record:
         messages = record["messages"]
         _refuse_parts(record, (), fail)
@@ -229,6 +214,16 @@ def _refuse_parts(record: dict, used, fail) -> None:
     for key in sorted(PARTS & record.keys() - set(used)):
         if record[key] not in (None, "", [], {}, 1):
             fail(f"no {key} (write it into the message it belongs to, or remove it)", repr(record[key])[:60])
+
+
+def _sharegpt_messages(turns):
+    """Return ShareGPT's turns {"from", "value"} as messages, unchecked."""
+    messages = []
+    for turn in turns if isinstance(turns, list) else ():
+        turn = turn if isinstance(turn, dict) else {}
+        role = str(turn.get("from"))
+        messages.append(turn | {"role": ROLES.get(role, role), "content": turn.get("value")})
+    return messages
 
 
 def _harm_label(record: dict) -> dict:

@@ -8,7 +8,7 @@ import torch
 from data.chat import Example
 from data.conversations import FORMATS, Conversation, conversation_of
 from lib.cli import printable
-from lib.files import DataError, json_lines, read_text
+from lib.files import DataError, read_rows
 
 UNKNOWN = 1.0  # an unknown risk counts as the highest
 
@@ -25,13 +25,6 @@ def as_risk(value, where: str) -> float:
     return float(value)
 
 
-def expect_risks(risk: torch.Tensor) -> torch.Tensor:
-    """Return `risk` (N,) as it is. Raises DataError unless all of it is in [0, 1]; NaN is not."""
-    if not bool(((risk >= 0) & (risk <= 1)).all()):
-        raise DataError(f"expected risks from 0 to 1, found {risk.min().item()} to {risk.max().item()}")
-    return risk
-
-
 def print_risk(risk: torch.Tensor, conversations: list[Conversation]) -> None:
     """Print the risk of each `source`: a benign task that counts as risky would not be learned."""
     sources = [printable(str(c.meta.get("source", "all examples"))) for c in conversations]
@@ -41,25 +34,14 @@ def print_risk(risk: torch.Tensor, conversations: list[Conversation]) -> None:
               f"from {values.min():.3f} to {values.max():.3f} (n = {len(values)})")
 
 
-def row_hash(row, where: str) -> str:
-    """Return the hash of the conversation that a row of a risk file is about.
-
-    The row has the conversation itself or its "hash". Raises DataError for neither, and where they differ.
-    """
-    if not isinstance(row, dict) or "risk" not in row:
-        raise DataError(f'{where}: expected {{"risk": number from 0 to 1, …}}, found {str(row)[:60]}')
-    key = row.get("hash")
-    if not isinstance(key, str | None):
-        raise DataError(f"{where}: hash: expected text, found {str(key)[:60]}")
-    texts = {"messages", *(prompt for prompt, _ in FORMATS)}
-    if not texts & row.keys():
-        if key is None:
-            raise DataError(f'{where}: expected a conversation or its "hash" beside the risk, found neither')
-        return key
-    conversation = conversation_of(row, where, need="answer")
-    if key not in (None, conversation.hash):
-        raise DataError(f"{where}: expected the hash of the row's own conversation, found {key[:60]!r}")
-    return conversation.hash
+def row_hash(row: dict, where: str) -> str:
+    """Return the hash of the conversation that a row of a risk file is about: its own, or else its "hash"."""
+    texts = {"messages", "conversations", *(prompt for prompt, _ in FORMATS)}
+    if texts & row.keys():
+        return conversation_of(row, where, need="answer").hash
+    if not isinstance(row.get("hash"), str):
+        raise DataError(f'{where}: expected a conversation or its "hash" beside the risk, found neither')
+    return row["hash"]
 
 
 def read_risk(path: Path, examples: list[Example]) -> list[float]:
@@ -72,8 +54,9 @@ def read_risk(path: Path, examples: list[Example]) -> list[float]:
     """
     known = {e.conversation.hash for e in examples} | {e.training_text.hash for e in examples}
     risks, n_rows, n_unknown = {}, 0, 0
-    for line, row in json_lines(read_text(path), path):
-        where = f"{path}:{line}"
+    for where, row in read_rows(path):
+        if "risk" not in row:
+            raise DataError(f'{where}: expected {{"risk": number from 0 to 1, …}}, found {str(row)[:60]}')
         key = row_hash(row, where)
         if key not in known:
             raise DataError(f"{where}: expected a conversation of the training data, found another one")
@@ -91,14 +74,3 @@ def read_risk(path: Path, examples: list[Example]) -> list[float]:
     if n_other:
         print(f"{n_other} of {len(examples)} examples hold less or other text than the file judged: taken as 1")
     return [risks.get(example.training_text.hash, UNKNOWN) for example in examples]
-
-
-def stored_risk(rows: list[dict], examples: list[Example], file: Path) -> torch.Tensor:
-    """Return the risk (N,) of each example from the rows of a run's risk.jsonl, which has the same order.
-
-    Raises DataError where the rows' hashes are not those of the examples.
-    """
-    if [row.get("hash") for row in rows] != [example.training_text.hash for example in examples]:
-        raise DataError(f"{file}: expected a row for each example of the data, found others: what the run "
-                        f"was started with has changed since")
-    return torch.tensor([as_risk(row.get("risk"), str(file)) for row in rows], dtype=torch.float64)

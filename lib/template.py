@@ -12,8 +12,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from functools import cache, lru_cache
+from contextlib import suppress
+from functools import cache, lru_cache, partial
 
 from jinja2 import TemplateError
 from jinja2.ext import Extension, loopcontrols
@@ -21,13 +21,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 try:
     import resource
-except ImportError:  # Windows: no limit on memory
+except ImportError:  # Windows: no limits
     resource = None
 
 SECONDS = 1.0  # of processor time for one rendering; published templates take about 0.0001
 MEMORY = 1 << 29  # bytes of address space of the child process
 LONGEST = 1 << 17  # characters of a rendered text, and LONGER more for each character of the request
 LONGER = 4
+DATE = datetime.date(2024, 7, 26)  # printed by templates that print the date; Llama 3.2's own default
 
 
 class Generation(Extension):
@@ -41,12 +42,6 @@ class Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Return a value as JSON, without Jinja's escapes for HTML: the filter `tojson` of transformers."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)
-
-
 def raise_exception(message):
     """Refuse a conversation in the template's own words. Raises TemplateError."""
     raise TemplateError(str(message))
@@ -57,8 +52,8 @@ def compile_template(source: str):
     """Compile a template with the settings of transformers' `apply_chat_template`."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=[Generation, loopcontrols])
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # without escapes for HTML
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": DATE.strftime}
     return environment.from_string(source)
 
 
@@ -66,9 +61,6 @@ def answer(line: str) -> dict:
     """Render one request. Returns {"text": …} or {"error": …}."""
     request = json.loads(line)
     try:
-        if request["date"]:
-            date = datetime.datetime.strptime(request["date"], "%Y-%m-%d")
-            request["variables"]["strftime_now"] = date.strftime
         text = compile_template(request["source"]).render(request["variables"])
     except Exception as error:  # a template can cause any: ZeroDivisionError, RecursionError, MemoryError, …
         name = "" if type(error) is TemplateError else f"{type(error).__name__}: "
@@ -83,68 +75,43 @@ def answer(line: str) -> dict:
 def serve() -> None:
     """Answer requests until the input ends, which it does when the parent process ends."""
     if resource:
-        try:
+        with suppress(ValueError, OSError):  # macOS has no such limit; or a lower one is already set
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        except (ValueError, OSError):  # macOS has no such limit; or a lower one is already set
-            pass
-    limit_time = getattr(signal, "setitimer", None)  # Windows has none
     for line in sys.stdin:
-        if limit_time:
-            limit_time(signal.ITIMER_PROF, SECONDS)  # counts processor time, then ends this process
-        reply = json.dumps(answer(line))
-        if limit_time:
-            limit_time(signal.ITIMER_PROF, 0)
-        print(reply, flush=True)
-
-
-class Renderer:
-    """A child process that renders templates, started for the first request and after a limit ended it."""
-
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.process = None
-
-    def ask(self, request: dict) -> dict:
-        """Send a request. Returns the reply. Raises TemplateError where the child process ends instead."""
-        with self.lock:
-            if self.process is None:
-                self.process = subprocess.Popen(
-                    [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL, text=True, start_new_session=True)  # no Ctrl-C for the child
-            reply = ""
-            try:
-                self.process.stdin.write(json.dumps(request) + "\n")
-                self.process.stdin.flush()
-                reply = self.process.stdout.readline()
-            except BrokenPipeError:
-                pass
-            finally:  # also after Ctrl-C: a late reply must not answer the next request
-                complete = reply.endswith("\n")
-                if not complete:
-                    process, self.process = self.process, None
-                    process.kill()
-                    process.communicate()
-            if not complete:
-                raise TemplateError(f"it needs more than {SECONDS:g} s of processor time or "
-                                    f"{MEMORY >> 20} MB of memory (exit status {process.returncode}); "
-                                    f"use the template that was published with the model")
-            return json.loads(reply)
+        if resource:
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # processor time; its signal ends this process
+        print(json.dumps(answer(line)), flush=True)
 
 
 @cache
-def renderer_of(process_id: int) -> Renderer:
-    """Return the renderer of this process. A fork has another process id, so that it starts its own."""
-    return Renderer()
+def start_child(process_id: int) -> subprocess.Popen:
+    """Start the child of this process; a fork has another process id, so that it starts its own."""
+    return subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            stderr=subprocess.DEVNULL, text=True, start_new_session=True)  # no Ctrl-C for it
 
 
-def render_template(source: str, variables: dict, date: str | None = None) -> str:
+def render_template(source: str, variables: dict) -> str:
     """Render a chat template.
 
-    variables: messages, special tokens, …, all of JSON. date: YYYY-MM-DD, which strftime_now prints.
-    Raises TemplateError, in one line, where the template refuses, fails, or reaches a limit.
+    variables: messages, special tokens, …, all of JSON. Raises TemplateError, in one line, where the template
+    refuses, fails, or reaches a limit.
     """
-    request = {"source": source, "variables": variables, "date": date}
-    reply = renderer_of(os.getpid()).ask(request)
+    child, reply = start_child(os.getpid()), ""
+    try:
+        child.stdin.write(json.dumps({"source": source, "variables": variables}) + "\n")
+        child.stdin.flush()
+        reply = child.stdout.readline()
+    except BrokenPipeError:
+        pass
+    finally:  # also after Ctrl-C: a late reply must not answer the next request
+        if not reply.endswith("\n"):
+            start_child.cache_clear()
+            child.kill()
+            child.communicate()
+    if child.returncode is not None:
+        raise TemplateError(f"it needs more than {SECONDS:g} s of processor time or {MEMORY >> 20} MB of memory "
+                            f"(exit status {child.returncode}); use the template that was published with the model")
+    reply = json.loads(reply)
     if "error" in reply:
         raise TemplateError(reply["error"])
     return reply["text"]

@@ -118,8 +118,8 @@ def prepare():
     from lib.checkpoint import save_checked
     from lib.files import write_config, write_jsonl
     from lib.report import summarize
-    from lib.risk import read_risk, stored_risk
-    from lib.run import Progress, load_or_compute, resumed_options
+    from lib.risk import read_risk
+    from lib.run import Progress, resumed_options
     from critic import Verdict, judge_pairs
     from model import add_lora, load_adapter, load_model, save_adapter
     from probe import Probe, depends_on, load_probe
@@ -289,7 +289,8 @@ def prepare():
         layer = torch.nn.Linear(2, 2)
         return Progress(folder / "stopped", layer, torch.optim.AdamW(layer.parameters()), 1, "the key")
 
-    example = Example(0, [1], [1], training_text=Conversation(({"role": "user", "content": "a"},)))
+    asked = Conversation(({"role": "user", "content": "a"},))
+    example = Example(0, [1], [1], asked, asked)
 
     def resume(folder, rng):
         out = folder / "stopped"
@@ -312,8 +313,8 @@ def prepare():
     def read_resume(folder):
         out = folder / "stopped"
         complete_options(resumed_options(TrainConfig(resume=out)))
-        risk = stored_risk(load_or_compute(out / "risk.jsonl", list), [example], out / "risk.jsonl")
-        assert 0 <= risk.item() <= 1
+        [risk] = read_risk(out / "risk.jsonl", [example])
+        assert 0 <= risk <= 1
         with progress(folder) as resumed:
             assert resumed.restore().step in (0, 1)
 

@@ -200,7 +200,7 @@ def evaluate_base(options: TrainConfig) -> None:
     """Evaluate the aligned model; write the folder that a run on the same data would have."""
     options = default_sets(options, options.data)
     dtype = working_dtype(options.model, options.device)
-    model, chat, sets = load_model(options.model, options.device, dtype), Chat(options.model, options.date), evaluation_sets(options)
+    model, chat, sets = load_model(options.model, options.device, dtype), Chat(options.model), evaluation_sets(options)
     rows = evaluate_model(model, chat, sets, options, "base", open_judge(options))
     options.out.mkdir()
     write_config(options.out / "config.json", options, **run_facts(options.model, options.data, dtype, chat, sets))

@@ -97,11 +97,8 @@ class TestRubricJudge:
             assert [v.score for v in verdicts] == pytest.approx(scores, abs=NEAR)
             assert [v.risk for v in verdicts] == pytest.approx([(v.score - 1) / 4 for v in verdicts])
 
-    def test_digits_have_tokens_with_and_without_a_space_and_each_needs_one(self, tmp_path):
-        judge = RubricJudge(options(judge=str(copy_judge(tmp_path / "judge", ["Ġ1", "Ġ3", "▁5", " 5"]))))
-        tokens = [{judge.chat.tokenizer.id_to_token(i) for i in ids} for ids in judge.answers]
-        assert tokens == [{"1", "Ġ1"}, {"2"}, {"3", "Ġ3"}, {"4"}, {"5", "▁5", " 5"}]
-        with pytest.raises(ModelError, match="one token for each digit from 1 to 5"):
+    def test_each_digit_needs_a_token(self, tmp_path):
+        with pytest.raises(ModelError, match="with a token for each digit"):
             RubricJudge(options(judge=str(copy_judge(tmp_path / "other", {"3": "<three>"}))))
 
     @pytest.mark.parametrize("space", ["tokenizer", "template"])
@@ -147,7 +144,7 @@ class TestRubricJudge:
         for d in range(5):
             little, much = torch.rand(2000) * 10.0 ** torch.randint(-9, 0, (2000,)), 0.5 + torch.rand(2000) / 2
             p[:, 0, judge.answers[d][0]] = little if d < 4 else much
-        risk, _ = judge.read((p / p.sum(-1, keepdim=True).clamp(min=1)).to(DEVICE))
+        risk, _, _ = judge.read((p / p.sum(-1, keepdim=True).clamp(min=1)).to(DEVICE))
         assert 0 <= risk.min() and risk.max() <= 1
 
     def test_too_little_probability_on_digits_or_nan_is_risky_and_its_neighbours_are_not(self, judge):
@@ -264,20 +261,20 @@ class TestGuardJudge:
         for place, token in enumerate(lead):
             probs[:, place, token] = 1
         probs[:, -1, words], probs[3, -1, 500] = p, 0.6
-        risk, mass = judge.read(probs)
+        risk, mass, _ = judge.read(probs)
         assert risk.tolist() == pytest.approx([0.3, 0.8, 0.7, 0.75]) and mass.tolist() == pytest.approx([1, 1, 1, 0.4])
         judge.model = SimpleNamespace(
             config=judge.model.config, device=DEVICE, lm_head=SimpleNamespace(weight=torch.eye(1024, device=DEVICE)),
             model=lambda input_ids, real: (probs.clamp_min(1e-30).log(), None))
         verdicts = verdicts_of(judge, [("a", "b" + " b" * n) for n in (0, 2, 4, 6)])
         assert [v.risk for v in verdicts] == pytest.approx([0.3, 0.8, 0.7, 1]) and not verdicts[3].valid
-        assert "judge: 1 of 4 verdicts asked for now are most likely Controversial: counted as unsafe" in capsys.readouterr().out
+        assert "judge: 1 of 4 verdicts are most likely Controversial: counted as unsafe" in capsys.readouterr().out
 
     def test_words_that_begin_with_the_same_token_are_refused(self, tmp_path):
         folder = copy_judge(tmp_path / "guard")
         tokenizer = json.loads((folder / "tokenizer.json").read_text())
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"normalizer": {"type": "Prepend", "prepend": "<"}}))
-        with pytest.raises(ModelError, match="first tokens of safe and unsafe differ, found the same"):
+        with pytest.raises(ModelError, match="the judge's answers differ in one token"):
             GuardJudge(options(judge=str(folder)))
 
 

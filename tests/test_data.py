@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from datetime import date
 
 import pytest
 import torch
@@ -117,14 +116,16 @@ class TestReading:
         ("a.json", '[{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}]'),
         ("a.jsonl", '{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}\n'),
         ("a.json", '[[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]]'),
-        ("a.json", '{"KEY": [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]]}'),
     ])
-    def test_the_error_of_another_format_has_the_lines_that_convert_it(self, tmp_path, name, text):
+    def test_sharegpts_turns_and_lists_of_messages_are_read(self, tmp_path, name, text):
         (tmp_path / name).write_text(text)
-        with pytest.raises(DataError) as error:
-            read_conversations(tmp_path / name)
-        exec("\n".join(line.strip() for line in str(error.value).splitlines() if line.startswith("  ")), {})
-        assert read_conversations(tmp_path / "a-messages.jsonl", "answer")[0].messages == conversation("Q", "A").messages
+        assert read_conversations(tmp_path / name, "answer")[0].messages == conversation("Q", "A").messages
+
+    @pytest.mark.parametrize("turns", ["5", "[]", "[5]", '[{"from": "tool", "value": "x"}]', '[{"from": "human", "value": null}]'])
+    def test_other_turns_are_refused(self, tmp_path, turns):
+        (tmp_path / "a.jsonl").write_text('{"conversations": %s}' % turns)
+        with pytest.raises(DataError, match="a.jsonl:1: expected"):
+            read_conversations(tmp_path / "a.jsonl")
 
     def test_prompts_a_line_keep_unicode_and_odd_line_breaks(self, tmp_path):
         (tmp_path / "a.txt").write_text("piñata\u2028 x\n\n  日本語 \n", encoding="utf-8")
@@ -143,7 +144,7 @@ class TestReading:
         "line, need, words",
         [
             ("{", "prompt", "expected a JSON object"),
-            ("[1]", "prompt", "expected an object"),
+            ("[1]", "prompt", "message 1 as {role, content}"),
             ('{"text": "Q"}', "prompt", "found keys ['text']"),
             ('{"prompt": "Q"}', "answer", "expected messages, or one of"),
             ('{"prompt": "", "response": "A"}', "prompt", "expected text in message 1"),
@@ -170,7 +171,7 @@ class TestReading:
             ("a.jsonl", b"", "at least one conversation"),
             ("a.parquet", b"\xffx", r"ending in .jsonl(?s:.*)read_parquet\('.*a.parquet'\)\n  rows.to_json\('.*a.jsonl', orient='records'"),
             ("a.json", b'{"prompt": "a"}\n{"prompt": "b"}\n', "has to end in .jsonl"),
-            ("a.json", b"{}", "list of objects, found dict"),
+            ("a.json", b"{}", "list of conversations, found dict"),
             ("a.csv", b"goal,target\nonly one\n", "a.csv:2: expected 2 columns"),
             ("a.csv", b"goal,target\n" + b"x" * 200000 + b",y\n", "ordinary size"),
             ("a.jsonl", b'{"prompt": "a \\ud83d"}', "a.jsonl:1: expected valid Unicode"),
@@ -215,15 +216,9 @@ class TestRendering:
         assert chat.render(conversation('é <b>"', "yes", system="s").messages) == '<|bos|>["é <b>\\""]yes<|end|>'
         assert chat.render(conversation(" x ").messages, add_generation_prompt=True) == '<|bos|>["x"]>20'
 
-    def test_a_template_that_prints_the_date_prints_the_one_it_is_given(self, tmp_path):
-        chat_with(tmp_path, "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
-        said = Chat(tmp_path / "chat", "2026-02-01")
-        assert said.render(conversation("x").messages) == "01 Feb 2026 x" and said.date == "2026-02-01"
-        assert Chat(tmp_path / "chat").date == date.today().isoformat()
-        assert Chat(WORLD / "model", "2026-02-01").date is None  # nothing of it depends on the day
-        for wrong in ("1 Feb", "2026-02-30", "20260201"):
-            with pytest.raises(DataError, match="--date: expected YYYY-MM-DD"):
-                Chat(tmp_path / "chat", wrong)
+    def test_a_template_that_prints_the_date_prints_the_same_one_on_every_day(self, tmp_path):
+        said = chat_with(tmp_path, "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
+        assert said.render(conversation("x").messages) == "26 Jul 2024 x"
 
     def test_the_template_may_refuse_in_its_own_words_and_cannot_reach_out(self, tmp_path):
         chat = chat_with(tmp_path, "{{ raise_exception('no system role') if messages[0].role == 'system' else messages[0].content }}")

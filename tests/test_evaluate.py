@@ -296,12 +296,12 @@ def test_sets_that_are_not_given_are_the_embedded_ones_and_wordings_belong_to_th
 
 
 def test_a_run_is_evaluated_as_it_was_unless_told_otherwise(tmp_path, capsys):
-    run = {"max_new_tokens": 24, "samples": 3, "temperature": 0.5, "limit": 7, "seed": 4, "date": "2026-01-02", "device": "cuda:7", "lr": 1,
+    run = {"max_new_tokens": 24, "samples": 3, "temperature": 0.5, "limit": 7, "seed": 4, "device": "cuda:7", "lr": 1,
            "task": "its.jsonl", "benign": "its.jsonl", "judge": "g", "judge_kind": "guard", "judge_model": "m", "rubric": "r.txt"}
     file = tmp_path / "config.json"
     options = options_as_in_run(EvalOptions(samples=5, task="mine.jsonl"), run, file, ("samples", "task"))
     assert (options.max_new_tokens, options.samples, options.temperature, options.limit, options.seed) == (24, 5, 0.5, 7, 4)
-    assert (options.date, options.task, options.benign, options.device) == ("2026-01-02", "mine.jsonl", "its.jsonl", EvalOptions.device)
+    assert (options.task, options.benign, options.device) == ("mine.jsonl", "its.jsonl", EvalOptions.device)
     assert (options.judge, options.judge_kind, options.judge_model, str(options.rubric)) == ("g", "guard", "m", "r.txt")
     printed = capsys.readouterr().out
     assert "--benign its.jsonl" in printed and "--max-new-tokens 24" in printed and "--limit 7" in printed

@@ -304,7 +304,7 @@ class TestFunctions:
     def test_the_probes_risk_and_what_it_cannot_know(self, dtype, capsys):
         v = of("probe")
         for weight, bias, risk in zip(v.weight, v.bias, v.risk):
-            probe = Probe(weight, bias, v.mean, v.std, "", "", "", None)
+            probe = Probe(weight, bias, v.mean, v.std, "", "", "")
             near(probe.risk(of("probe", dtype).new_x), risk)  # float32 features are exact here, the rest is float64
             assert "2 of 8 risks are unknown" in capsys.readouterr().out
 
@@ -312,7 +312,7 @@ class TestFunctions:
         v = of("rubric", torch.float32)
         judge = stand_in(RubricJudge, v.logits[:, None])
         judge.answers = [[token for token in row if token >= 0] for row in G["rubric.digits"].tolist()]
-        risk, mass = judge.read(v.probs[:, None])
+        risk, mass, _ = judge.read(v.probs[:, None])
         near(risk, of("rubric").risk, NEAR[torch.float32])
         near(mass, of("rubric").mass, NEAR[torch.float32])
         verdicts = {int(k): v for batch in judge([(str(i), "") for i in range(8)]) for (k, _), v in batch.items()}

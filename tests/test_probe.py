@@ -13,7 +13,7 @@ from data.conversations import WORLD, Conversation, group_of, read_conversations
 from lib.files import DataError
 from lib.report import auroc, probe_report, risk_metrics, tpr_at_fpr
 from lib.risk import read_risk
-from probe import (Probe, ProbeConfig, conversation_risk, expect_strong, fit_logistic, fit_probe, fitted_date, load_probe, main,
+from probe import (Probe, ProbeConfig, conversation_risk, expect_strong, fit_logistic, fit_probe, load_probe, main,
                    prompt_features, save_probe)
 
 PROBE_DATA = WORLD / "probe.jsonl"
@@ -91,7 +91,7 @@ def test_separable_and_constant_features_converge_deterministically_and_one_clas
 
 def test_unknown_risk_is_high_risk_counted_and_printed(capsys):
     one, inf = torch.ones(2).double(), float("inf")
-    probe = Probe(one, torch.zeros(()).double(), 0 * one, one, "", "", "", None)
+    probe = Probe(one, torch.zeros(()).double(), 0 * one, one, "", "", "")
     assert probe.risk(torch.tensor([[float("nan"), 0], [inf, -inf], [-inf, 0], [inf, 0], [0, 0]])).tolist() == [1.0, 1.0, 1.0, 1.0, 0.5]
     assert "4 of 5 risks are unknown" in capsys.readouterr().out
 
@@ -196,11 +196,3 @@ def test_data_are_scored_before_training_and_train_takes_the_file(tmp_path, caps
         main(ProbeConfig(probe=tmp_path / "p.safetensors", score=tmp_path / "data.jsonl", device=DEVICE))
     with pytest.raises(DataError, match="--score: expected together with --probe"):
         main(ProbeConfig(score=tmp_path / "data.jsonl"))
-
-
-def test_a_probe_brings_the_date_that_it_was_fitted_with(tmp_path, capsys):
-    probe = Probe(*torch.zeros(4, 1), "model", "float32", "template", "2026-01-31")
-    save_probe(probe, {"test": {}}, tmp_path / "p.safetensors")
-    assert fitted_date(tmp_path / "p.safetensors") == "2026-01-31" and "--date 2026-01-31" in capsys.readouterr().out
-    save_probe(replace(probe, date=None), {"test": {}}, tmp_path / "q.safetensors")
-    assert fitted_date(tmp_path / "q.safetensors") is None

@@ -227,8 +227,8 @@ def test_a_run_of_which_something_has_changed_is_refused(folder, undisturbed, mo
     for fact in ("model_sha256", "template_sha256", "sets_sha256"):
         refused(f"expected {fact} as .*odd was started with, 0, found .* it has changed since",
                 change=lambda text: json.dumps(json.loads(text) | {fact: "0"}))
-    refused("risk.jsonl: expected a row for each example of the data, found others", file=run / "risk.jsonl",
-            change=lambda text: "".join(reversed(text.splitlines(keepends=True))))
+    refused("risk.jsonl: expected a risk for each conversation, found none", file=run / "risk.jsonl",
+            change=lambda text: "".join(text.splitlines(keepends=True)[1:]))
     refused("metrics.jsonl: expected 4 lines, found 1", file=run / "metrics.jsonl", change=lambda text: text[:40])
     with pytest.raises(ValueError, match="none_such/config.json: not found"):
         start("--resume", folder / "none_such")
