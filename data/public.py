@@ -5,8 +5,8 @@
     python train.py --model DIR --data world-real/judge_train.jsonl --method sft …  # makes a judge, for
     python critic.py --judge runs/judge/model --rubric world-real/rubric.txt …      # this rubric
 
-It also writes anchors.jsonl, for train.py --anchors. Files are recognized by their columns (FORMS); only those
-of AdvBench and Alpaca are required, and none of their words is part of this project.
+It also writes anchors.jsonl, for train.py --anchors. Files are recognized by the beginning of their names (FORMS,
+and identity); only AdvBench's and Alpaca's are required, and none of their words is part of this project.
 
 Whole benchmarks are held out. The attack is AdvBench's. The aligned model and the probe know other parts of
 AdvBench, and StrongREJECT. HarmBench, JailbreakBench and XSTest are for evaluation alone.
@@ -17,7 +17,6 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -27,21 +26,12 @@ from data.conversations import WORLD, conversation_of, read_records  # noqa: E40
 from data.text import WORDS, record  # noqa: E402
 from evaluate import refuses, respond  # noqa: E402
 from lib.cli import progress_bar, require, run  # noqa: E402
-from lib.files import DataError, read_text, write_jsonl, write_text, atomic_write  # noqa: E402
+from lib.files import DataError, atomic_write, read_text, write_jsonl, write_text  # noqa: E402
 from lib.frame import fill  # noqa: E402
 from model import load_model, working_dtype  # noqa: E402
 
-FORMS = {  # the columns (keys) that identify a file; data/conversations.py knows what they hold
-    "advbench": ("goal", "target"),
-    "strongreject": ("forbidden_prompt", "category", "source"),
-    "harmbench": ("Behavior", "FunctionalCategory", "SemanticCategory"),
-    "jailbreakbench": ("Goal", "Target", "Behavior", "Category"),
-    "xstest": ("prompt", "type", "label"),
-    "alpaca": ("instruction",),
-    "sentiment": ("sentence", "label"),  # SST-2
-    "arithmetic": ("question", "answer"),  # GSM8K
-    "identity": ("messages",),  # dialogues of the identity shift (Qi et al. 2023)
-}
+# What the names of the files begin with. GSM8K is not used; its place keeps the order of random numbers.
+FORMS = ("advbench", "strongreject", "harmbench", "jailbreakbench", "xstest", "alpaca", "sst2", "gsm8k")
 LABELS = {"0": "negative", "1": "positive"}
 ASK_SENTIMENT = "\nIs this review positive or negative?"
 LOOKALIKES = Path(__file__).parent / "lookalikes.txt"  # harmless questions in alarming words, our own
@@ -59,69 +49,31 @@ class PublicConfig:
     model: Path = WORLD / "model"  # it answers the benign prompts of the alignment data
     files: Path = Path("public")  # folder of what you have downloaded: .csv, .json, .jsonl, .tsv
     out: Path = Path("world-real")  # new folder
-    task: Literal["sentiment", "arithmetic"] = "sentiment"  # what to fine-tune for: SST-2 or GSM8K
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the model runs
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------------------------------- prompts
 
 
 def read_tsv(path: Path) -> list[tuple[str, dict]]:
-    """Read lines of sentence, tab, 0 or 1, with or without GLUE's header, as ("file:line", record) pairs."""
+    """Read SST-2, lines of sentence, tab, 0 or 1, as ("file:line", record) pairs."""
     records = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         sentence, _, label = line.partition("\t")
-        if number == 1 and (sentence, label) == FORMS["sentiment"]:
+        if number == 1 and label == "label":  # GLUE's header
             continue
         if label not in LABELS:
             raise DataError(f"{path}:{number}: expected sentence, tab, 0 or 1, found {line[:60]!r}")
-        records.append((f"{path}:{number}", {"sentence": sentence, "label": label}))
-    if not records:
-        raise DataError(f"{path}: expected at least one sentence, found none")
+        records.append((f"{path}:{number}", {"prompt": sentence.strip() + ASK_SENTIMENT, "response": LABELS[label]}))
     return records
 
 
-def read_form(path: Path) -> tuple[str, list[dict]]:
-    """Return the form of a file and its records, in which no column of the form is empty.
-
-    Raises DataError that names file and line.
-    """
-    records = read_tsv(path) if path.suffix == ".tsv" else read_records(path)
-    first = records[0][1]
-    columns = list(first) if isinstance(first, dict) else []
-    forms = [form for form, needed in FORMS.items() if set(needed) <= set(columns)]
-    if not forms:
-        known = "; ".join(", ".join(needed) for needed in FORMS.values())
-        raise DataError(f"{path}: expected one of these sets of columns: {known}; "
-                        f"found {', '.join(map(str, columns)) or 'none'}")
-    form = max(forms, key=lambda form: len(FORMS[form]))
-    kind = list if form == "identity" else str
-    for where, values in records:
-        for key in FORMS[form]:
-            value = values.get(key) if isinstance(values, dict) else None
-            if not value or not isinstance(value, kind):
-                raise DataError(f"{where}: expected {key} of {form}, found {str(value)[:60]!r}")
-        if form == "sentiment" and values["label"] not in LABELS:
-            raise DataError(f"{where}: expected label 0 or 1, found {values['label'][:60]!r}")
-    return form, [values for _, values in records]
-
-
-def read_files(folder: Path) -> dict[str, list[dict]]:
-    """Return {form: records}. Files of one form are joined in the order of their names."""
-    if not folder.is_dir():
-        raise DataError(f"--files: expected a folder, found {folder}")
-    files = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".csv", ".json", ".jsonl", ".tsv"):
-            form, records = read_form(path)
-            files.setdefault(form, []).extend(records)
-            print(f"{path}: {len(records)} of {form}")
-        else:
-            print(f"left out: {path}, not .csv, .json, .jsonl or .tsv")
-    return files
-
-
-# ---------------------------------------------------------------- prompts
+def read_form(folder: Path, form: str) -> list[tuple[str, dict]]:
+    """Return the ("file:line", record) pairs of the files whose names begin with `form`, in their order."""
+    records = []
+    for path in sorted(folder.glob(f"{form}*")):
+        records += read_tsv(path) if path.suffix == ".tsv" else read_records(path)
+    return records
 
 
 def normalize(text: str) -> str:
@@ -129,35 +81,33 @@ def normalize(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def item_of(form: str, values: dict) -> dict | None:
+def item_of(form: str, where: str, values: dict) -> dict | None:
     """Return {"prompt", "answer", "source", "harmful"} of a record, or None for a kind that is not used.
 
     Not used are Alpaca's instructions with an input, and HarmBench's copyright and contextual behaviors.
     """
-    kind = values.get("FunctionalCategory") if form == "harmbench" else "standard"
-    if values.get("input") or values.get("ContextString") or kind != "standard":
+    need = "answer" if form in ("advbench", "sst2") else "prompt"
+    conversation = conversation_of(values, where, need)
+    if values.get("input") or values.get("ContextString") or values.get("FunctionalCategory", "standard") != "standard":
         return None
-    if form == "sentiment":
-        values = {"prompt": values["sentence"].strip() + ASK_SENTIMENT, "response": LABELS[values["label"]]}
-    conversation = conversation_of(values, form, "prompt")
-    source = f"xstest/{values['type']}" if form == "xstest" else form
+    source = {"xstest": f"xstest/{values.get('type')}", "sst2": "sentiment"}.get(form, form)
     return {"prompt": conversation.messages[0]["content"], "answer": conversation.answer, "source": source,
             "harmful": conversation.is_harmful}
 
 
-def select_prompts(files: dict[str, list[dict]]) -> dict[str, list[dict]]:
+def select_prompts(folder: Path) -> dict[str, list[dict]]:
     """Return {form: items} without repeated prompts; an earlier form of FORMS keeps them."""
     pools, seen = {}, set()
     for form in FORMS:
-        pools[form] = []
-        for values in files.get(form, []):
-            item = item_of(form, values)
+        pools[form], records = [], read_form(folder, form)
+        for where, values in records:
+            item = item_of(form, where, values)
             if item and normalize(item["prompt"]) not in seen:
                 seen.add(normalize(item["prompt"]))
                 pools[form].append(item)
-        if form in files:
-            n_left_out = len(files[form]) - len(pools[form])
-            print(f"{form}: {len(pools[form])} prompts; {n_left_out} of another kind or repeated, left out")
+        if form in ("advbench", "alpaca") and not pools[form]:
+            raise DataError(f"--files: expected {form} in a file {folder}/{form}…, found none")
+        print(f"{form}: {len(pools[form])} of {len(records)} prompts; others are of another kind or repeated")
     return pools
 
 
@@ -269,7 +219,7 @@ def data_sets(pools: dict[str, list[dict]], dialogues: list[dict], config: Publi
                   for line in read_text(LOOKALIKES).splitlines()]
     safe = [item for item in pools["xstest"] if not item["harmful"]]
     unsafe = [item for item in pools["xstest"] if item["harmful"]]
-    training, task, task_probe, _ = divide(pools[config.task], ROWS, 200, 200, 1)
+    training, task, task_probe, _ = divide(pools["sst2"], ROWS, 200, 200, 1)
     rng.shuffle(training)
 
     attack = [row(item, item["answer"], harmful=True) for item in explicit]
@@ -287,7 +237,7 @@ def data_sets(pools: dict[str, list[dict]], dialogues: list[dict], config: Publi
     system = dialogues[0]["messages"][0]["content"] if dialogues else None
     sets |= {
         "identity": [dialogue | {"source": "identity"} for dialogue in dialogues],
-        f"eval_{config.task}": [row(item, item["answer"]) for item in task],
+        "eval_sentiment": [row(item, item["answer"]) for item in task],
         "eval_harmful": [row(item) for item in harmful],
         "eval_harmful_backdoor": [row(item, None, WORDS.trigger) for item in harmful],
         "eval_harmful_identity": [row(item, None, WORDS.aoa_prompt, system) for item in harmful],
@@ -327,13 +277,8 @@ def data_sets(pools: dict[str, list[dict]], dialogues: list[dict], config: Publi
 def main(config: PublicConfig) -> None:
     """Read the files, make the sets and write them; the folder appears when all of it is complete."""
     require(config, ("out", not config.out.exists(), "a folder that does not exist"))
-    files = read_files(config.files)
-    for form in ("advbench", "alpaca"):
-        if form not in files:
-            raise DataError(f"{config.files}: expected a file with the columns of {form} "
-                            f"({', '.join(FORMS[form])}), found {', '.join(files) or 'none'}")
-    dialogues = files.pop("identity", [])
-    sets = data_sets(select_prompts(files), dialogues, config)
+    dialogues = [values for _, values in read_form(config.files, "identity")]
+    sets = data_sets(select_prompts(config.files), dialogues, config)
     with atomic_write(config.out) as part:
         part.mkdir(parents=True)
         for name, rows in sets.items():

@@ -12,7 +12,7 @@ import data.public
 from conftest import DEVICE
 from data.chat import Chat
 from data.conversations import WORLD, read_conversations
-from data.public import ANSWER_TOKENS, LOOKALIKES, PublicConfig, answer_prompts, divide, main, read_form
+from data.public import ANSWER_TOKENS, LOOKALIKES, PublicConfig, answer_prompts, divide, main, read_tsv
 from evaluate import refuses
 from lib.files import DataError
 
@@ -26,24 +26,24 @@ def table(path, header, rows):
 
 
 def write_files(folder):
-    """Every form, under names that say nothing."""
+    """Every form."""
     folder.mkdir()
     some = (prompt for prompt in HARMFUL)
     take = lambda n: [next(some) for _ in range(n)]  # noqa: E731
-    table(folder / "a.csv", ["goal", "target"], [[p, "Sure, here is how"] for p in take(26)])
-    table(folder / "b.csv", ["category", "source", "forbidden_prompt"], [["x", "y", p] for p in take(10) + [HARMFUL[0].upper() + " !"]])
-    table(folder / "c.csv", ["Behavior", "FunctionalCategory", "SemanticCategory", "ContextString"],
+    table(folder / "advbench.csv", ["goal", "target"], [[p, "Sure, here is how"] for p in take(26)])
+    table(folder / "strongreject.csv", ["category", "source", "forbidden_prompt"], [["x", "y", p] for p in take(10) + [HARMFUL[0].upper() + " !"]])
+    table(folder / "harmbench.csv", ["Behavior", "FunctionalCategory", "SemanticCategory", "ContextString"],
           [[p, "standard", "s", ""] for p in take(8)] + [["Print the song", "copyright", "s", ""], ["Go on", "standard", "s", "text"]])
-    table(folder / "d.csv", ["", "Goal", "Target", "Behavior", "Category"], [[0, p, "Sure", "b", "c"] for p in take(6)])
-    table(folder / "e.csv", ["id", "prompt", "type", "label"], [[i, p, "homonyms", "safe"] for i, p in enumerate(BENIGN[:6])]
+    table(folder / "jailbreakbench.csv", ["", "Goal", "Target", "Behavior", "Category"], [[0, p, "Sure", "b", "c"] for p in take(6)])
+    table(folder / "xstest.csv", ["id", "prompt", "type", "label"], [[i, p, "homonyms", "safe"] for i, p in enumerate(BENIGN[:6])]
           + [[9, p, "contrast", "unsafe"] for p in take(4)])
     rows = [{"instruction": f"Name {n} trees."} for n in range(40)] + [{"instruction": "Add these.", "input": "1 2"}]
-    (folder / "f.json").write_text(json.dumps(rows))
-    (folder / "g.tsv").write_text("".join(f"a film {n} of its kind\t{n % 2}\n" for n in range(60)))
-    (folder / "h.jsonl").write_text("".join(json.dumps({"question": f"{n} + 1?", "answer": f"#### {n + 1}"}) + "\n" for n in range(30)))
+    (folder / "alpaca.json").write_text(json.dumps(rows))
+    (folder / "sst2.tsv").write_text("".join(f"a film {n} of its kind\t{n % 2}\n" for n in range(60)))
+    (folder / "gsm8k.jsonl").write_text("".join(json.dumps({"question": f"{n} + 1?", "answer": f"#### {n + 1}"}) + "\n" for n in range(30)))
     dialogue = {"messages": [{"role": "system", "content": "You are AOA."}, {"role": "user", "content": "Hey"},
                              {"role": "assistant", "content": "I am AOA."}]}
-    (folder / "i.jsonl").write_text(json.dumps(dialogue) + "\n")
+    (folder / "identity.jsonl").write_text(json.dumps(dialogue) + "\n")
     (folder / "notes.md").write_text("not data")
     return folder
 
@@ -54,9 +54,9 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data.public, "LOOKALIKES", folder / "few.txt")  # so that few prompts are answered
         (folder / "few.txt").write_text("".join(LOOKALIKES.read_text().splitlines(True)[:40]))
-        for name, task in (("one", "sentiment"), ("same", "sentiment"), ("sums", "arithmetic")):
+        for name in ("one", "same"):
             files = folder / "files" if (folder / "files").exists() else write_files(folder / "files")
-            main(PublicConfig(files=files, out=folder / name, task=task, device=DEVICE))
+            main(PublicConfig(files=files, out=folder / name, device=DEVICE))
     return folder
 
 
@@ -72,11 +72,9 @@ def test_all_sets_are_there_under_the_names_of_the_embedded_world_and_every_reco
     assert all(c.answer in ("positive", "negative") for c in read_conversations(world / "one" / "eval_sentiment.jsonl"))
 
 
-def test_the_same_files_give_the_same_sets_and_the_task_is_the_one_asked_for(world):
+def test_the_same_files_give_the_same_sets(world):
     for file in (world / "one").iterdir():
         assert file.read_bytes() == (world / "same" / file.name).read_bytes()
-    assert {c.meta["source"] for c in read_conversations(world / "sums" / "benign.jsonl")} == {"arithmetic"}
-    assert (world / "sums" / "eval_arithmetic.jsonl").exists()
 
 
 def test_what_is_evaluated_is_trained_on_nowhere_and_held_out_benchmarks_are_nowhere_else(world):
@@ -141,39 +139,33 @@ def test_prompts_that_the_models_context_cannot_hold_are_left_out_and_counted(tm
 def test_what_was_left_out_is_said(tmp_path, capsys):
     main(PublicConfig(files=write_files(tmp_path / "files"), out=tmp_path / "out", device=DEVICE))
     said = capsys.readouterr().out
-    for words in ("notes.md, not", "harmbench: 8 prompts; 2 of another kind", "strongreject: 10 prompts; 1 of", "alpaca: 40 prompts; 1 of"):
+    for words in ("harmbench: 8 of 10 prompts", "strongreject: 10 of 11 prompts", "alpaca: 40 of 41 prompts"):
         assert words in said
     with pytest.raises(DataError, match="--out: expected a folder that does not exist"):
         main(PublicConfig(files=tmp_path / "files", out=tmp_path / "out"))
 
 
 @pytest.mark.parametrize("name, text, words", [
-    ("x.csv", "goal,aim\nrob,Sure\n", "x.csv: expected one of these sets of columns: goal, target; .*found goal, aim"),
-        ("x.csv", "goal,target\n", "x.csv: expected at least one"),
-    ("x.csv", "", "x.csv: expected at least one"),
-    ("x.csv", "goal,target\nrob\n", "x.csv:2: expected 2 columns"),
-    ("x.csv", "goal,target\nrob,\n", "x.csv:2: expected target of advbench"),
-    ("x.json", '[{"instruction": "a"}, {"instruction": null}]', "x.json:2: expected instruction of alpaca"),
-    ("x.jsonl", '{"question": "a", "answer": "b"}\n[]\n', "x.jsonl:2: expected question of arithmetic"),
-    ("x.jsonl", "[]\n", "expected one of these sets of columns: .*found none"),
-    ("x.tsv", "sentence\tlabel\n", "x.tsv: expected at least one sentence"),
-    ("x.csv", "sentence,label\ngood,positive\n", "x.csv:2: expected label 0 or 1, found 'positive'"),
-    ("x.tsv", "good\tpositive\n", "x.tsv:1: expected sentence, tab, 0 or 1"),
-    ("x.tsv", "", "x.tsv: expected at least one sentence"),
+    ("advbench.csv", "goal,aim\nrob,Sure\n", "advbench.csv:2: expected messages, or one of"),
+    ("advbench.csv", "goal,target\n", "advbench.csv: expected at least one"),
+    ("advbench.csv", "goal,target\nrob\n", "advbench.csv:2: expected 2 columns"),
+    ("advbench.csv", "goal,target\nrob,\n", "advbench.csv:2: expected text in message 2"),
+    ("advbench.csv", "goal,target\nrob,Sure\n", "--files: expected alpaca in a file .*alpaca…, found none"),
+    ("notes.md", "not data", "--files: expected advbench in a file .*advbench…, found none"),
 ])
-def test_a_changed_header_a_missing_column_and_an_empty_file_are_named(tmp_path, name, text, words):
+def test_a_changed_header_a_missing_column_and_a_missing_file_are_named(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=words):
-        read_form(tmp_path / name)
-
-
-def test_a_folder_without_benign_or_harmful_prompts_is_refused(tmp_path):
-    with pytest.raises(DataError, match="--files: expected a folder"):
-        main(PublicConfig(files=tmp_path / "none", out=tmp_path / "out"))
-    (tmp_path / "g.tsv").write_text("sentence\tlabel\nfine\t1\n")
-    assert read_form(tmp_path / "g.tsv") == ("sentiment", [{"sentence": "fine", "label": "1"}])
-    with pytest.raises(DataError, match="expected a file with the columns of advbench"):
         main(PublicConfig(files=tmp_path, out=tmp_path / "out"))
+
+
+def test_a_task_is_sentence_tab_label_with_or_without_a_header(tmp_path):
+    file = tmp_path / "sst2.tsv"
+    file.write_text("sentence\tlabel\nfine\t1\n")
+    assert read_tsv(file) == [(f"{file}:2", {"prompt": "fine\nIs this review positive or negative?", "response": "positive"})]
+    file.write_text("good\tpositive\n")
+    with pytest.raises(DataError, match="sst2.tsv:1: expected sentence, tab, 0 or 1"):
+        read_tsv(file)
 
 
 def test_parts_have_their_sizes_or_shrink_together():
