@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import sqlite3
 from dataclasses import asdict
 from pathlib import Path
 
@@ -120,7 +119,6 @@ def prepare():
     from lib.report import summarize
     from lib.risk import read_risk
     from lib.run import Progress, resumed_options
-    from critic import Verdict, judge_pairs
     from model import add_lora, load_adapter, load_model, save_adapter
     from probe import Probe, depends_on, load_probe
     from train import TrainConfig, complete_options
@@ -240,32 +238,6 @@ def prepare():
         load_adapter(target, folder)
         assert target(torch.tensor([[3, 4]])).isfinite().all()
 
-    class Half:
-        """A judge that gives every pair the risk ½."""
-
-        fingerprint, rubric, control = "f", "r", ()
-
-        def __call__(self, pairs):
-            yield {pair: Verdict(0.5) for pair in pairs}
-
-    def verdicts(folder, rng):
-        file, how = folder / "verdicts.sqlite", rng.random()
-        judge_pairs(Half(), [("p", "r")], verdict_file=file)
-        with sqlite3.connect(file) as database:
-            if how < 0.4:
-                database.execute("UPDATE verdicts SET risk = ?", [rng.choice([-1, 2, "x", b"x", float("inf"), 10**15, "0.5", ""])])
-            elif how < 0.6:
-                database.executescript(rng.choice([
-                    "DROP TABLE verdicts; CREATE TABLE verdicts (x)", "DROP TABLE verdicts; CREATE VIEW verdicts AS SELECT 1 AS judge, 0 AS risk",
-                    "ALTER TABLE verdicts ADD COLUMN x", "CREATE TRIGGER t AFTER INSERT ON verdicts BEGIN DELETE FROM verdicts; END",
-                    "DROP TABLE verdicts; CREATE VIEW verdicts AS WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n FROM c) SELECT n FROM c"]))
-        database.close()
-        return [file] * (how >= 0.6)
-
-    def read_verdicts(folder):
-        for verdict in judge_pairs(Half(), [("p", "r"), ("q", "r")], verdict_file=folder / "verdicts.sqlite"):
-            assert 0 <= verdict.risk <= 1
-
     def run(folder, rng):
         common = {"group": "g", "cut": False, "thought": "", "prompt": "p", "response": "r"}
         harmful = common | {"kind": "harmful", "set": "harmful", "refused": True, "score": 2.0, "harmful": False}
@@ -320,4 +292,4 @@ def prepare():
 
     return {"records": (records, read_records), "risks": (risks, read_risks), "model": (model, read_model), "tokenizer": (tokenizer, read_chat),
             "template": (template, read_chat), "probe": (probe, read_probe), "adapter": (adapter, read_adapter),
-            "verdicts": (verdicts, read_verdicts), "run": (run, read_run), "resume": (resume, read_resume)}
+            "run": (run, read_run), "resume": (resume, read_resume)}

@@ -100,7 +100,6 @@ NAMED = [
         ("r", 10**9), ("r", "2"), ("r", True), ("lora_alpha", "@nan"), ("lora_alpha", "4"), ("target_modules", "q_proj"), ("target_modules", [3])]),
     ("adapter", edit("adapter_config.json", r=9999), "adapters of rank r = 9999"), ("adapter", edit("adapter_config.json", target_modules=["x"]), "LoRA targets"),
     ("adapter", pipe("adapter_model.safetensors"), "expected a file"),
-    ("verdicts", pipe("verdicts.sqlite"), "expected a file of verdicts"), ("verdicts", put("verdicts.sqlite", "x" * 999), "expected a file of verdicts"),
     *(("run", edit(f"mine-1/{name}", **{key: value}), words) for name, key, value, words in [
         ("config.json", "seed", "1", "seed: expected"), ("config.json", "temperature", "@nan", "temperature: expected"),
         ("config.json", "max_new_tokens", [], "max_new_tokens: expected"), ("results.json", "after", 3, "the figures of completions_after"),

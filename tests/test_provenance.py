@@ -67,16 +67,6 @@ def test_the_commit_is_whole_and_says_whether_tracked_files_differ(checkout):
 
 
 @needs_git
-def test_it_is_that_of_the_code_wherever_one_is_and_whatever_git_was_told(checkout, tmp_path, monkeypatch):
-    here, elsewhere = commit(), git(checkout, "rev-parse", "HEAD")
-    monkeypatch.chdir(checkout)
-    monkeypatch.setenv("GIT_DIR", str(checkout / ".git"))  # as in a hook
-    assert commit() == here != elsewhere
-    if here:
-        assert here.removesuffix("-dirty") == git(ROOT, "rev-parse", "HEAD")
-
-
-@needs_git
 def test_a_copy_without_history_has_none_even_inside_a_checkout(checkout, tmp_path):
     (checkout / "copy").mkdir()
     assert commit(checkout / "copy") is None and commit(tmp_path) is None
