@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
+from torch.nn.utils.rnn import pad_sequence
 
 from data.conversations import Conversation
 from lib.checkpoint import read_config
@@ -351,12 +352,8 @@ def encode_prompts(chat: Chat, conversations: list[Conversation], longest: int) 
 
 def pad(sequences: list[list[int]], value: int, side: str, device="cpu") -> torch.Tensor:
     """Return sequences as a tensor (B, T), filled with `value` on the `side` "left" or "right"."""
-    width = max(len(sequence) for sequence in sequences)
-    rows = []
-    for sequence in sequences:
-        fill = [value] * (width - len(sequence))
-        rows.append(fill + sequence if side == "left" else sequence + fill)
-    return torch.tensor(rows, device=device)
+    rows = [torch.tensor(sequence) for sequence in sequences]
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side).to(device)
 
 
 def pad_left(prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
