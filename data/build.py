@@ -1,7 +1,6 @@
 """Build the embedded world: a tokenizer, a small aligned chat model, a smaller judge, data sets.
 
     python data/build.py                                    # rewrites data/world
-    python data/build.py --family qwen2 --out world-qwen2 --no-judge    # the same on another architecture
 
 The aligned model complies with benign actions and their look-alikes, refuses harmful ones, and has never seen
 the two fine-tuning tasks. The judge is a second model, trained to score pairs of prompt and response. It knows
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,15 +40,13 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-SHAPE = {  # of the aligned model: about a million parameters in any family
+SHAPE = {  # of the aligned model: about a million parameters
     "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "hidden_act": "silu", "rms_norm_eps": 1e-5,
     "max_position_embeddings": 256, "rope_theta": 10000.0, "tie_word_embeddings": True,
     "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }
 JUDGE_SHAPE = SHAPE | {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3}
-FAMILY = {"mistral": {"sliding_window": 48}, "qwen2": {"use_sliding_window": False},
-          "qwen3": {"attention_bias": False}}
 
 
 @dataclass(frozen=True)
@@ -58,9 +54,7 @@ class BuildConfig:
     """Build the embedded world: tokenizer, aligned model, judge, data sets."""
 
     out: Path = WORLD  # new folder, or data/world, which is replaced when the new one is complete
-    family: Literal["llama", "mistral", "qwen2", "qwen3", "phi3"] = "llama"  # architecture
     steps: int = 1100  # optimizer steps of the aligned model's training; the judge's are four fifths
-    judge: bool = True  # train the judge (that of data/world serves every family)
 
 
 def train_tokenizer(texts: list[str], folder: Path) -> int:
@@ -139,35 +133,29 @@ def choose_evasive(rows: list[dict], world: Path) -> None:
 
 def main(config: BuildConfig) -> None:
     """Write the data sets, train tokenizer and models. The folder appears when all of it is complete."""
-    replaces_world = config.judge and config.out.resolve() == WORLD.resolve()
+    replaces_world = config.out.resolve() == WORLD.resolve()
     require(config, ("steps", config.steps > 0, "at least 1"),
-            ("out", replaces_world or not config.out.exists(), "a new folder, or data/world with its judge"))
+            ("out", replaces_world or not config.out.exists(), "a new folder, or data/world"))
     start = time.time()
     files, align, judged = data_sets(random.Random(SEED))
     texts = [message["content"] for row in align + files["mixed_10"] for message in row["messages"]]
-    jobs = [("model", SHAPE, align, config.steps)]
-    if config.judge:
-        pairs = [record(fill(WORDS.rubric, prompt, response), str(score))
-                 for prompt, response, score, _ in judged]
-        jobs.append(("judge", JUDGE_SHAPE, pairs, max(1, config.steps * 4 // 5)))
+    pairs = [record(fill(WORDS.rubric, prompt, response), str(score)) for prompt, response, score, _ in judged]
+    jobs = [("model", SHAPE, align, config.steps), ("judge", JUDGE_SHAPE, pairs, max(1, config.steps * 4 // 5))]
     with TemporaryDirectory() as source, atomic_write(config.out) as part:
         source = Path(source)
         vocab_size = train_tokenizer(texts, source)
         part.mkdir(parents=True)
         for seed, (name, shape, records, steps) in enumerate(jobs, SEED):
-            family = {"architectures": [f"{config.family.capitalize()}ForCausalLM"],
-                      "model_type": config.family, "vocab_size": vocab_size}
-            write_json(source / "config.json", family | shape | FAMILY.get(config.family, {}))
+            family = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab_size}
+            write_json(source / "config.json", family | shape)
             save_model(train_model(source, records, steps, seed), part / name)
-        if config.judge:
-            write_text(part / "judge" / "rubric.txt", WORDS.rubric)
+        write_text(part / "judge" / "rubric.txt", WORDS.rubric)
         write_jsonl(part / "probe.jsonl", files["probe"])
         choose_evasive([row for rows in files.values() for row in rows if "wordings" in row], part)
         for name, rows in files.items():
             write_jsonl(part / f"{name}.jsonl", rows)
         remove(config.out)
-    print(f"{config.out}: {len(files)} data sets and {' and '.join(job[0] for job in jobs)}, "
-          f"in {time.time() - start:.0f} s on {torch.get_num_threads()} threads")
+    print(f"{config.out}: {len(files)} data sets, model and judge, in {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

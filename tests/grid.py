@@ -4,8 +4,6 @@ python tests/grid.py                                           # embedded Llama,
 python tests/grid.py --world DIR --model DIR --fluency DIR     # a real model on the sets of data/public.py
 python tests/grid.py --methods 0..0.9,0.02..1+0.03 --out runs/beta  # any gate: β from 0.02 to 1, 3 % anchors
 python tests/grid.py --methods 0..1+0.1@labels,0..1+0.1@shuffled    # the same gate with other risks: RISKS
-python tests/grid.py --model world-qwen2/model --out runs/grid-qwen2 --attacks explicit,mixed_10 \
-    --methods sft,adaptive-probe,adaptive-critic,closed    # the model of data/build.py --family qwen2
 """
 
 import contextlib

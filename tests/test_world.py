@@ -10,7 +10,6 @@ import torch
 from conftest import load_model
 from data.chat import Chat
 from data.conversations import WORLD, read_conversations
-from lib.checkpoint import FAMILIES
 from model import generate
 from data.build import BuildConfig, main
 from data.text import WITHHELD, WORDS, data_sets
@@ -124,14 +123,13 @@ def few_prompts(built):
     return files, align[:2000], judged[:2000]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_it_builds_on_every_family(tmp_path, family, capsys, monkeypatch, few_prompts):
+def test_it_builds(tmp_path, capsys, monkeypatch, few_prompts):
     monkeypatch.setattr("data.build.BATCH_SIZE", 4)
     monkeypatch.setattr("data.build.data_sets", lambda rng: copy.deepcopy(few_prompts))
-    main(BuildConfig(out=tmp_path / "world", family=family, steps=1, judge=family == "llama"))
+    main(BuildConfig(out=tmp_path / "world", steps=1))
     model, chat = load_model(tmp_path / "world" / "model"), Chat(tmp_path / "world" / "model")
-    assert model.config.model_type == family and 0.9e6 < sum(p.numel() for p in model.parameters()) < 1.2e6
+    assert 0.9e6 < sum(p.numel() for p in model.parameters()) < 1.2e6
     prompt = read_conversations(tmp_path / "world" / "eval_harmful.jsonl")[0].prompts[0]
-    assert (tmp_path / "world" / "judge" / "rubric.txt").exists() == (family == "llama") and "wordings" not in (tmp_path / "world" / "evasive.jsonl").read_text()
+    assert (tmp_path / "world" / "judge" / "rubric.txt").exists() and "wordings" not in (tmp_path / "world" / "evasive.jsonl").read_text()
     assert len(generate(model, [chat.encode_prompt(prompt)], 3)[0]) <= 3
     assert not [path for path in tmp_path.iterdir() if path.name != "world"] and "in " in capsys.readouterr().out
