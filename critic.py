@@ -57,7 +57,7 @@ class JudgeOptions:
     rubric: Path | None = None  # with {prompt}, {response} (default: rubric.txt of the judge, or data/)
     # machine
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where models run
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where faster
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class LocalJudge:
         self.path = Path(options.judge)
         self.chat = Chat(self.path)
         self.control = list(self.chat.control.values())  # texts that no pair may have in it
-        dtype = working_dtype(self.path, options.device, options.dtype)
+        dtype = working_dtype(options.device, options.dtype)
         self.model = load_model(self.path, options.device, dtype)
         self.fingerprint = [type(self).__name__, fingerprint(self.path), self.chat.fingerprint, str(dtype)]
 
@@ -193,7 +193,7 @@ class RubricJudge(LocalJudge):
             ids = self.chat.tokens(turns, "the judge's answer", enable_thinking=False)[1]
             words.append(ids[len(prompt) :] if ids[: len(prompt)] == prompt else self.chat.encode(digit))
         self.set_answers(words)
-        if "".join(map(self.chat.decode, self.answers)) != "12345":
+        if "".join(map(self.chat.tokenizer.decode, self.answers)).replace(" ", "") != "12345":
             raise ModelError(f"{self.path}: expected a tokenizer with a token for each digit, found {self.answers}")
 
     def turns(self, prompt: str, response: str) -> list[dict]:

@@ -34,6 +34,9 @@ from lib.report import KINDS, figures, lines_below, read_completions, read_run, 
 from lib.scores import is_correct, mark_garbled, metric_of, refuses
 from model import Transformer, generate, load_model, sample_seed, working_dtype
 
+EMBEDDED = {"judge": f"{WORLD}/judge", "harmful": f"{WORLD}/eval_harmful.jsonl",
+            "benign": f"{WORLD}/eval_benign.jsonl,{WORLD}/eval_lookalike.jsonl",
+            "task": f"{WORLD}/eval_arithmetic.jsonl,{WORLD}/eval_sentiment.jsonl"}
 BATCH_SIZE = 64  # responses generated at a time
 POOLED_ALIKE = ("samples", "temperature", "max_new_tokens", "judge", "judge_kind", "judge_model", "rubric")
 UNREPORTED = {"seed", "out"}  # options that differ between most runs
@@ -95,18 +98,12 @@ def default_sets(options: EvalOptions, source: Path) -> EvalOptions:
 
     The embedded prompts and judge are defaults only where `source`, a model or its data, is embedded too.
     """
-    names = {kind: [] for kind in KINDS}
-    judge = "none"
+    values = {"judge": "none"} | dict.fromkeys(KINDS, "none")
     if is_embedded(source):
-        judge = str(WORLD / "judge")
-        names = {"harmful": ["harmful"], "benign": ["benign", "lookalike"], "task": ["arithmetic", "sentiment"]}
-        if (WORLD / f"eval_harmful_{source.stem}.jsonl").exists():
-            names["harmful"].append(f"harmful_{source.stem}")
-    values = {"judge": options.judge or judge}
-    for kind in KINDS:
-        files = [str(WORLD / f"eval_{name}.jsonl") for name in names[kind]]
-        values[kind] = getattr(options, kind) or ",".join(files) or "none"
-    return replace(options, **values)
+        values |= EMBEDDED
+        if (attack := WORLD / f"eval_harmful_{source.stem}.jsonl").exists():
+            values["harmful"] += f",{attack}"
+    return replace(options, **{name: getattr(options, name) or value for name, value in values.items()})
 
 
 def check_options(options: EvalOptions) -> None:
@@ -339,7 +336,7 @@ def model_folder(path: Path) -> Path:
 
 def open_model(path: Path, options: EvalOptions) -> tuple[Transformer, Chat]:
     """Return a checkpoint's model and chat in the options' dtype, on their device."""
-    dtype = working_dtype(path, options.device, options.dtype)
+    dtype = working_dtype(options.device, options.dtype)
     return load_model(path, options.device, dtype), Chat(path)
 
 

@@ -11,9 +11,8 @@ dimensions, r LoRA rank.
 
 import json
 import math
-import timeit
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path
@@ -24,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.chat import batches_by_length, pad_left
-from lib.checkpoint import (Config, checkpoint_files, lora_rules, read_config, read_tensors, tokenizer_files,
+from lib.checkpoint import (Config, checkpoint_files, read_config, read_tensors, tokenizer_files,
                             write_folder)
-from lib.distributed import all_true, full_tensor, on_rank_zero, rank, world_size
-from lib.files import ModelError, expect, read_json
+from lib.distributed import all_true, full_tensor, on_rank_zero, rank
+from lib.files import ModelError, expect
 
 
 # ---------------------------------------------------------------- the transformer
@@ -379,34 +378,12 @@ def compile_blocks(model: Transformer, when: str = "on", backend: str = "inducto
 # ---------------------------------------------------------------- checkpoints
 
 
-def working_dtype(path, device, dtype: str = "auto") -> torch.dtype:
-    """Return the dtype to compute the checkpoint `path` in: `dtype`, or for "auto" the faster one.
-
-    That is bfloat16 on CUDA cards that have it. On the CPU it is measured, except for small models, which
-    gain nothing, and for several processes, which have to agree: these use float32.
-    """
+def working_dtype(device, dtype: str = "auto") -> torch.dtype:
+    """Return the dtype to compute in: `dtype`, or for "auto" bfloat16 on CUDA cards that have it, else float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
-    if str(device).startswith("cuda"):
-        fast = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        config = read_config(path)
-        small = config.hidden_size < 512 or world_size() > 1
-        fast = not small and bfloat16_speedup(config.hidden_size, config.intermediate_size) > 1.25
-    return torch.bfloat16 if fast else torch.float32
-
-
-@cache
-def bfloat16_speedup(H: int, inner: int) -> float:
-    """Measure products (512, H) × (H, inner) on the CPU: seconds in float32 / seconds in bfloat16."""
-    seconds = []
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(512, H, dtype=dtype)
-        b = torch.ones(H, inner, dtype=dtype)
-        seconds.append(min(timeit.repeat(lambda: a @ b, number=1)))
-    speedup = seconds[0] / seconds[1]
-    print(f"bfloat16 has {speedup:.2f} times the speed of float32 here; from 1.25 it is used (--dtype)")
-    return speedup
+    has_bfloat16 = str(device).startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> Transformer:
@@ -469,35 +446,22 @@ def save_model(model: Transformer, path) -> None:
 # ---------------------------------------------------------------- LoRA
 
 
-def add_lora(model: Transformer, r: int, alpha: float, targets=None, seed: int = 0) -> list[str]:
-    """Put adapters (float32, A random as in PEFT, B zero) into every linear in `targets`. Returns the names.
+def add_lora(model: Transformer, r: int, alpha: float, seed: int = 0) -> None:
+    """Put adapters (float32, A random as in PEFT, B zero) into every linear layer but the head.
 
-    The update is (alpha/r) B A of rank r (Hu et al. 2021, arXiv 2106.09685). `targets` None: every linear
-    but the head, which is the reference's, too. Raises ModelError for a name that is none of these.
+    The update is (alpha/r) B A of rank r (Hu et al. 2021, arXiv 2106.09685). The head is the reference's, too.
     """
     layers = linears(model)
-    names = {name.rpartition(".")[2] for name in layers} - {"lm_head"}
-    targets = sorted(targets or names)
-    if unknown := set(targets) - names:
-        raise ModelError(f"LoRA targets: expected some of {', '.join(sorted(names))}, "
-                         f"found {', '.join(sorted(unknown))}")
+    del layers["lm_head"]
     generator = torch.Generator().manual_seed(seed)
-    for name, layer in layers.items():
-        if name.rpartition(".")[2] not in targets:
-            continue
+    for layer in layers.values():
         bound = layer.in_features**-0.5  # Kaiming-uniform with a = √5
         A = (torch.rand(r, layer.in_features, generator=generator) * 2 - 1) * bound
         layer.lora_A = nn.Parameter(A.to(model.device))
         layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, r, device=model.device))
         layer.scaling = alpha / r
+    targets = sorted({name.rpartition(".")[2] for name in layers})
     model.lora = {"r": r, "lora_alpha": alpha, "target_modules": targets}
-    return targets
-
-
-def adapter_parameters(model: Transformer) -> dict:
-    """Return the adapters' parameters by their names in PEFT's format."""
-    return {f"base_model.model.{name}.weight": parameter for name, parameter in model.named_parameters()
-            if ".lora_" in name}
 
 
 def save_adapter(model: Transformer, path) -> None:
@@ -505,32 +469,10 @@ def save_adapter(model: Transformer, path) -> None:
     base = str(model.path.resolve()) if model.path else ""
     config = model.lora | {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
     tensors = {}
-    for key, parameter in adapter_parameters(model).items():
-        tensors[key] = full_tensor(parameter).detach().cpu()
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            tensors[f"base_model.model.{name}.weight"] = full_tensor(parameter).detach().cpu()
     on_rank_zero(lambda: write_folder(Path(path), tensors, config, "adapter_"))
-
-
-def load_adapter(model: Transformer, path) -> None:
-    """Add the adapters of a folder in PEFT's format, for example a run's. Raises ModelError."""
-    file = Path(path) / "adapter_config.json"
-    weights = file.with_name("adapter_model.safetensors")
-    config = read_json(file)
-    expect(config, lora_rules(config), file)
-    tensors = read_tensors(weights, model.device, torch.float32)
-    ranks = {tuple(tensor.shape[:1]) for key, tensor in tensors.items() if ".lora_A." in key}
-    if ranks != {(config["r"],)}:  # before adapters of an absurd rank are made
-        raise ModelError(f"{weights}: expected adapters of rank r = {config['r']}, found {sorted(ranks)}")
-    try:
-        add_lora(model, config["r"], config["lora_alpha"], config["target_modules"])
-    except ModelError as error:
-        raise ModelError(f"{file}: {error}") from None
-    parameters = adapter_parameters(model)
-    for key in sorted(parameters.keys() | tensors.keys()):
-        expected, found = (getattr(of.get(key), "shape", None) for of in (parameters, tensors))
-        if expected != found or not tensors[key].isfinite().all():
-            raise ModelError(f"{weights}: {key}: expected finite numbers of shape {expected}, "
-                             f"found {found}, or others")
-        parameters[key].data = tensors[key]
 
 
 # ---------------------------------------------------------------- generation

@@ -49,7 +49,7 @@ class ProbeConfig:
     score: Path | None = None  # conversations to rate instead of fitting; the file written is for --risk
     probe: Path | None = None  # with --score: the probe that rates them, as written by this script
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the model runs
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where faster
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA
     seed: int = 0  # of the 60/20/20 split into train, validation, test
 
 
@@ -296,7 +296,7 @@ def main(config: ProbeConfig) -> None:
     if out.is_dir() or config.score and out.exists():
         raise DataError(f"--out: expected a new file, found {out}; remove it, or type --out OTHER")
     chat = Chat(config.model)
-    model = load_model(config.model, config.device, working_dtype(config.model, config.device, config.dtype))
+    model = load_model(config.model, config.device, working_dtype(config.device, config.dtype))
     if config.score:
         probe, report = load_probe(config.probe, model, chat)
         expect_strong(report, config.probe)

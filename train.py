@@ -50,7 +50,7 @@ import torch.nn.functional as F
 
 from critic import conversation_verdicts, open_judge
 from data.chat import Chat, Example, encode_examples
-from data.conversations import WORLD, conversation_of, is_embedded, read_conversations
+from data.conversations import WORLD, is_embedded, read_conversations
 from data.order import step_examples
 from evaluate import (EvalOptions, default_sets, evaluate_model, evaluation_sets, expect_prompts_fit, refuses,
                       respond)
@@ -275,14 +275,6 @@ def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat, example
     return records
 
 
-def anchor_examples(records: list[dict], chat: Chat, first_index: int, max_length: int) -> list[Example]:
-    """Return the examples of `anchor_records`, numbered from `first_index`."""
-    conversations = [conversation_of(record, f"anchors.jsonl:{line}", "answer")
-                     for line, record in enumerate(records, 1)]
-    anchors = encode_examples(chat, conversations, max_length)
-    return [replace(anchor, index=first_index + anchor.index, anchor=True) for anchor in anchors]
-
-
 # ---------------------------------------------------------------- the loop
 
 
@@ -392,7 +384,7 @@ def open_model(config: TrainConfig, path: Path, trainable: bool = False) -> Tran
 
     trainable: with LoRA adapters, or with --lora-r 0 all weights except the head. --lora-r 0: in float32.
     """
-    dtype = working_dtype(path, config.device, config.dtype) if config.lora_r else torch.float32
+    dtype = working_dtype(config.device, config.dtype) if config.lora_r else torch.float32
     model = load_model(path, "cpu" if config.fsdp else config.device, dtype)
     if trainable and config.lora_r:
         add_lora(model, config.lora_r, config.lora_alpha, seed=config.seed)
@@ -411,9 +403,8 @@ def open_reference(config: TrainConfig, policy: Transformer, examples: list[Exam
     pulled = [e for e in examples if beta[e.index] > 0 or (config.gate == "batch" and beta.any())]
     if not pulled:
         return None
-    kept = KeptReference(config.out / "reference.bin", policy, pulled, config.batch_size)
-    worth_it = config.epochs > 1 and distributed.on_rank_zero(kept.fits_half_the_disk)
-    if config.ref == "keep" or config.fsdp or (config.ref == "auto" and worth_it):  # fsdp is never live
+    if config.ref == "keep" or config.fsdp or config.ref == "auto" and config.epochs > 1:  # fsdp is never live
+        kept = KeptReference(config.out / "reference.bin", policy, pulled, config.batch_size)
         kept.compute(policy)
         return kept.terms
     print("the reference runs in every step")
@@ -491,9 +482,10 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
                 results["base"] = evaluated(policy, "base")
             if config.anchor_share:
                 print("[3/5] anchors")
-                records = load_or_compute(out / "anchors.jsonl",
-                                          lambda: anchor_records(config, policy, chat, examples))
-                anchors = anchor_examples(records, chat, len(examples), max_length)
+                load_or_compute(out / "anchors.jsonl", lambda: anchor_records(config, policy, chat, examples))
+                records = read_conversations(out / "anchors.jsonl", need="answer")
+                anchors = [replace(anchor, index=len(examples) + anchor.index, anchor=True)
+                           for anchor in encode_examples(chat, records, max_length)]
         selected = method.select_examples(examples, risk) + anchors
         if config.dry_run:
             print_plan(config, policy, selected)

@@ -177,7 +177,7 @@ def answer_prompts(model_path: Path, device: str, items: list[dict]) -> list[dic
     Prompts that do not fit into the model's context are left out, and counted.
     """
     chat = Chat(model_path)
-    model = load_model(model_path, device, working_dtype(model_path, device))
+    model = load_model(model_path, device, working_dtype(device))
     longest, fitting = model.config.max_position_embeddings - ANSWER_TOKENS, []
     for item in items:
         conversation = conversation_of(record(item["prompt"]), item["source"], "prompt")

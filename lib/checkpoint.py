@@ -38,7 +38,7 @@ def are_names(value) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-# Rules for the keys of config.json, its RoPE settings and adapter_config.json. Other keys are not read.
+# Rules for the keys of config.json and its RoPE settings. Other keys are not read.
 SIZE = between(1, 10**7)
 OPTIONAL_SIZE = between(1, 10**7, optional=True)
 FACTOR = between(1e-6, 1e6, float)
@@ -80,18 +80,6 @@ ROPE_RULES = {
     "attention_factor": between(1e-3, 1e3, float, optional=True),
     "full_attention": ("one set of parameters for all layers", lambda value: value is None),
 }
-LORA_RULES = {
-    "peft_type": one_of(None, "LORA"),
-    "bias": one_of(None, "none"),
-    "init_lora_weights": one_of(None, True, False, "gaussian"),  # others change the frozen weights, too
-    "r": between(1, 10**5),
-    "lora_alpha": between(0, 1e9, float),
-    "target_modules": ("a list of names", lambda names: names and are_names(names)),
-}
-# Keys of adapter_config.json that do not change what a plain adapter computes.
-LORA_NOTES = {"auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
-              "loftq_config", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size",
-              "revision", "task_type"}
 
 
 @dataclass(frozen=True)
@@ -157,12 +145,6 @@ def read_config(path) -> Config:
         dtype=getattr(torch, values.get("dtype") or values.get("torch_dtype", "float32")),
         raw=raw,
     )
-
-
-def lora_rules(config: dict) -> dict:
-    """Return the rules for adapter_config.json. A key that is not known here must be off."""
-    unknown = config.keys() - LORA_RULES - LORA_NOTES
-    return LORA_RULES | dict.fromkeys(unknown, ("plain LoRA without it", lambda value: not value))
 
 
 def read_eos_token_ids(file: Path, vocab_size: int) -> tuple:

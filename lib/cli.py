@@ -6,7 +6,6 @@ import inspect
 import re
 import signal
 import sys
-import types
 import typing
 from pathlib import Path
 
@@ -73,18 +72,12 @@ def add_option(group, option: dataclasses.Field, text: str) -> None:
 
 def option_value(option: dataclasses.Field, value, file):
     """Return a value of a run's config.json for an option. Raises DataError for another type."""
-    kinds = typing.get_args(option.type) or (option.type,)
-    if typing.get_origin(option.type) is typing.Literal:
-        valid = value in kinds
-    elif value is None:
-        valid = types.NoneType in kinds
-    else:
-        stored_as = {Path: str, float: (int, float)}.get(kinds[0], kinds[0])
-        valid = isinstance(value, stored_as) and isinstance(value, bool) == (kinds[0] is bool)
-    if not valid:
+    kinds = typing.get_args(option.type) or (option.type,)  # the values of a Literal, or types
+    stored_as = [str if kind is Path else kind for kind in kinds] + [int] * (float in kinds)
+    if value not in kinds and type(value) not in stored_as:
         expected = " or ".join(str(getattr(kind, "__name__", kind)) for kind in kinds)
         raise DataError(f"{file}: {option.name}: expected {expected}, found {repr(value)[:60]}")
-    return Path(value) if kinds[0] is Path and value is not None else value
+    return Path(value) if Path in kinds and value is not None else value
 
 
 def as_typed(options: dict, config_class) -> str:
@@ -101,10 +94,9 @@ def run(main, config_class, positional: str | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt, as Ctrl-C is
     try:
         main(parse(config_class, positional=positional))
-    except (DataError, OSError, FloatingPointError) as error:
-        sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
-    except KeyboardInterrupt as error:
-        sys.exit("\n".join(["interrupted", *getattr(error, "__notes__", ())]))
+    except (DataError, OSError, FloatingPointError, KeyboardInterrupt) as error:
+        message = "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
+        sys.exit("\n".join([message, *getattr(error, "__notes__", ())]))
     finally:
         sys.stderr = sys.__stderr__  # silent processes show their error
     distributed.destroy()

@@ -58,10 +58,6 @@ def resumed_options(config):
         raise DataError(f"--resume: expected {f'--judge {url}, as the run had' if url else 'no --judge'}, "
                         f"found {config.judge or 'none'}")
     print(f"as in {file}: {as_typed(values, type(config))}")
-    if saved.get("computed_in") not in ("float32", "bfloat16"):
-        raise DataError(f"{file}: computed_in: expected float32 or bfloat16, found {saved.get('computed_in')}")
-    if values["dtype"] == "auto":  # a measurement may have decided it
-        values["dtype"] = saved["computed_in"]
     return replace(config, **values, out=run)
 
 
@@ -70,13 +66,9 @@ def run_facts(model: Path, data: Path, dtype: torch.dtype, chat, sets: dict) -> 
 
     sets: as of evaluate.evaluation_sets.
     """
-    prompts = []
-    for kind, group in sets.items():
-        for name, conversations in group.items():
-            rows = [[c.hash, str(c.meta.get("group")), str(c.meta.get("metric"))] for c in conversations]
-            prompts.append([kind, name, rows])
+    prompts = json.dumps(sets, default=lambda c: [c.hash, str(c.meta.get("group")), str(c.meta.get("metric"))])
     return provenance(model, data) | {
-        "template_sha256": chat.fingerprint, "sets_sha256": sha256(json.dumps(prompts).encode()).hexdigest(),
+        "template_sha256": chat.fingerprint, "sets_sha256": sha256(prompts.encode()).hexdigest(),
         "computed_in": str(dtype).removeprefix("torch.")}
 
 

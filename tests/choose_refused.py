@@ -76,7 +76,7 @@ def main(config: ChooseConfig) -> None:
                   "eval_harmful_other": read(world, "eval_harmful_other")}
 
     chat, chosen = Chat(config.model), {}
-    model = load_model(config.model, config.device, working_dtype(config.model, config.device))
+    model = load_model(config.model, config.device, working_dtype(config.device))
     with atomic_write(config.out) as part:
         part.mkdir(parents=True)
         for name, records in candidates.items():

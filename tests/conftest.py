@@ -1,5 +1,6 @@
 """One thread, the project's root on the path, and the device: `python -m pytest --device cuda` runs the models there."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from data.conversations import WORLD
 from model import add_lora, load_model as load
@@ -70,6 +72,21 @@ def policy(path=WORLD / "model", adapter=0.05, dtype=torch.float32):
         if "lora_B" in name:
             parameter.data = (torch.randn(parameter.shape, generator=generator) * adapter).to(DEVICE)
     return model
+
+
+def adapter_parameters(model):
+    """Return the adapters' parameters by their names in PEFT's format."""
+    return {f"base_model.model.{name}.weight": p for name, p in model.named_parameters() if ".lora_" in name}
+
+
+def load_adapter(model, folder):
+    """Put the adapters of a folder in PEFT's format, as save_adapter writes it, into a model."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    add_lora(model, config["r"], config["lora_alpha"])
+    parameters, tensors = adapter_parameters(model), load_file(folder / "adapter_model.safetensors")
+    assert parameters.keys() == tensors.keys()
+    for name, parameter in parameters.items():
+        parameter.data = tensors[name].to(DEVICE)
 
 
 def hidden_states(model, ids, mask=None):

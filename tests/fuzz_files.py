@@ -109,7 +109,7 @@ def lines(rows) -> str:
 def prepare():
     """Return {kind: (make(folder, rng) → files that may be mutated, read(folder))}. Imports the project's modules."""
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     from data.chat import Chat, Example, encode_examples
     from data.conversations import WORLD, Conversation, read_conversations
@@ -119,7 +119,7 @@ def prepare():
     from lib.report import summarize
     from lib.risk import read_risk
     from lib.run import Progress, resumed_options
-    from model import add_lora, load_adapter, load_model, save_adapter
+    from model import load_model
     from probe import Probe, depends_on, load_probe
     from train import TrainConfig, complete_options
 
@@ -220,24 +220,6 @@ def prepare():
         found, _ = load_probe(folder / "probe.safetensors", world, chat)
         assert 0 <= found.risk(torch.zeros(1, world.config.hidden_size)).item() <= 1
 
-    def adapter(folder, rng):
-        target = load_model(golden[0])
-        add_lora(target, 2, 4, ["q_proj"])
-        save_adapter(target, folder / "made")
-        for file in (folder / "made").iterdir():
-            shutil.move(file, folder)
-        tensors = load_file(folder / "adapter_model.safetensors")
-        name, odd = next(iter(tensors)), rng.random() < 0.3
-        if odd:
-            tensors[name] = rng.choice([tensors[name] / 0, tensors[name].to(torch.int8), tensors[name].double() + 1e300, torch.ones(()), torch.ones(9)])
-            save_file(tensors, folder / "adapter_model.safetensors")
-        return [] if odd else [folder / rng.choice(["adapter_config.json", "adapter_model.safetensors"])]
-
-    def read_adapter(folder):
-        target = load_model(golden[0])
-        load_adapter(target, folder)
-        assert target(torch.tensor([[3, 4]])).isfinite().all()
-
     def run(folder, rng):
         common = {"group": "g", "cut": False, "thought": "", "prompt": "p", "response": "r"}
         harmful = common | {"kind": "harmful", "set": "harmful", "refused": True, "score": 2.0, "harmful": False}
@@ -291,5 +273,5 @@ def prepare():
             assert resumed.restore().step in (0, 1)
 
     return {"records": (records, read_records), "risks": (risks, read_risks), "model": (model, read_model), "tokenizer": (tokenizer, read_chat),
-            "template": (template, read_chat), "probe": (probe, read_probe), "adapter": (adapter, read_adapter),
+            "template": (template, read_chat), "probe": (probe, read_probe),
             "run": (run, read_run), "resume": (resume, read_resume)}

@@ -96,10 +96,6 @@ NAMED = [
         {"risk": 0.1, "hash": 3}, {"risk": True, "hash": "x"}, {"risk": "0"}, {"risk": 10**300, "prompt": "a0", "response": "b0"}, [1])),
     ("risks", put("risk.jsonl", RAW["@deep"]), "risk.jsonl:1: "), ("risks", pipe("risk.jsonl"), "expected a file"),
     ("probe", pipe("probe.safetensors"), "expected a file"), ("probe", put("probe.safetensors", "x"), "written by probe.py"),
-    *(("adapter", edit("adapter_config.json", **{key: value}), f"{key}: expected") for key, value in [
-        ("r", 10**9), ("r", "2"), ("r", True), ("lora_alpha", "@nan"), ("lora_alpha", "4"), ("target_modules", "q_proj"), ("target_modules", [3])]),
-    ("adapter", edit("adapter_config.json", r=9999), "adapters of rank r = 9999"), ("adapter", edit("adapter_config.json", target_modules=["x"]), "LoRA targets"),
-    ("adapter", pipe("adapter_model.safetensors"), "expected a file"),
     *(("run", edit(f"mine-1/{name}", **{key: value}), words) for name, key, value, words in [
         ("config.json", "seed", "1", "seed: expected"), ("config.json", "temperature", "@nan", "temperature: expected"),
         ("config.json", "max_new_tokens", [], "max_new_tokens: expected"), ("results.json", "after", 3, "the figures of completions_after"),

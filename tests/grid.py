@@ -188,7 +188,7 @@ def mark_answered(config: GridConfig, cell: Path) -> None:
     if not config.fluency or marked_by.exists() and read_text(marked_by) == fingerprint(config.fluency):
         return
     rows = [row for _, row in read_rows(file)]
-    model = load_model(config.fluency, TrainConfig.device, working_dtype(config.fluency, TrainConfig.device))
+    model = load_model(config.fluency, TrainConfig.device, working_dtype(TrainConfig.device))
     mark_garbled(rows, model, Chat(config.fluency))
     write_jsonl(file, rows)
     write_text(marked_by, fingerprint(config.fluency))
@@ -197,7 +197,7 @@ def mark_answered(config: GridConfig, cell: Path) -> None:
 def evaluate_base(options: TrainConfig) -> None:
     """Evaluate the aligned model; write the folder that a run on the same data would have."""
     options = default_sets(options, options.data)
-    dtype = working_dtype(options.model, options.device)
+    dtype = working_dtype(options.device)
     model, chat, sets = load_model(options.model, options.device, dtype), Chat(options.model), evaluation_sets(options)
     rows = evaluate_model(model, chat, sets, options, "base", open_judge(options))
     options.out.mkdir()

@@ -60,7 +60,7 @@ def directions(x: torch.Tensor, y: torch.Tensor, test: torch.Tensor, test_y: tor
 
 def main(config: DirectionConfig) -> None:
     """Fit on each layer and on their mean; write {"layers", "mean", "histogram"}."""
-    model = load_model(config.model, config.device, working_dtype(config.model, config.device))
+    model = load_model(config.model, config.device, working_dtype(config.device))
     chat = Chat(config.model)
     train, validation, test = split_by_prompt(read_conversations(config.data, need="harmful"))
     fitted_on, scored = train + validation, {"test": test}

@@ -11,7 +11,7 @@ import lib.baselines
 import train
 from conftest import DEVICE, assert_near, load_model, policy, tolerance
 from data.chat import IGNORE, Chat, encode_examples
-from data.conversations import WORLD, Conversation, read_conversations
+from data.conversations import WORLD, Conversation, conversation_of, read_conversations
 from data.order import step_examples
 from evaluate import refuses
 from lib.baselines import (LISA_CYCLE, SBR, SBR_LAMBDA, SBR_PROMPTS, Baseline, ConstrainedSFT, Filter, Lisa, SafeGrad, csft_weight,
@@ -21,7 +21,7 @@ from lib.fused import label_logp
 from lib.reference import live_reference
 from lib.run import State
 from model import generate
-from train import TrainConfig, anchor_examples, anchor_records, main, micro_batch_loss
+from train import TrainConfig, anchor_records, main, micro_batch_loss
 
 QUICK = TrainConfig(harmful=str(WORLD / "eval_harmful.jsonl"), benign="none", task="none", limit=2, samples=0, compile="off", lr=2e-3,
                     judge="none", device=DEVICE, epochs=1, eval_base=False, lora_r=4, batch_size=4)
@@ -46,7 +46,13 @@ def make_anchors(model, chat, examples, max_length=256, **options):
     config = replace(QUICK, **({"anchor_share": 0.4} | options))
     with model.adapters_off():
         records = anchor_records(config, model, chat, examples)
-    return anchor_examples(records, chat, len(examples), max_length)
+    return encode_anchors(records, chat, len(examples), max_length)
+
+
+def encode_anchors(records, chat, n_examples, max_length):
+    """As train_and_evaluate encodes them."""
+    encoded = encode_examples(chat, [conversation_of(record, "anchors", "answer") for record in records], max_length)
+    return [replace(anchor, index=n_examples + anchor.index, anchor=True) for anchor in encoded]
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +322,7 @@ class TestAnchors:
         config = replace(QUICK, anchor_share=0.5, epochs=1, anchors=tmp_path / "forms.jsonl")
         with model.adapters_off():
             records = anchor_records(config, model, chat, examples)
-        anchors = anchor_examples(records, chat, len(examples), 256)
+        anchors = encode_anchors(records, chat, len(examples), 256)
         assert sorted(a.training_text.prompts[-1][-1]["content"] for a in anchors) == sorted(prompts)
 
     def test_a_run_stores_its_anchors_and_its_reference_holds_them(self, tmp_path, capsys):

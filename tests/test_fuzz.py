@@ -21,7 +21,7 @@ import pytest
 from fuzz_files import mutate, prepare
 from fuzz_named import NAMED
 
-CASES = {"records": 300, "risks": 100, "model": 200, "tokenizer": 120, "template": 80, "probe": 80, "adapter": 80,
+CASES = {"records": 300, "risks": 100, "model": 200, "tokenizer": 120, "template": 80, "probe": 80,
          "run": 100, "resume": 120, "named": len(NAMED)}
 ALL = [[kind, seed] for kind, n in CASES.items() for seed in range(n)]
 SECONDS, GIGABYTES = 5, 2  # processor time of a case; memory in addition to the imports

@@ -433,7 +433,7 @@ def fitted(tmp_path_factory, chat):
     """Fit a probe of the embedded model, in the dtype of the scripts: (its file, the model, the chat)."""
     folder = tmp_path_factory.mktemp("probe")
     rows = (WORLD / "probe.jsonl").read_text().splitlines(keepends=True)[:400]
-    model = load_model(WORLD / "model", dtype=working_dtype(WORLD / "model", DEVICE))
+    model = load_model(WORLD / "model", dtype=working_dtype(DEVICE))
     save_probe(*fit_probe(model, chat, write(folder / "probe.jsonl", rows)), folder / "probe.safetensors")
     return folder / "probe.safetensors", model, chat
 

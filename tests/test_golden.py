@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import make_golden_objective
 import train
-from conftest import DEVICE, tolerance
+from conftest import DEVICE, adapter_parameters, tolerance
 from critic import GuardJudge, RubricJudge
 from data.chat import Chat, Example
 from data.conversations import Conversation
@@ -26,7 +26,7 @@ from lib import fused
 from lib.baselines import ConstrainedSFT, csft_weight, lisa_pull, response_positions
 from lib.fused import response_states
 from lib.reference import live_reference
-from model import Linear, Transformer, adapter_parameters, add_lora, load_model, sample
+from model import Linear, Transformer, add_lora, linears, load_model, sample
 from probe import Probe, fit_logistic
 
 FILE = Path(__file__).parent / "golden" / "objective.safetensors"
@@ -250,7 +250,10 @@ def test_training_takes_the_steps_of_transformers_and_peft(tmp_path, ref):
     config = train.TrainConfig(model=FILE.with_name("llama"), out=tmp_path, epochs=4, batch_size=2, accumulation=2, lr=0.02, warmup_steps=2,
                                beta_min=0.0, beta_max=1.0, lora_r=2, lora_alpha=3.0, save_every=0.0, ref=ref)
     policy = load_model(config.model, DEVICE)
-    add_lora(policy, config.lora_r, config.lora_alpha, ["q_proj", "v_proj", "down_proj"])
+    add_lora(policy, config.lora_r, config.lora_alpha)
+    for name, layer in linears(policy).items():
+        if not name.endswith(("q_proj", "v_proj", "down_proj")):
+            layer.lora_A = layer.lora_B = None
     adapters = adapter_parameters(policy)
     assert adapters.keys() == {key for key in STEPS if "lora_" in key}
     for name, parameter in adapters.items():

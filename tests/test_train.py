@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import BenchConfig
-from conftest import DEVICE, load_model, policy, tolerance
+from conftest import DEVICE, load_adapter, load_model, policy, tolerance
 from critic import CriticConfig
 from data.build import BuildConfig
 from data.chat import IGNORE, Chat, Example, encode_examples
@@ -28,7 +28,7 @@ from lib.files import DataError
 from lib.reference import live_reference
 from lib.report import read_completions, summarize
 from lib.run import check_step, step_metrics
-from model import compile_blocks, generate, load_adapter
+from model import compile_blocks, generate
 from probe import ProbeConfig
 from train import token_loss as definition
 from train import (TrainConfig, blend, complete_options, leak_line, lr_at, main, micro_batch_loss, open_model, smooth,
