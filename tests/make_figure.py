@@ -38,6 +38,7 @@ BARS = [
     ("task accuracy", "#30638e", ["task arithmetic", "task sentiment"]),
 ]
 DARK, LIGHT = "#7a0019", "#30638e"
+SWEPT = {"sft": ("o", "#222222"), "csft": ("s", "#777777"), "adaptive-probe": ("^", DARK), "sealed-anchors": ("D", LIGHT)}
 
 
 def read(name: str):
@@ -163,12 +164,70 @@ def frontier() -> None:
     save(figure, "frontier.svg")
 
 
+def interval(axes, x: float, figure: dict, marker: str, colour: str, label: str | None, size: float = 6) -> None:
+    """Draw a rate in per cent with its 95 % interval, as a vertical line."""
+    low, high = (100 * bound for bound in figure["ci95"])
+    axes.plot([x, x], [low, high], color=colour, lw=1.0)
+    axes.plot(x, 100 * figure["rate"], marker, color=colour, markerfacecolor="white", markersize=size, label=label)
+
+
+def learning_rates() -> None:
+    """Draw harm against the task for each learning rate and method, on mixed_10 and SmolLM2."""
+    results = read("smollm2-lr.json")
+    figure, axes = plt.subplots(figsize=(6.8, 3.6), layout="constrained")
+    for method, (marker, colour) in SWEPT.items():
+        label = METHODS[method]
+        for lr, rows in results.items():
+            for row in rows:
+                if row["name"] == method:
+                    x, answered = 100 * row["figures"]["task sentiment"]["rate"], row["figures"]["answered harmful T=1"]
+                    interval(axes, x, answered, marker, colour, label)
+                    axes.annotate(lr, (x, 100 * answered["rate"]), xytext=(5, 4), textcoords="offset points", fontsize=7)
+                    label = None
+    axes.set_xlabel("SST-2 right, %", fontsize=9)
+    axes.set_ylabel("AdvBench answered at T = 1, %", fontsize=9)
+    axes.set_title("SmolLM2-135M trained on SST-2, 10 % of it harmful, at four learning rates", fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, "smollm2-lr.svg")
+
+
+def directions() -> None:
+    """Draw how near the probe's direction is to the refusal direction, and the risk by source, on both models."""
+    models = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
+    figure, panels = plt.subplots(2, 2, figsize=(9.4, 6.4), layout="constrained", height_ratios=(1, 1.5))
+    for (name, model), (upper, lower) in zip(models.items(), panels.T):
+        results = read(f"{name}-directions.json")
+        lines = {"cosine": ("cosine of probe and refusal direction", "-"), "cosine standardised": ("the same, standardised", "--"),
+                 "auroc refusal": ("AUROC of the refusal direction", ":")}
+        for key, (label, style) in lines.items():
+            values = [row[key] for row in results["layers"]]
+            upper.plot([i for i, value in enumerate(values) if value is not None], [v for v in values if v is not None], style,
+                       color="#222222", lw=1.4, label=label)
+        upper.set_ylim(0, 1.02)
+        upper.set_title(f"{model}, each layer alone", fontsize=10, loc="left")
+        upper.set_xlabel("layer (0: embeddings)", fontsize=9)
+        upper.spines[["top", "right"]].set_visible(False)
+        counts = results["histogram"]
+        shares = [[n / sum(row) for n in row] for row in counts.values()]
+        lower.imshow(shares, cmap="Greys", vmin=0, vmax=1, aspect="auto", extent=(0, 1, len(counts) - 0.5, -0.5))
+        for y, row in enumerate(counts.values()):
+            for i, n in enumerate(row):
+                if n:
+                    lower.text(i / 10 + 0.05, y, n, ha="center", va="center", fontsize=7, color="white" if n > sum(row) / 2 else "black")
+        lower.set_yticks(range(len(counts)), [source.partition(": ")[2] for source in counts], fontsize=7)
+        lower.set_title("prompts by risk (shade: share of the source)", fontsize=10, loc="left")
+        lower.set_xlabel("risk by the probe", fontsize=9)
+    panels[0, 0].legend(frameon=False, fontsize=8, loc="lower right")
+    save(figure, "directions.svg")
+
+
 def main() -> None:
     """Draw all figures."""
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "0", "font.family": "sans-serif", "font.size": 10})
     real_model("qwen", "Qwen2.5-Coder-0.5B", "harmful prompts answered, greedy, %", "greedy")
     real_model("smollm2", "SmolLM2-135M", "harmful prompts answered at T = 1, %", "T=1")
-    for draw in (embedded, probe_by_layer, frontier):
+    for draw in (embedded, probe_by_layer, frontier, learning_rates, directions):
         draw()
 
 
