@@ -69,7 +69,8 @@ from model import Transformer, add_lora, compile_blocks, load_model, save_adapte
 from probe import conversation_risk, load_or_fit
 
 Methods = Literal["adaptive", "sft", "filter", "csft", "lisa", "safegrad", "sbr"]
-SEALED = {"beta_min": 0.02, "beta_max": 1.0, "anchor_share": 0.1}  # what --sealed stands for
+# What --sealed stands for. β_min > 0 slows the drift on harmless data: data/results/README.md, The frontier.
+SEALED = {"beta_min": 0.02, "beta_max": 1.0, "anchor_share": 0.1}
 ANCHOR_TOKENS = 24  # of an anchor's answer, at most: the first tokens decide between refusing and answering
 MAX_GRADIENT_NORM = 1.0
 WEIGHT_DECAY = 0.01
@@ -96,7 +97,7 @@ class TrainConfig(EvalOptions):
     probe: Path | None = None  # file of a fitted probe, by probe.py (default: fitted on --probe-data)
     beta_min: float = 0.1  # weight β of KL at risk 0
     beta_max: float = 0.9  # weight β of KL at risk 1
-    gate: Literal["example", "batch"] = "example"  # β follows each example's risk, or the step's mean
+    gate: Literal["example", "batch"] = "example"  # β follows each example's risk, or the mean of the step's
     ema: float = 0.0  # with --gate batch: smoothing λ of the mean over steps, from 0 to under 1
     # anchors: prompts with the aligned model's own answers, added to the data
     anchor_share: float = 0.0  # share of anchors among the examples (lisa: among the steps)
@@ -198,7 +199,7 @@ def micro_batch_loss(policy: Transformer, reference, examples: list[Example], al
     hidden, labels, row = fused.response_states(policy, examples)  # row (N,): the example of each token
     alpha, beta = alpha[row].to(policy.device), beta[row].to(policy.device)  # (N,)
     no_terms = hidden.detach()[:0], hidden.detach()[:0, 0]
-    terms = reference(pulled) if pulled else no_terms
+    terms = reference(pulled) if pulled else no_terms  # g (M, H), c (M,)
     loss, nll, kl = fused.token_loss(hidden, policy.lm_head.weight, labels, alpha, beta, terms)
     if token_weights:
         loss = loss * token_weights(nll, examples)
@@ -215,7 +216,8 @@ def training_risk(config: TrainConfig, policy: Transformer, chat: Chat, examples
                   judge) -> list[dict]:
     """Return a row for each example: its "risk" in [0, 1], that of each source, where it stands, its hash.
 
-    Probe and critic see the conversation that is trained on, which may be less than the record: it may be cut.
+    The probe rates its prompts, of which the riskiest counts, the critic prompts and responses: those that are
+    trained on, which may be less than the record, since it may be cut.
     """
     texts, sources = [example.training_text for example in examples], {}
     if config.risk in ("probe", "max"):
@@ -322,6 +324,7 @@ def train(config: TrainConfig, policy: Transformer, reference, method: Baseline,
         bar = progress_bar(range(state.step, n_steps), config.method, n_steps, initial=state.step)
         for step in bar:
             started = time.perf_counter()
+            # The step's data, and as many anchors as are due by their share.
             drawn = step_examples(step, data, anchors, method.anchors_before, per_step, config.seed)
             n_tokens = sum(example.n_labels for example in drawn)
             s, alpha, beta = step_weights(config, drawn, risk, state)
@@ -459,7 +462,7 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
     policy, chat = open_model(config, config.model, trainable=True), Chat(config.model)
     max_length = min(config.max_length, policy.config.max_position_embeddings)
     examples = encode_examples(chat, conversations, max_length)
-    method = config.baseline(config.n_steps(len(examples)))
+    method = config.baseline(config.n_steps(len(examples)))  # Lisa alone depends on the number of steps
     expect_prompts_fit(chat, sets, policy.config.max_position_embeddings - config.max_new_tokens)
     facts = run_facts(config.model, config.data, policy.lm_head.weight.dtype, chat, sets)
     out = distributed.on_rank_zero(lambda: open_run(config, f"runs/{config.method}-{config.seed}", facts))
@@ -492,7 +495,8 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
             return config, {}
         if not distributed.on_rank_zero((out / "model").exists):
             print(f"[4/5] training ({config.method}): {describe_trainable(policy)}")
-            risk = torch.cat((risk, torch.ones(len(anchors), dtype=risk.dtype)))  # by example.index
+            # Looked up by example.index. Anchors have risk 1: the reference keeps their terms, too.
+            risk = torch.cat((risk, torch.ones(len(anchors), dtype=risk.dtype)))
             reference = open_reference(config, policy, selected, risk)
             compile_blocks(policy, config.compile)
             train(config, policy, reference, method, selected, risk, out)
