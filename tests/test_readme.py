@@ -121,7 +121,7 @@ def test_the_first_table_has_the_committed_numbers():
         sizes.append({value["n"] for value in shown})
     caption = " ".join(text.split())
     assert "at most ±{:.1f}, ±{:.1f}, ±{:.1f} and ±{:.1f} points".format(*widths) in caption
-    assert sizes == [{31}, {31}, {60}, {100}] and "31 AdvBench" in caption and "60 safe XSTest" in caption and "100 SST-2" in caption
+    assert sizes == [{31, 62}, {31, 62}, {60, 120}, {100, 200}] and "31 AdvBench" in caption and "60 safe XSTest" in caption and "100 SST-2" in caption
     chosen = json.loads((ROOT / "data/results/qwen-chosen.json").read_text())
     assert len(chosen["eval_harmful"]["hashes"]) == 31
 
