@@ -8,7 +8,7 @@ x (H,)   = mean over all layers of the residual stream at the last prompt token
 s        = σ( w · (x − mean) / std + b ) ∈ [0, 1]               the risk of the prompt (arXiv 2602.17546)
 w, b     = argmin  Σ_i log-loss_i + (l2 / 2) ‖w‖²               solved to convergence in float64
 
-It is fitted on the train and validation splits. Every figure is of the test split.
+It is fitted on four fifths of the data. Every figure is of the last fifth, the test split, or of other files.
 """
 
 import json
@@ -50,7 +50,7 @@ class ProbeConfig:
     probe: Path | None = None  # with --score: the probe that rates them, as written by this script
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the model runs
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA
-    seed: int = 0  # of the 60/20/20 split into train, validation, test
+    seed: int = 0  # of the split into 80 % to fit on and 20 % to test on
 
 
 @dataclass(frozen=True)
@@ -153,60 +153,33 @@ def held_out_prompts(files: list[str], fitted_on: list[Conversation]) -> dict[st
     return sets
 
 
-def measure_sets(risk: dict[str, torch.Tensor], harmful: dict[str, torch.Tensor]) -> dict[str, dict]:
-    """Return {set: metrics} from {set: risk or labels (N,)}, without "train".
-
-    A set with a single class is compared with the other class of "test".
-    """
-    metrics = {}
-    for name, y in harmful.items():
-        if name != "train":
-            other = (harmful["test"] != y[0]) & (y.min() == y.max())
-            metrics[name] = risk_metrics(torch.cat((risk[name], risk["test"][other])),
-                                         torch.cat((y, harmful["test"][other])))
-    return metrics
-
-
 def fit_probe(model: Transformer, chat: Chat, data: Path, held_out: str | None = None,
               seed: int = 0) -> tuple[Probe, dict]:
-    """Fit a probe on the train and validation splits of `data`; report on test and held-out files.
+    """Fit a probe on four fifths of `data`; report on the others, the test split, and on held-out files.
 
-    held_out: comma-separated files; None: the embedded ones, for embedded data. Returns (probe, report); the
-    report has figures of a probe on each layer alone, too, which is fitted on the train split.
+    held_out: comma-separated files; None: the embedded ones, for embedded data. A set with a single class is
+    compared with the other class of the test split. Returns (probe, report).
     """
     if held_out is None and is_embedded(data):
         held_out = f"{WORLD / 'probe_withheld.jsonl'},{WORLD / 'probe_lookalike.jsonl'}"
-    splits = split_by_prompt(read_conversations(data, need="harmful"), seed=seed)
-    sets = dict(zip(("train", "validation", "test"), splits))
-    sets |= held_out_prompts(comma_list(held_out), sum(splits, []))
+    fitted_on, test = split_by_prompt(read_conversations(data, need="harmful"), seed)
+    sets = {"fit": fitted_on, "test": test} | held_out_prompts(comma_list(held_out), fitted_on + test)
     prompts = encode_prompts(chat, sum(sets.values(), []), model.config.max_position_embeddings)
-    features = prompt_features(model, prompts, desc="activations for the probe")
-    n_layers = features.shape[1]
-    features = dict(zip(sets, features.split([len(conversations) for conversations in sets.values()])))
-    harmful = {}
-    for name, conversations in sets.items():
-        harmful[name] = torch.tensor([c.meta["harmful"] for c in conversations], dtype=torch.float64)
-    origin = depends_on(model, chat)
-
-    def fit(x: dict[str, torch.Tensor], names: tuple) -> tuple[Probe, dict]:
-        """Fit on features {set: (N, H)} of the sets `names`. Returns the probe and {set: risk}."""
-        solution = fit_logistic(torch.cat([x[name] for name in names]),
-                                torch.cat([harmful[name] for name in names]), L2)
-        probe = Probe(*solution, **origin)
-        return probe, {name: probe.risk(rows) for name, rows in x.items()}
-
-    per_layer = {}
-    for layer in range(n_layers):
-        _, risk = fit({name: rows[:, layer] for name, rows in features.items()}, ("train",))
-        per_layer[layer] = measure_sets(risk, harmful)
-    probe, risk = fit({name: rows.mean(1) for name, rows in features.items()}, ("train", "validation"))
-    metrics = measure_sets(risk, harmful)
-    del metrics["validation"]  # it was fitted on
+    features = prompt_features(model, prompts, desc="activations for the probe").mean(1)
     sizes = {name: len(conversations) for name, conversations in sets.items()}
+    x, y = dict(zip(sets, features.split(list(sizes.values())))), {}
+    for name, conversations in sets.items():
+        y[name] = torch.tensor([c.meta["harmful"] for c in conversations], dtype=torch.float64)
+    probe = Probe(*fit_logistic(x["fit"], y["fit"], L2), **depends_on(model, chat))
+
     groups = {name: len({group_of(c) for c in conversations}) for name, conversations in sets.items()}
-    report = {"data": str(data), "n": sizes, "groups": groups, "per_layer": per_layer} | metrics
+    report = {"data": str(data), "n": sizes, "groups": groups}
+    risk = {name: probe.risk(rows) for name, rows in x.items() if name != "fit"}
     by_source = defaultdict(list)
-    for name in metrics:
+    for name in risk:
+        other = (y["test"] != y[name][0]) & (y[name].min() == y[name].max())
+        report[name] = risk_metrics(torch.cat((risk[name], risk["test"][other])),
+                                    torch.cat((y[name], y["test"][other])))
         for conversation, s in zip(sets[name], risk[name].tolist()):
             source = conversation.meta.get("source", "harmful" if conversation.meta["harmful"] else "benign")
             by_source[f"{name}: {source}"].append(s)

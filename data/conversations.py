@@ -277,7 +277,7 @@ def group_of(conversation: Conversation) -> str:
 
 
 def split_by_prompt(conversations: list[Conversation], seed: int = 0) -> list[list[Conversation]]:
-    """Split conversations at random: 60, 20 and 20 % of each class (`harmful`), with a group in one split.
+    """Split conversations at random: 80 and 20 % of each class (`harmful`), with a group in one split.
 
     A group is the records with the same "group" or, without it, the same prompt but for case and white space.
     Raises DataError where a group is labelled both ways, or a split would lack a class.
@@ -292,18 +292,18 @@ def split_by_prompt(conversations: list[Conversation], seed: int = 0) -> list[li
         places = "; ".join(islice(contradicting.values(), 10))
         raise DataError(f'expected one "harmful" for each prompt or group, found both labels of '
                         f"{len(contradicting)}: {places}; correct or remove these records")
-    splits = [[], [], []]
+    splits = [[], []]
     for harmful in (False, True):
         keys = [key for key, group in groups.items() if group[0].is_harmful == harmful]
         keys.sort(key=lambda key: json.dumps(groups[key][0].prompts[-1]))
         random.Random(seed).shuffle(keys)
         n = len(keys)
-        ends = [0, round(0.6 * n), round(0.8 * n), n]
+        ends = [0, round(0.8 * n), n]
         for split, start, end in zip(splits, ends, ends[1:]):
             if start == end:
                 file, kind = conversations[0].where.rpartition(":")[0], "harmful" if harmful else "benign"
-                raise DataError(f"{file}: expected enough distinct {kind} prompts for splits of 60, 20 and "
-                                f"20 %, found {n}")
+                raise DataError(f"{file}: expected enough distinct {kind} prompts for splits of 80 and 20 %, "
+                                f"found {n}")
             for key in keys[start:end]:
                 split += groups[key]
     return splits

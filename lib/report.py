@@ -273,18 +273,13 @@ def learned_line(base: dict | None, after: dict) -> str:
 
 
 def probe_report(report: dict) -> str:
-    """Format what probe.py measured: AUROC by layer, metrics by set, mean risk by source."""
-    layers = report["per_layer"]
+    """Format what probe.py measured: metrics by set, mean risk by source."""
     sets = [name for name, value in report.items() if isinstance(value, dict) and "auroc" in value]
-    aurocs = [["AUROC of layer", *map(str, layers)]]
-    for name in ("validation", *sets):
-        aurocs.append([name, *(f"{row[name]['auroc']:.3f}" for row in layers.values())])
     metrics = [["", *sets]]
     for key in report["test"]:
         metrics.append([key, *(shown(report[name][key]) for name in sets)])
-    text = f"{markdown(aurocs)}\n\nprobe on the mean of all layers\n"
     sides = ", ".join(f"{name} {n} ({report['groups'][name]})" for name, n in report["n"].items())
-    text += f"{markdown(metrics)}\n\nprompts (groups of one request): {sides}\n\nmean risk by source"
+    text = f"{markdown(metrics)}\n\nprompts (groups of one request): {sides}\n\nmean risk by source"
     for source, (mean, n) in report["mean_risk_by_source"].items():
         text += f"\n  {mean:.3f}  n={n:<4} {source}"
     return text

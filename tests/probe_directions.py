@@ -21,7 +21,7 @@ from data.conversations import WORLD, read_conversations, split_by_prompt  # noq
 from lib.checkpoint import fingerprint  # noqa: E402
 from lib.cli import comma_list, run  # noqa: E402
 from lib.files import write_json  # noqa: E402
-from lib.report import auroc, shown  # noqa: E402
+from lib.report import auroc, shown, tpr_at_fpr  # noqa: E402
 from model import load_model, working_dtype  # noqa: E402
 from probe import L2, Probe, depends_on, fit_logistic, prompt_features  # noqa: E402
 
@@ -54,16 +54,18 @@ def directions(x: torch.Tensor, y: torch.Tensor, test: torch.Tensor, test_y: tor
     weight, _, mean, std = fit_logistic(x, y, L2)
     x, test = x.double(), test.double()
     refusal = x[y == 1].mean(0) - x[y == 0].mean(0)
+    risk = (test - mean) / std @ weight
     return {"cosine": cosine(weight / std, refusal), "cosine standardised": cosine(weight, refusal / std),
-            "auroc probe": auroc((test - mean) / std @ weight, test_y), "auroc refusal": auroc(test @ refusal, test_y)}
+            "auroc probe": auroc(risk, test_y), "tpr at 1 % fpr": tpr_at_fpr(risk, test_y),
+            "auroc refusal": auroc(test @ refusal, test_y)}
 
 
 def main(config: DirectionConfig) -> None:
     """Fit on each layer and on their mean; write {"layers", "mean", "histogram"}."""
     model = load_model(config.model, config.device, working_dtype(config.device))
     chat = Chat(config.model)
-    train, validation, test = split_by_prompt(read_conversations(config.data, need="harmful"))
-    fitted_on, scored = train + validation, {"test": test}
+    fitted_on, test = split_by_prompt(read_conversations(config.data, need="harmful"))
+    scored = {"test": test}
     for file in comma_list(config.score):
         scored[Path(file).stem] = read_conversations(file, need="prompt")
     everything = fitted_on + sum(scored.values(), [])

@@ -190,9 +190,9 @@ class TestSplits:
     def test_they_are_stratified_disjoint_in_prompts_and_deterministic(self):
         rows = [Conversation(({"role": "user", "content": f"p{i // 2}"},), f"f:{i}", {"harmful": i % 10 < 2}) for i in range(400)]
         splits = split_by_prompt(rows)
-        assert [len(s) for s in splits] == [240, 80, 80] and [sum(c.meta["harmful"] for c in s) for s in splits] == [48, 16, 16]
+        assert [len(s) for s in splits] == [320, 80] and [sum(c.meta["harmful"] for c in s) for s in splits] == [64, 16]
         prompts = [{c.messages[0]["content"] for c in s} for s in splits]
-        assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
+        assert not prompts[0] & prompts[1]
         assert split_by_prompt(rows) == splits != split_by_prompt(rows, seed=1)
 
     def test_contradictions_and_too_little_data_are_named(self):

@@ -110,13 +110,10 @@ def test_metrics_have_their_textbook_values():
 # ---------------------------------------------------------------- on the embedded world
 
 
-def test_it_separates_held_out_prompts_and_the_embeddings_of_the_last_token_say_nothing(fitted):
-    """The last prompt token is the same for every prompt: layer 0 is a control that must be at chance."""
+def test_it_separates_held_out_prompts(fitted):
     report = fitted[1]
     assert report["test"]["auroc"] >= 0.98 and report["test"]["n_harmful"] == 100
-    assert report["n"]["train"] == 900 and report["n"]["test"] == 300 and "validation" not in report
-    sets = ("validation", "test", "held out: probe_withheld", "held out: probe_lookalike")
-    assert {name: row["auroc"] for name, row in report["per_layer"][0].items()} == dict.fromkeys(sets, 0.5)
+    assert report["n"]["fit"] == 1200 and report["n"]["test"] == 300 and "fit" not in report
     assert "mean risk by source" in probe_report(report) and "held out: probe_withheld" in probe_report(report)
 
 
@@ -136,11 +133,10 @@ def test_held_out_files_take_no_part_in_the_fit(world, few, quick, tmp_path, cap
     for name in ("train.jsonl", "test.jsonl"):
         (tmp_path / name).write_text("\n".join((WORLD / "probe_withheld.jsonl").read_text().splitlines() + few.read_text().splitlines()[:5]))
     again, held_out = fit_probe(*world, few, held_out=f"{tmp_path}/train.jsonl,{tmp_path}/test.jsonl")
-    assert held_out["n"]["held out: train"] == 48 and held_out["n"]["train"] == report["n"]["train"]
+    assert held_out["n"]["held out: train"] == 48 and held_out["n"]["fit"] == report["n"]["fit"]
     assert "5 of 53 prompts are in" in capsys.readouterr().out
     near = {"atol": 10 * tolerance(), "rtol": 10 * tolerance()}  # other batches, other rounding
-    aurocs, alone = ([row["validation"]["auroc"] for row in r["per_layer"].values()] for r in (held_out, report))
-    assert aurocs == pytest.approx(alone)
+    assert held_out["test"]["auroc"] == pytest.approx(report["test"]["auroc"])
     torch.testing.assert_close(again.weight, probe.weight, **near)
     with pytest.raises(DataError, match="--held-out: expected files of different names"):
         fit_probe(*world, few, held_out=f"{tmp_path}/train.jsonl,{tmp_path}/train.jsonl")
@@ -168,7 +164,7 @@ def test_a_group_is_in_one_split_and_wordings_that_differ_by_case_or_space_are_o
     rows = [Conversation(({"role": "user", "content": f"{wording} {i}"},), "f:1", {"harmful": i % 2 == 0, "group": f"action {i}"})
             for i in range(20) for wording in ("How to do", "Please do")]
     sides = [{c.meta["group"] for c in split} for split in split_by_prompt(rows)]
-    assert not (sides[0] & sides[1] | sides[0] & sides[2] | sides[1] & sides[2]) and len(sides[0] | sides[1] | sides[2]) == 20
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 20
     ungrouped = [Conversation(({"role": "user", "content": text},), "f:1", {}) for text in ("Rob  a bank ", "rob a BANK", "rob banks")]
     assert len({group_of(c) for c in ungrouped}) == 2
     with pytest.raises(DataError, match='one "harmful" for each prompt or group'):
