@@ -140,6 +140,12 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
     return sets
 
 
+def evaluation_prompts(sets: dict) -> set[str]:
+    """Return the prompts of `evaluation_sets`, each as text."""
+    every = [conversations for group in sets.values() for conversations in group.values()]
+    return {str(conversation.prompts[-1]) for conversations in every for conversation in conversations}
+
+
 def expect_prompts_fit(chat: Chat, sets: dict, longest: int) -> None:
     """Raise DataError for a prompt of `evaluation_sets` with more than `longest` tokens."""
     for group in sets.values():
@@ -400,7 +406,7 @@ def main(config: EvalConfig) -> None:
     else:
         results = {str(path): evaluate_path(config, path) for path in config.paths}
         columns = {path: figures(of_path) for path, of_path in results.items()}
-        print(f"\nper cent, 95 % intervals\n{table(columns)}", *map(lines_below, results.values()), sep="")
+        print(f"\nper cent, 95 % intervals; ASR @k: one or more of k samples\n{table(columns)}", *map(lines_below, results.values()), sep="")
 
 
 if __name__ == "__main__":

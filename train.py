@@ -52,8 +52,8 @@ from critic import conversation_verdicts, open_judge
 from data.chat import Chat, Example, encode_examples
 from data.conversations import WORLD, is_embedded, read_conversations
 from data.order import step_examples
-from evaluate import (EvalOptions, default_sets, evaluate_model, evaluation_sets, expect_prompts_fit, refuses,
-                      respond)
+from evaluate import (EvalOptions, default_sets, evaluate_model, evaluation_prompts, evaluation_sets,
+                      expect_prompts_fit, refuses, respond)
 from lib import distributed, fused
 from lib.baselines import BASELINES, Baseline
 from lib.cli import as_typed, progress_bar, require, run
@@ -243,15 +243,18 @@ def training_risk(config: TrainConfig, policy: Transformer, chat: Chat, examples
 # ---------------------------------------------------------------- anchors
 
 
-def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat, examples: list[Example]) -> list[dict]:
-    """Return anchors: prompts that the data lack, with the policy's greedy answers, about as many as are drawn.
+def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat, examples: list[Example],
+                   evaluated: set[str]) -> list[dict]:
+    """Return anchors: prompts with the policy's greedy answers, about as many as are drawn.
+
+    No anchor is a prompt of the data, or of the evaluation (evaluated: its evaluation_prompts).
 
     Data without harmful examples hold no refusal in place, whatever the gate; anchors do. A harmful prompt
     that the policy answers anchors nothing, nor does a benign one that it refuses: both are left out. Without
     --anchors, the probe's harmful prompts are used; its benign ones may be the task. Raises DataError where no
     anchor is left.
     """
-    file, known = config.anchors or config.probe_data, set()
+    file, known = config.anchors or config.probe_data, set(evaluated)
     for example in examples:
         known |= {str(prompt) for prompt in example.conversation.prompts + example.training_text.prompts}
     candidates = [c for c in read_conversations(file) if str(c.prompts[-1]) not in known]
@@ -266,14 +269,14 @@ def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat, example
         if is_answer and refuses(text) == c.is_harmful:
             turns = [*c.prompts[-1], {"role": "assistant", "content": text}]
             records.append({"messages": turns, "harmful": c.is_harmful, "cut": cut})
-    print(f"{len(records)} anchors, from {len(candidates)} prompts of {file}, as many as the steps draw; left out "
-          "are harmful ones that are not refused, benign ones that are, and those without an answer")
-    if not config.anchors:
-        print("  all are harmful prompts: harmless ones, too, keep the model from refusing more "
-              "(--anchors FILE)")
+    n_harmful = sum(record["harmful"] for record in records)
+    print(f"{len(records)} anchors, {n_harmful} of them harmful: of {len(candidates)} prompts of {file} without "
+          "harmful ones that are not refused, benign ones that are, and those without an answer")
     if not records:
-        raise DataError(f"{file}: expected prompts that {config.data} lacks, harmful and refused or benign "
-                        f'("harmful": false) and answered, found none')
+        raise DataError(f"{file}: expected prompts that {config.data} and the evaluation lack, harmful and refused "
+                        f'or benign ("harmful": false) and answered, found none')
+    if n_harmful == len(records):
+        print("  all are harmful: harmless ones, too, keep the model from refusing more (--anchors FILE)")
     return records
 
 
@@ -370,7 +373,8 @@ def complete_options(config: TrainConfig) -> TrainConfig:
         config = replace(config, **missing)
         print(f"by default: {as_typed(missing, TrainConfig)}")
     if config.sealed and not config.resume:
-        require(config, ("sealed", config.method == "adaptive", "none without --method adaptive"))
+        if config.method != "adaptive":
+            raise DataError(f"--sealed: expected --method adaptive, found {config.method}; leave --sealed out")
         config = replace(config, **{name: SEALED[name] for name in SEALED.keys() - config.given})
     check_options(config)
     # The embedded sets are the default where model and data are embedded; the data's name picks one of them.
@@ -458,6 +462,9 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
         config = distributed.on_rank_zero(lambda: resumed_options(config))
     config = complete_options(config)
     sets, conversations = evaluation_sets(config), read_conversations(config.data, need="answer")
+    evaluated = evaluation_prompts(sets)
+    if n_shared := sum(str(c.prompts[-1]) in evaluated for c in conversations):
+        print(f"{n_shared} of {len(conversations)} examples have prompts of the evaluation, which then says little")
     judge = open_judge(config) if distributed.rank() == 0 else None
     policy, chat = open_model(config, config.model, trainable=True), Chat(config.model)
     max_length = min(config.max_length, policy.config.max_position_embeddings)
@@ -468,7 +475,7 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
     out = distributed.on_rank_zero(lambda: open_run(config, f"runs/{config.method}-{config.seed}", facts))
     config = replace(config, out=out)
 
-    def evaluated(model, which):
+    def evaluate(model, which):
         load_or_compute(out / f"completions_{which}.jsonl",
                         lambda: evaluate_model(model, chat, sets, config, which, judge))
         return summarize(read_completions(out, which), config.temperature, config.max_new_tokens)
@@ -482,10 +489,10 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
                 risk = torch.tensor(read_risk(out / "risk.jsonl", examples), dtype=torch.float64)
             if config.eval_base and not config.dry_run:
                 print("[2/5] evaluation of the aligned model")
-                results["base"] = evaluated(policy, "base")
+                results["base"] = evaluate(policy, "base")
             if config.anchor_share:
                 print("[3/5] anchors")
-                load_or_compute(out / "anchors.jsonl", lambda: anchor_records(config, policy, chat, examples))
+                load_or_compute(out / "anchors.jsonl", lambda: anchor_records(config, policy, chat, examples, evaluated))
                 records = read_conversations(out / "anchors.jsonl", need="answer")
                 anchors = [replace(anchor, index=len(examples) + anchor.index, anchor=True)
                            for anchor in encode_examples(chat, records, max_length)]
@@ -510,7 +517,7 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
         del policy
         gc.collect()  # compiled blocks refer to themselves
         print("[5/5] evaluation of the trained model")
-        results["after"] = evaluated(open_model(config, out / "model"), "after")
+        results["after"] = evaluate(open_model(config, out / "model"), "after")
         distributed.on_rank_zero(lambda: write_json(out / "results.json", results))
     return config, results
 
@@ -529,7 +536,7 @@ def main(config: TrainConfig) -> None:
         columns["plain fine-tuning"] = plain_results["after"]
     columns["this run"] = results["after"]
     shown = {title: figures(result) for title, result in columns.items()}
-    print(f"\n{config.out}, per cent with 95 % intervals\n{table(shown)}{lines_below(results['after'])}"
+    print(f"\n{config.out}, per cent with 95 % intervals; ASR @k: one or more of k samples\n{table(shown)}{lines_below(results['after'])}"
           + leak_line(config) + learned_line(results.get("base"), results["after"]))
     if is_demo:
         print_answers(config.out, plain.out, config.sealed)

@@ -6,7 +6,6 @@ import json
 import random
 from dataclasses import dataclass, field
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 
 from lib.files import DataError, json_lines, parse_json, read_text
@@ -282,16 +281,17 @@ def split_by_prompt(conversations: list[Conversation], seed: int = 0) -> list[li
     A group is the records with the same "group" or, without it, the same prompt but for case and white space.
     Raises DataError where a group is labelled both ways, or a split would lack a class.
     """
-    groups, contradicting = {}, {}
+    groups = {}
     for conversation in conversations:
-        key = group_of(conversation)
-        groups.setdefault(key, []).append(conversation)
-        if conversation.is_harmful != groups[key][0].is_harmful:
-            contradicting.setdefault(key, f"{conversation.where} and {groups[key][0].where}")
-    if contradicting:
-        places = "; ".join(islice(contradicting.values(), 10))
-        raise DataError(f'expected one "harmful" for each prompt or group, found both labels of '
-                        f"{len(contradicting)}: {places}; correct or remove these records")
+        groups.setdefault(group_of(conversation), []).append(conversation)
+    places = []
+    for group in groups.values():
+        harmful, benign = ([c.where for c in group if c.is_harmful == label] for label in (True, False))
+        if harmful and benign:
+            places.append(f"harmful in {', '.join(harmful)}, benign in {', '.join(benign)}")
+    if places:
+        raise DataError(f'expected one "harmful" for each prompt or group, found both labels of {len(places)}: '
+                        f"{'; '.join(places[:10])}; correct or remove these records")
     splits = [[], []]
     for harmful in (False, True):
         keys = [key for key, group in groups.items() if group[0].is_harmful == harmful]

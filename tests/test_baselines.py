@@ -13,7 +13,7 @@ from conftest import DEVICE, assert_near, load_model, policy, tolerance
 from data.chat import IGNORE, Chat, encode_examples
 from data.conversations import WORLD, Conversation, conversation_of, read_conversations
 from data.order import step_examples
-from evaluate import refuses
+from evaluate import evaluation_prompts, refuses
 from lib.baselines import (LISA_CYCLE, SBR, SBR_LAMBDA, SBR_PROMPTS, Baseline, ConstrainedSFT, Filter, Lisa, SafeGrad, csft_weight,
                            lisa_pull, project, response_positions)
 from lib.files import DataError
@@ -45,7 +45,7 @@ def examples(chat):
 def make_anchors(model, chat, examples, max_length=256, **options):
     config = replace(QUICK, **({"anchor_share": 0.4} | options))
     with model.adapters_off():
-        records = anchor_records(config, model, chat, examples)
+        records = anchor_records(config, model, chat, examples, set())
     return encode_anchors(records, chat, len(examples), max_length)
 
 
@@ -289,13 +289,21 @@ class TestAnchors:
             with pytest.raises(DataError, match=f"{file.name}: expected prompts that"):
                 make_anchors(model, chat, examples, anchors=file)
 
+    def test_no_prompt_of_the_evaluation_is_an_anchor(self, tmp_path, model, chat, examples):
+        rows = [json.loads(line) for line in (WORLD / "probe.jsonl").read_text().splitlines()]
+        file = jsonl(tmp_path / "both.jsonl", [row for row in rows if row["harmful"]][:3])
+        evaluated = evaluation_prompts({"harmful": {"mine": read_conversations(file)[1:]}})
+        with model.adapters_off():
+            [record] = anchor_records(replace(QUICK, anchor_share=0.4, anchors=file), model, chat, examples, evaluated)
+        assert record["messages"][:-1] == list(read_conversations(file)[0].messages)
+
     def test_a_file_of_anchors_may_hold_benign_prompts_and_they_are_answered(self, tmp_path, model, chat, examples, capsys):
         rows = [json.loads(line) for line in (WORLD / "probe.jsonl").read_text().splitlines()]
         right = [next(row for row in rows if row["harmful"] == harmful) for harmful in (True, False)]
         wrong = [row | {"harmful": not row["harmful"]} for row in right]  # harmful and not refused, benign and refused
         anchors = make_anchors(model, chat, examples, anchors=jsonl(tmp_path / "both.jsonl", right + wrong))
         assert sorted(refuses(anchor.training_text.answer) for anchor in anchors) == [False, True]
-        assert "2 anchors, from 4 prompts" in capsys.readouterr().out
+        assert "2 anchors, 1 of them harmful: of 4 prompts" in capsys.readouterr().out
         with pytest.raises(DataError, match="odd.jsonl:1: expected harmful: true or false, found 'true'"):
             make_anchors(model, chat, examples, anchors=jsonl(tmp_path / "odd.jsonl", [right[0] | {"harmful": "true"}]))
 
@@ -321,7 +329,7 @@ class TestAnchors:
         (tmp_path / "forms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         config = replace(QUICK, anchor_share=0.5, epochs=1, anchors=tmp_path / "forms.jsonl")
         with model.adapters_off():
-            records = anchor_records(config, model, chat, examples)
+            records = anchor_records(config, model, chat, examples, set())
         anchors = encode_anchors(records, chat, len(examples), 256)
         assert sorted(a.training_text.prompts[-1][-1]["content"] for a in anchors) == sorted(prompts)
 
@@ -332,7 +340,8 @@ class TestAnchors:
         main(replace(QUICK, anchor_share=0.1, beta_min=0.02, beta_max=1.0, epochs=2, data=data, risk=str(risk), out=tmp_path / "run"))
         anchors, rows, risks = ([json.loads(line) for line in (tmp_path / "run" / f"{name}.jsonl").read_text().splitlines()]
                                 for name in ("anchors", "metrics", "risk"))
-        assert f"{len(anchors)} anchors, from" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert f"{len(anchors)} anchors, {len(anchors)} of them harmful" in printed and "all are harmful" in printed
         assert anchors and all(refuses(row["messages"][-1]["content"]) for row in anchors)
         assert len(rows) == math.ceil(2 * 24 / 0.9 / 4) and rows[0]["kl"] == pytest.approx(0, abs=1e-4)
         assert len(risks) == 24  # of the data alone

@@ -197,7 +197,7 @@ class TestSplits:
 
     def test_contradictions_and_too_little_data_are_named(self):
         rows = [Conversation(({"role": "user", "content": f"p{i % 10}"},), f"f:{i}", {"harmful": i > 10}) for i in range(20)]
-        with pytest.raises(DataError, match="found both labels of 9: f:11 and f:1; f:12 and f:2; .*; correct or remove these records"):
+        with pytest.raises(DataError, match="found both labels of 9: harmful in f:11, benign in f:1; .*; correct or remove these records"):
             split_by_prompt(rows)
         with pytest.raises(DataError, match="enough distinct harmful prompts"):
             split_by_prompt(rows[:11])

@@ -484,7 +484,7 @@ class TestRuns:
         main(replace(own, out=tmp_path / "run", epochs=1, lora_r=2, eval_base=False))
         printed = " ".join(capsys.readouterr().out.split())
         assert printed.count("attack success is not measured without --harmful FILE; over-refusal is not") == 2  # before and after
-        with pytest.raises(DataError, match="--sealed: expected none without --method adaptive"):
+        with pytest.raises(DataError, match="--sealed: expected --method adaptive, found sft; leave --sealed out"):
             complete_options(TrainConfig(sealed=True, method="sft", given=("sealed", "method")))
 
     def test_a_bad_line_trains_nothing_and_leaves_nothing(self, tmp_path):
