@@ -80,7 +80,7 @@ def real_model(name: str, model: str, answered: str, decoding: str) -> None:
                 low, high = (100 * x for x in value["ci95"])
                 axes.plot([low, high], [y + shift] * 2, color=colour, lw=1.2)
                 axes.plot(100 * value["rate"], y + shift, marker, color=colour, markersize=5,
-                          label=None if y else f"{prompts} (n = {value['n']})", markerfacecolor=colour if marker == "o" else "white")
+                          label=None if y else f"{prompts} ({value.get('groups', value['n'])} prompts)", markerfacecolor=colour if marker == "o" else "white")
             refused, alike, task = (100 * rows[method][key]["rate"] for key in
                                     ("over-refusal benign", "over-refusal lookalike", "task sentiment"))
             axes.text(106, y, f"{half_up(refused)} / {half_up(alike)}", va="center", fontsize=8)
@@ -218,7 +218,7 @@ def directions() -> None:
         lower.set_yticks(range(len(counts)), [source.partition(": ")[2] for source in counts], fontsize=7)
         lower.set_title("prompts by risk (shade: share of the source)", fontsize=10, loc="left")
         lower.set_xlabel("risk by the probe", fontsize=9)
-    panels[0, 0].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), frameon=False, ncols=3, loc="outside upper center", fontsize=9)
     save(figure, "directions.svg")
 
 
