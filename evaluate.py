@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from critic import JudgeOptions, is_url, judge_pairs, open_judge
 from data.chat import LONGEST, Chat, encode_prompts, rows_that_fit
-from data.conversations import WORLD, Conversation, is_embedded, read_conversations, read_prompts
+from data.conversations import WORLD, Conversation, is_embedded, normalized, read_conversations, read_prompts
 from lib import distributed
 from lib.checkpoint import read_config
 from lib.cli import as_typed, comma_list, option_value, printable, progress_bar, require, run
@@ -141,9 +141,9 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
 
 
 def evaluation_prompts(sets: dict) -> set[str]:
-    """Return the prompts of `evaluation_sets`, each as text."""
+    """Return the prompts of `evaluation_sets`, normalized."""
     every = [conversations for group in sets.values() for conversations in group.values()]
-    return {str(conversation.prompts[-1]) for conversations in every for conversation in conversations}
+    return {normalized(conversation.prompts[-1]) for conversations in every for conversation in conversations}
 
 
 def expect_prompts_fit(chat: Chat, sets: dict, longest: int) -> None:

@@ -50,7 +50,7 @@ import torch.nn.functional as F
 
 from critic import conversation_verdicts, open_judge
 from data.chat import Chat, Example, encode_examples
-from data.conversations import WORLD, is_embedded, read_conversations
+from data.conversations import WORLD, is_embedded, normalized, read_conversations
 from data.order import step_examples
 from evaluate import (EvalOptions, default_sets, evaluate_model, evaluation_prompts, evaluation_sets,
                       expect_prompts_fit, refuses, respond)
@@ -256,8 +256,8 @@ def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat, example
     """
     file, known = config.anchors or config.probe_data, set(evaluated)
     for example in examples:
-        known |= {str(prompt) for prompt in example.conversation.prompts + example.training_text.prompts}
-    candidates = [c for c in read_conversations(file) if str(c.prompts[-1]) not in known]
+        known |= set(map(normalized, example.conversation.prompts + example.training_text.prompts))
+    candidates = [c for c in read_conversations(file) if normalized(c.prompts[-1]) not in known]
     candidates = [c for c in candidates if c.is_harmful or config.anchors]
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(config.seed)).tolist()
     n_drawn = config.epochs * len(examples) * config.anchor_share / (1 - config.anchor_share)
@@ -410,8 +410,9 @@ def open_reference(config: TrainConfig, policy: Transformer, examples: list[Exam
     pulled = [e for e in examples if beta[e.index] > 0 or (config.gate == "batch" and beta.any())]
     if not pulled:
         return None
-    if config.ref == "keep" or config.fsdp or config.ref == "auto" and config.epochs > 1:  # fsdp is never live
-        kept = KeptReference(config.out / "reference.bin", policy, pulled, config.batch_size)
+    kept = KeptReference(config.out / "reference.bin", policy, pulled, config.batch_size)
+    worth_it = config.epochs > 1 and distributed.on_rank_zero(kept.fits_half_the_disk)
+    if config.ref == "keep" or config.fsdp or (config.ref == "auto" and worth_it):  # fsdp is never live
         kept.compute(policy)
         return kept.terms
     print("the reference runs in every step")
@@ -444,7 +445,7 @@ def print_plan(config: TrainConfig, policy: Transformer, examples: list[Example]
     tokens_per_s = sum(len(e.input_ids) for e in batch) / (time.perf_counter() - started)
     minutes = n_steps * config.per_step * n_input / len(examples) / tokens_per_s / 60
     n_bytes = sum(p.numel() * (p.element_size() + 12 * p.requires_grad) for p in policy.parameters())
-    n_drawn = n_steps * config.per_step - config.epochs * n_data
+    n_drawn = config.baseline(n_steps).anchors_before(n_steps)
     anchors = f", {len(examples) - n_data} anchors (drawn {n_drawn} times)" if n_data < len(examples) else ""
     print(f"{n_data} examples{anchors}: {n_input} tokens, {n_labels} of them in responses\n"
           f"{n_steps} steps of {config.per_step} examples; {describe_trainable(policy)}\n"
@@ -463,7 +464,7 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
     config = complete_options(config)
     sets, conversations = evaluation_sets(config), read_conversations(config.data, need="answer")
     evaluated = evaluation_prompts(sets)
-    if n_shared := sum(str(c.prompts[-1]) in evaluated for c in conversations):
+    if n_shared := sum(normalized(c.prompts[-1]) in evaluated for c in conversations):
         print(f"{n_shared} of {len(conversations)} examples have prompts of the evaluation, which then says little")
     judge = open_judge(config) if distributed.rank() == 0 else None
     policy, chat = open_model(config, config.model, trainable=True), Chat(config.model)

@@ -220,8 +220,8 @@ def _sharegpt_messages(turns):
     messages = []
     for turn in turns if isinstance(turns, list) else ():
         turn = turn if isinstance(turn, dict) else {}
-        role = str(turn.get("from"))
-        messages.append(turn | {"role": ROLES.get(role, role), "content": turn.get("value")})
+        role = str(turn.get("from", turn.get("role")))
+        messages.append(turn | {"role": ROLES.get(role, role), "content": turn.get("value", turn.get("content"))})
     return messages
 
 
@@ -271,7 +271,12 @@ def group_of(conversation: Conversation) -> str:
     group = conversation.meta.get("group")
     if group is not None:
         return f"group {group}"
-    turns = [f"{message['role']} {message['content']}" for message in conversation.prompts[-1]]
+    return normalized(conversation.prompts[-1])
+
+
+def normalized(prompt: list[dict]) -> str:
+    """Return the roles and words of a prompt in lower case, with single spaces."""
+    turns = [f"{message['role']} {message['content']}" for message in prompt]
     return " ".join(" ".join(turns).casefold().split())
 
 

@@ -71,8 +71,10 @@ def read_tsv(path: Path) -> list[tuple[str, dict]]:
 def read_form(folder: Path, form: str) -> list[tuple[str, dict]]:
     """Return the ("file:line", record) pairs of the files whose names begin with `form`, in their order."""
     records = []
-    for path in sorted(folder.glob(f"{form}*")):
-        records += read_tsv(path) if path.suffix == ".tsv" else read_records(path)
+    for path in sorted(folder.iterdir()):
+        if path.name.lower().startswith(form) and path.suffix in (".csv", ".json", ".jsonl", ".tsv"):
+            print(f"{form}: {path}")
+            records += read_tsv(path) if path.suffix == ".tsv" else read_records(path)
     return records
 
 
@@ -86,10 +88,11 @@ def item_of(form: str, where: str, values: dict) -> dict | None:
 
     Not used are Alpaca's instructions with an input, and HarmBench's copyright and contextual behaviors.
     """
-    need = "answer" if form in ("advbench", "sst2") else "prompt"
-    conversation = conversation_of(values, where, need)
+    if not isinstance(values, dict):
+        raise DataError(f"{where}: expected an object, found {str(values)[:60]}")
     if values.get("input") or values.get("ContextString") or values.get("FunctionalCategory", "standard") != "standard":
         return None
+    conversation = conversation_of(values, where, "answer" if form in ("advbench", "sst2") else "prompt")
     source = {"xstest": f"xstest/{values.get('type')}", "sst2": "sentiment"}.get(form, form)
     return {"prompt": conversation.messages[0]["content"], "answer": conversation.answer, "source": source,
             "harmful": conversation.is_harmful}
@@ -277,7 +280,8 @@ def data_sets(pools: dict[str, list[dict]], dialogues: list[dict], config: Publi
 def main(config: PublicConfig) -> None:
     """Read the files, make the sets and write them; the folder appears when all of it is complete."""
     require(config, ("out", not config.out.exists(), "a folder that does not exist"))
-    dialogues = [values for _, values in read_form(config.files, "identity")]
+    identity = read_form(config.files, "identity")
+    dialogues = [conversation_of(values, where, "answer").meta for where, values in identity]
     sets = data_sets(select_prompts(config.files), dialogues, config)
     with atomic_write(config.out) as part:
         part.mkdir(parents=True)

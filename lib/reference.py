@@ -47,6 +47,10 @@ class KeptReference:
                 self.n_tokens += example.n_labels
         self.n_bytes = self.n_tokens * self.row_format.itemsize
 
+    def fits_half_the_disk(self) -> bool:
+        """Return whether the file is there, of a run that resumes, or takes at most half of the free space."""
+        return self.file.exists() or self.n_bytes <= shutil.disk_usage(self.file.parent).free / 2
+
     def compute(self, model) -> None:
         """Write the file, unless a whole one is there, and map it into memory.
 

@@ -22,7 +22,7 @@ import torch
 from lib.checkpoint import load_checked, provenance, save_checked
 from lib.cli import as_typed, option_value
 from lib.distributed import all_reduce_sum, full_tensor, on_rank_zero, rank, shard_like, world_size
-from lib.files import (COUNT, DataError, between, either, errors_name_path, expect, new_folder,
+from lib.files import (COUNT, DataError, between, either, errors_name_path, expect, is_unused, new_folder,
                        read_json, read_rows, read_text, remove, remove_if_unused, write_config, write_jsonl,
                        write_text)
 
@@ -80,7 +80,7 @@ def open_run(config, default: str, facts: dict) -> Path:
     folder; another commit or version is printed.
     """
     if not config.resume:
-        if config.out and config.out.exists():  # of a run that was killed in its first stage
+        if config.out and (config.out / "config.json").exists():  # of a run that was killed in its first stage
             remove_unused(config.out)
         out = new_folder(config.out, default)
         write_config(out / "config.json", replace(config, out=out), **facts)
@@ -124,10 +124,10 @@ def running(out: Path, resumed: bool, judge: str, keep: bool = True):
 
 def remove_unused(run: Path) -> None:
     """Remove the folder of a run that finished no stage. Raises DataError where a process works on it."""
-    (run / "config.json").touch()
     with open(run / "config.json") as lock:
         lock_file(lock)
-        remove(run)
+        if is_unused(run) and "sets_sha256" in read_json(run / "config.json"):
+            remove(run)
 
 
 def lock_file(stream) -> None:

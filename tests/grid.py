@@ -138,7 +138,8 @@ def write_risks(config: GridConfig, attack: str) -> None:
                                score=config.world / f"{attack}.jsonl", out=file))
     rows = [row for _, row in read_rows(file)]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    harmful = [c.meta.get("harmful") for c in read_conversations(config.world / f"{attack}.jsonl")]
+    conversations = read_conversations(config.world / f"{attack}.jsonl")
+    harmful = [c.meta.get("harmful") for c, _ in zip(conversations, rows, strict=True)]
     risks = {"labels": [float(label is not False) for label in harmful], "zero": [0.0] * len(rows),
              "shuffled": [rows[i]["risk"] for i in order]}
     for name, values in risks.items():

@@ -115,6 +115,7 @@ class TestReading:
     @pytest.mark.parametrize("name, text", [
         ("a.json", '[{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}]'),
         ("a.jsonl", '{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}\n'),
+        ("a.jsonl", '{"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}\n'),
         ("a.json", '[[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]]'),
     ])
     def test_sharegpts_turns_and_lists_of_messages_are_read(self, tmp_path, name, text):

@@ -306,10 +306,13 @@ class TestWhichReference:
         reference = open_reference(config, model or policy(), examples, risk)
         return getattr(reference, "__self__", "live") if reference else None
 
-    def test_auto_keeps_what_several_epochs_use(self, examples, tmp_path):
+    def test_auto_keeps_what_several_epochs_use_and_half_the_free_disk_holds(self, examples, tmp_path, monkeypatch):
         n_bytes = self.choose(examples, tmp_path).n_bytes
         assert self.choose(examples, tmp_path, epochs=1) == self.choose(examples, tmp_path, ref="live") == "live"
         assert self.choose(examples, tmp_path, epochs=1, ref="keep").n_bytes == n_bytes
+        for free, kept in ((2 * n_bytes, True), (2 * n_bytes - 1000, False)):
+            monkeypatch.setattr(lib.reference.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+            assert (self.choose(examples, tmp_path / str(free)) != "live") == kept
 
     def test_only_examples_that_can_be_pulled_are_kept(self, examples, tmp_path):
         risk = (torch.arange(24) % 4 == 0).double()

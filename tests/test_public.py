@@ -152,6 +152,7 @@ def test_what_was_left_out_is_said(tmp_path, capsys):
     ("advbench.csv", "goal,target\nrob,\n", "advbench.csv:2: expected text in message 2"),
     ("advbench.csv", "goal,target\nrob,Sure\n", "--files: expected alpaca in a file .*alpaca…, found none"),
     ("notes.md", "not data", "--files: expected advbench in a file .*advbench…, found none"),
+    ("AdvBench.json", "[[]]", "AdvBench.json:1: expected an object"),
 ])
 def test_a_changed_header_a_missing_column_and_a_missing_file_are_named(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)

@@ -252,7 +252,7 @@ def test_a_second_process_at_one_run_is_refused(folder, monkeypatch):
 def test_a_run_that_was_killed_in_its_first_stage_may_be_started_anew(folder):
     fcntl = pytest.importorskip("fcntl")
     (folder / "early").mkdir()
-    (folder / "early" / "config.json").write_text("{}")
+    (folder / "early" / "config.json").write_text('{"sets_sha256": "x"}')
     with open(folder / "early" / "config.json") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="early: expected a run that no process works on"):
@@ -260,6 +260,11 @@ def test_a_run_that_was_killed_in_its_first_stage_may_be_started_anew(folder):
     start(*options(folder, "early"))
     with pytest.raises(DataError, match="--out: expected a folder that does not exist"):
         start(*options(folder, "early"))
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(DataError, match="--out: expected a folder that does not exist"):
+        start(*options(folder, "model"))
+    assert (folder / "model" / "config.json").exists()
     (folder / "file").touch()
     with pytest.raises(DataError, match="--out: expected a folder that does not exist"):
         start(*options(folder, "file"))
