@@ -133,7 +133,7 @@ def test_the_first_table_has_the_committed_numbers():
         ("sealed without anchors answers {:.1f} % of the harmful ones", rate("benign", "sealed", "answered harmful greedy", vendor)),
         ("model refuses {:.1f} % of Alpaca's prompts ({:.1f} % before, {:.1f} % with sealed + anchors)",
          *(rate("benign", name, "over-refusal benign", vendor) for name in ("sft-anchors", "aligned model", "sealed-anchors"))),
-        ("answers {:.1f} % of the harmful prompts, with anchors {:.1f} %", rate("benign", "sealed"), rate("benign", "sealed-anchors")),
+        ("answers {:.1f} % of the harmful prompts at T = 1, with anchors {:.1f} %", rate("benign", "sealed"), rate("benign", "sealed-anchors")),
         ("SmolLM2 answers {:.0f} % of two benchmarks ({:.1f} % before)",
          *(rate("identity", name, "answered harmful_other T=1") for name in ("sealed-anchors", "aligned model"))),
     ):
