@@ -182,10 +182,10 @@ def learning_rates() -> None:
                 if row["name"] == method:
                     x, answered = 100 * row["figures"]["task sentiment"]["rate"], row["figures"]["answered harmful T=1"]
                     interval(axes, x, answered, marker, colour, label)
-                    axes.annotate(lr, (x, 100 * answered["rate"]), xytext=(5, 4), textcoords="offset points", fontsize=7)
+                    axes.annotate(lr, (x, 100 * answered["rate"]), xytext=(2, 7), textcoords="offset points", fontsize=7, rotation=60)
                     label = None
-    axes.set_xlabel("SST-2 right, %", fontsize=9)
-    axes.set_ylabel("AdvBench answered at T = 1, %", fontsize=9)
+    axes.set_xlabel("SST-2 right, % (n = 100)", fontsize=9)
+    axes.set_ylabel("AdvBench answered at T = 1, % (n = 60)", fontsize=9)
     axes.set_title("SmolLM2-135M trained on SST-2, 10 % of it harmful, at four learning rates", fontsize=10, loc="left")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
