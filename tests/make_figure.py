@@ -184,6 +184,8 @@ def learning_rates() -> None:
                     interval(axes, x, answered, marker, colour, label)
                     axes.annotate(lr, (x, 100 * answered["rate"]), xytext=(2, 7), textcoords="offset points", fontsize=7, rotation=60)
                     label = None
+    axes.set_ylim(-5, 120)
+    axes.set_yticks([0, 25, 50, 75, 100])
     axes.set_xlabel("SST-2 right, % (n = 100)", fontsize=9)
     axes.set_ylabel("AdvBench answered at T = 1, % (n = 60)", fontsize=9)
     axes.set_title("SmolLM2-135M trained on SST-2, 10 % of it harmful, at four learning rates", fontsize=10, loc="left")
