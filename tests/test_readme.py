@@ -107,7 +107,7 @@ COLUMNS = ("answered harmful greedy", "answered harmful T=1", "over-refusal look
 
 def test_the_first_table_has_the_committed_numbers():
     text = (ROOT / "README.md").read_text()
-    vendor, results = (json.loads((ROOT / f"data/results/{name}.json").read_text()) for name in ("qwen", "smollm2"))
+    vendor, results, small = (json.loads((ROOT / f"data/results/{name}.json").read_text()) for name in ("qwen", "smollm2", "smollm2-small"))
     figures = {row["name"]: row["figures"] for row in vendor["mixed_10"]}
     lines = re.split(r"\n(?=\| \| harmful prompts answered )", text)[1].split("\n\n")[0].splitlines()[2:]
     for line, (title, name) in zip(lines, ROWS.items(), strict=True):
@@ -134,6 +134,7 @@ def test_the_first_table_has_the_committed_numbers():
         ("model refuses {:.1f} % of Alpaca's prompts ({:.1f} % before, {:.1f} % with sealed + anchors)",
          *(rate("benign", name, "over-refusal benign", vendor) for name in ("sft-anchors", "aligned model", "sealed-anchors"))),
         ("answers {:.1f} % of the harmful prompts at T = 1, with anchors {:.1f} %", rate("benign", "sealed"), rate("benign", "sealed-anchors")),
+        ("with 1 % harm it answers {:.1f} %, with anchors", rate("mixed_1", "sealed-anchors", results=small)),
         ("SmolLM2 answers {:.0f} % of two benchmarks ({:.1f} % before)",
          *(rate("identity", name, "answered harmful_other T=1") for name in ("sealed-anchors", "aligned model"))),
     ):
