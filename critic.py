@@ -170,8 +170,8 @@ class LocalJudge:
         self.lead = commonprefix(words)
         self.answers = [ids[len(self.lead) :][:1] for ids in words]
         if not all(self.answers) or len(set(map(tuple, self.answers))) < len(words):
-            raise ModelError(f"{self.path}: expected a tokenizer in which the judge's answers differ in one token, "
-                             f"found the tokens {words}")
+            raise ModelError(f"{self.path}: expected a tokenizer in which the judge's answers differ in one "
+                             f"token, found the tokens {words}")
 
 
 class RubricJudge(LocalJudge):
@@ -215,7 +215,8 @@ class GuardJudge(LocalJudge):
         super().__init__(options)
         policy, _, question = re.split("qaz|wsx", self.tokens("qaz", "wsx")[0])
         if "Safety: Controversial" in policy + question:
-            self.set_answers([self.chat.encode(f"Safety: {word}") for word in ("Safe", "Unsafe", "Controversial")])
+            words = ("Safe", "Unsafe", "Controversial")
+            self.set_answers([self.chat.encode(f"Safety: {word}") for word in words])
             self.risks, self.counted = (0.0, 1.0, 1.0), 2
         else:
             self.set_answers([self.chat.encode(word)[:1] for word in ("safe", "unsafe")])

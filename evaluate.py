@@ -406,7 +406,8 @@ def main(config: EvalConfig) -> None:
     else:
         results = {str(path): evaluate_path(config, path) for path in config.paths}
         columns = {path: figures(of_path) for path, of_path in results.items()}
-        print(f"\nper cent, 95 % intervals; ASR @k: one or more of k samples\n{table(columns)}", *map(lines_below, results.values()), sep="")
+        print(f"\nper cent, 95 % intervals; ASR @k: one or more of k samples\n{table(columns)}",
+              *map(lines_below, results.values()), sep="")
 
 
 if __name__ == "__main__":

@@ -63,8 +63,8 @@ from lib.reference import KeptReference, live_reference
 from lib.report import (KINDS, agreement, figures, learned_line, lines_below, not_measured, print_answers,
                         read_completions, summarize, table)
 from lib.risk import print_risk, read_risk
-from lib.run import (Progress, State, check_step, load_or_compute, open_run, resumed_options, run_facts,
-                     running, state_key, step_metrics)
+from lib.run import (Progress, State, check_step, open_run, resumed_options, run_facts, running, state_key,
+                     step_metrics, write_once)
 from model import Transformer, add_lora, compile_blocks, load_model, save_adapter, save_model, working_dtype
 from probe import conversation_risk, load_or_fit
 
@@ -425,7 +425,7 @@ def describe_trainable(policy: Transformer) -> str:
     return f"{n:,} trainable parameters, {policy.lm_head.weight.dtype} on {policy.device}"
 
 
-def print_plan(config: TrainConfig, policy: Transformer, examples: list[Example]) -> None:
+def print_plan(config: TrainConfig, policy: Transformer, method: Baseline, examples: list[Example]) -> None:
     """Print what a run would train, on how much, and the memory and time to expect.
 
     The time is that of a batch of the longest examples, without the reference.
@@ -445,7 +445,7 @@ def print_plan(config: TrainConfig, policy: Transformer, examples: list[Example]
     tokens_per_s = sum(len(e.input_ids) for e in batch) / (time.perf_counter() - started)
     minutes = n_steps * config.per_step * n_input / len(examples) / tokens_per_s / 60
     n_bytes = sum(p.numel() * (p.element_size() + 12 * p.requires_grad) for p in policy.parameters())
-    n_drawn = config.baseline(n_steps).anchors_before(n_steps)
+    n_drawn = method.anchors_before(n_steps)
     anchors = f", {len(examples) - n_data} anchors (drawn {n_drawn} times)" if n_data < len(examples) else ""
     print(f"{n_data} examples{anchors}: {n_input} tokens, {n_labels} of them in responses\n"
           f"{n_steps} steps of {config.per_step} examples; {describe_trainable(policy)}\n"
@@ -477,8 +477,8 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
     config = replace(config, out=out)
 
     def evaluate(model, which):
-        load_or_compute(out / f"completions_{which}.jsonl",
-                        lambda: evaluate_model(model, chat, sets, config, which, judge))
+        write_once(out / f"completions_{which}.jsonl",
+                   lambda: evaluate_model(model, chat, sets, config, which, judge))
         return summarize(read_completions(out, which), config.temperature, config.max_new_tokens)
 
     risk, anchors, results = torch.zeros(len(examples)), [], {}
@@ -486,20 +486,21 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
         with policy.adapters_off():
             if config.method in ("adaptive", "filter"):
                 print("[1/5] risk of the training data")
-                load_or_compute(out / "risk.jsonl", lambda: training_risk(config, policy, chat, examples, judge))
+                write_once(out / "risk.jsonl", lambda: training_risk(config, policy, chat, examples, judge))
                 risk = torch.tensor(read_risk(out / "risk.jsonl", examples), dtype=torch.float64)
             if config.eval_base and not config.dry_run:
                 print("[2/5] evaluation of the aligned model")
                 results["base"] = evaluate(policy, "base")
             if config.anchor_share:
                 print("[3/5] anchors")
-                load_or_compute(out / "anchors.jsonl", lambda: anchor_records(config, policy, chat, examples, evaluated))
+                write_once(out / "anchors.jsonl",
+                           lambda: anchor_records(config, policy, chat, examples, evaluated))
                 records = read_conversations(out / "anchors.jsonl", need="answer")
                 anchors = [replace(anchor, index=len(examples) + anchor.index, anchor=True)
                            for anchor in encode_examples(chat, records, max_length)]
         selected = method.select_examples(examples, risk) + anchors
         if config.dry_run:
-            print_plan(config, policy, selected)
+            print_plan(config, policy, method, selected)
             return config, {}
         if not distributed.on_rank_zero((out / "model").exists):
             print(f"[4/5] training ({config.method}): {describe_trainable(policy)}")

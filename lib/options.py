@@ -8,7 +8,7 @@ import torch
 
 from lib.cli import require
 from lib.distributed import world_size
-from lib.files import is_unused
+from lib.run import is_unstarted
 
 MINIMUM = {"epochs": 1, "batch_size": 1, "accumulation": 1, "max_length": 2, "lr": 1e-9, "lora_alpha": 1e-9,
          "warmup_steps": 0, "lora_r": 0, "save_every": 0}
@@ -28,7 +28,7 @@ def check_options(config) -> None:
     adds_gradients = config.method in ("safegrad", "sbr")
     require(
         config,
-        ("out", config.resume or not (config.out and config.out.exists()) or is_unused(config.out),
+        ("out", config.resume or not (config.out and config.out.exists()) or is_unstarted(config.out),
          "a folder that does not exist (--resume continues an interrupted run)"),
         ("beta_min", 0 <= config.beta_min <= 1, "0 to 1"),
         ("beta_max", config.beta_min <= config.beta_max <= 1, "beta-min to 1"),

@@ -23,7 +23,7 @@ from lib.checkpoint import load_checked, provenance, save_checked
 from lib.cli import as_typed, option_value
 from lib.distributed import all_reduce_sum, full_tensor, on_rank_zero, rank, shard_like, world_size
 from lib.files import (COUNT, DataError, between, either, errors_name_path, expect, is_unused, new_folder,
-                       read_json, read_rows, read_text, remove, remove_if_unused, write_config, write_jsonl,
+                       read_json, read_text, remove, remove_if_unused, write_config, write_jsonl,
                        write_text)
 
 STATE = {"step": COUNT, "smoothed_risk": between(0, 1, float, optional=True), "moved": either(bool)}
@@ -80,8 +80,8 @@ def open_run(config, default: str, facts: dict) -> Path:
     folder; another commit or version is printed.
     """
     if not config.resume:
-        if config.out and (config.out / "config.json").exists():  # of a run that was killed in its first stage
-            remove_unused(config.out)
+        if config.out and is_unstarted(config.out):
+            remove_unstarted(config.out)
         out = new_folder(config.out, default)
         write_config(out / "config.json", replace(config, out=out), **facts)
         return out
@@ -122,11 +122,17 @@ def running(out: Path, resumed: bool, judge: str, keep: bool = True):
                 remove(out)
 
 
-def remove_unused(run: Path) -> None:
-    """Remove the folder of a run that finished no stage. Raises DataError where a process works on it."""
+def is_unstarted(run: Path) -> bool:
+    """Return whether this is the folder of a run that was killed before it finished a stage."""
+    file = run / "config.json"
+    return is_unused(run) and file.exists() and "sets_sha256" in read_json(file)
+
+
+def remove_unstarted(run: Path) -> None:
+    """Remove the folder of such a run. Raises DataError where a process works on it."""
     with open(run / "config.json") as lock:
         lock_file(lock)
-        if is_unused(run) and "sets_sha256" in read_json(run / "config.json"):
+        if is_unstarted(run):
             remove(run)
 
 
@@ -143,12 +149,11 @@ def lock_file(stream) -> None:
                         f"found one that does") from None
 
 
-def load_or_compute(file: Path, compute) -> list[dict]:
-    """Return the rows of a JSON Lines file; compute and write them first where there is no such file."""
+def write_once(file: Path, compute) -> None:
+    """Compute the rows of a JSON Lines file and write them, where there is no such file yet."""
     if not on_rank_zero(file.exists):
         rows = compute()
         on_rank_zero(lambda: write_jsonl(file, rows))
-    return [row for _, row in read_rows(file)]
 
 
 # ---------------------------------------------------------------- metrics

@@ -80,7 +80,10 @@ def serve() -> None:
     for line in sys.stdin:
         if resource:
             signal.setitimer(signal.ITIMER_PROF, SECONDS)  # processor time; its signal ends this process
-        print(json.dumps(answer(line)), flush=True)
+        reply = json.dumps(answer(line))
+        if resource:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        print(reply, flush=True)
 
 
 @cache

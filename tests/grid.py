@@ -30,6 +30,7 @@ from evaluate import compare, default_sets, evaluate_model, evaluation_sets, mar
 from lib.checkpoint import fingerprint  # noqa: E402
 from lib.cli import comma_list, parse, require, run  # noqa: E402
 from lib.files import DataError, read_json, read_rows, read_text, write_config, write_json, write_jsonl, write_text  # noqa: E402
+from lib.options import METHODS_WITH_OPTION  # noqa: E402
 from lib.report import summarize  # noqa: E402
 from lib.run import run_facts  # noqa: E402
 from model import load_model, working_dtype  # noqa: E402
@@ -99,12 +100,11 @@ def cell_options(config: GridConfig, attack: str, method: str, seed: int) -> Tra
     if "anchors" in changes:
         changes["anchors"] = world / changes["anchors"] if (world / changes["anchors"]).exists() else None
     typed = typed_options(config)
-    if changes.get("risk") in RISKS:
-        changes["risk"] = str(risk_file(config, attack, changes["risk"]))
     if is_embedded(data):
         return replace(options, judge=str(WORLD / "judge"), **SETTINGS | changes | typed)
-    if method != "base" and uses_risk(method) and changes.get("risk") in (None, "max"):
-        changes["risk"] = str(risk_file(config, attack))  # by the probe: there is no critic
+    if method != "base" and uses_risk(method):
+        name = changes["risk"] if changes.get("risk") in RISKS else "risk"  # the probe's: there is no critic
+        changes["risk"] = str(risk_file(config, attack, name))
     sets = {"harmful": ("harmful", "harmful_other", f"harmful_{attack}"), "benign": ("benign", "lookalike"),
             "task": ("sentiment", "arithmetic")}
     for kind, names in sets.items():
@@ -116,7 +116,7 @@ def cell_options(config: GridConfig, attack: str, method: str, seed: int) -> Tra
 
 def uses_risk(method: str) -> bool:
     """Return whether a method asks for the risk of the data."""
-    return changes_of(method).get("method", "adaptive") in ("adaptive", "filter")
+    return changes_of(method).get("method", "adaptive") in METHODS_WITH_OPTION["risk"]
 
 
 def typed_options(config: GridConfig) -> dict:
