@@ -149,7 +149,8 @@ class LocalJudge:
                 n_counted += mass >= MIN_MASS and likeliest == self.counted
             yield verdicts
         if n_counted:
-            print(f"judge: {n_counted} of {len(pairs)} verdicts are most likely Controversial: counted as unsafe")
+            print(f"judge: {n_counted} of {len(pairs)} verdicts are most likely Controversial: "
+                  "counted as unsafe")
 
     def read(self, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the expected risk (B,), clamped for rounding, Σ P(answer) (B,), the likeliest answer (B,).
@@ -194,7 +195,8 @@ class RubricJudge(LocalJudge):
             words.append(ids[len(prompt) :] if ids[: len(prompt)] == prompt else self.chat.encode(digit))
         self.set_answers(words)
         if "".join(map(self.chat.tokenizer.decode, self.answers)).replace(" ", "") != "12345":
-            raise ModelError(f"{self.path}: expected a tokenizer with a token for each digit, found {self.answers}")
+            raise ModelError(f"{self.path}: expected a tokenizer with a token for each digit, "
+                             f"found {self.answers}")
 
     def turns(self, prompt: str, response: str) -> list[dict]:
         """Return the judge's prompt: the rubric with the pair in it."""

@@ -379,7 +379,7 @@ def compile_blocks(model: Transformer, when: str = "on", backend: str = "inducto
 
 
 def working_dtype(device, dtype: str = "auto") -> torch.dtype:
-    """Return the dtype to compute in: `dtype`, or for "auto" bfloat16 on CUDA cards that have it, else float32."""
+    """Return the dtype to compute in; for "auto" bfloat16 on CUDA cards that have it, else float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
     has_bfloat16 = str(device).startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -449,7 +449,8 @@ def save_model(model: Transformer, path) -> None:
 def add_lora(model: Transformer, r: int, alpha: float, seed: int = 0) -> None:
     """Put adapters (float32, A random as in PEFT, B zero) into every linear layer but the head.
 
-    The update is (alpha/r) B A of rank r (Hu et al. 2021, arXiv 2106.09685). The head is the reference's, too.
+    The update is (alpha/r) B A of rank r (Hu et al. 2021, arXiv 2106.09685). The head is the reference's,
+    too.
     """
     layers = linears(model)
     del layers["lm_head"]

@@ -216,8 +216,8 @@ def training_risk(config: TrainConfig, policy: Transformer, chat: Chat, examples
                   judge) -> list[dict]:
     """Return a row for each example: its "risk" in [0, 1], that of each source, where it stands, its hash.
 
-    The probe rates its prompts, of which the riskiest counts, the critic prompts and responses: those that are
-    trained on, which may be less than the record, since it may be cut.
+    The probe rates its prompts, of which the riskiest counts, the critic prompts and responses: those that
+    are trained on, which may be less than the record, since it may be cut.
     """
     texts, sources = [example.training_text for example in examples], {}
     if config.risk in ("probe", "max"):
@@ -251,8 +251,8 @@ def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat, example
 
     Data without harmful examples hold no refusal in place, whatever the gate; anchors do. A harmful prompt
     that the policy answers anchors nothing, nor does a benign one that it refuses: both are left out. Without
-    --anchors, the probe's harmful prompts are used; its benign ones may be the task. Raises DataError where no
-    anchor is left.
+    --anchors, the probe's harmful prompts are used; its benign ones may be the task. Raises DataError where
+    no anchor is left.
     """
     file, known = config.anchors or config.probe_data, set(evaluated)
     for example in examples:
@@ -270,11 +270,11 @@ def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat, example
             turns = [*c.prompts[-1], {"role": "assistant", "content": text}]
             records.append({"messages": turns, "harmful": c.is_harmful, "cut": cut})
     n_harmful = sum(record["harmful"] for record in records)
-    print(f"{len(records)} anchors, {n_harmful} of them harmful: of {len(candidates)} prompts of {file} without "
-          "harmful ones that are not refused, benign ones that are, and those without an answer")
+    print(f"{len(records)} anchors, {n_harmful} of them harmful: of {len(candidates)} prompts of {file} "
+          "without harmful ones that are not refused, benign ones that are, and those without an answer")
     if not records:
-        raise DataError(f"{file}: expected prompts that {config.data} and the evaluation lack, harmful and refused "
-                        f'or benign ("harmful": false) and answered, found none')
+        raise DataError(f"{file}: expected prompts that {config.data} and the evaluation lack, harmful and "
+                        f'refused or benign ("harmful": false) and answered, found none')
     if n_harmful == len(records):
         print("  all are harmful: harmless ones, too, keep the model from refusing more (--anchors FILE)")
     return records
@@ -374,7 +374,8 @@ def complete_options(config: TrainConfig) -> TrainConfig:
         print(f"by default: {as_typed(missing, TrainConfig)}")
     if config.sealed and not config.resume:
         if config.method != "adaptive":
-            raise DataError(f"--sealed: expected --method adaptive, found {config.method}; leave --sealed out")
+            raise DataError(f"--sealed: expected --method adaptive, found {config.method}; "
+                            "leave --sealed out")
         config = replace(config, **{name: SEALED[name] for name in SEALED.keys() - config.given})
     check_options(config)
     # The embedded sets are the default where model and data are embedded; the data's name picks one of them.
@@ -465,7 +466,8 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
     sets, conversations = evaluation_sets(config), read_conversations(config.data, need="answer")
     evaluated = evaluation_prompts(sets)
     if n_shared := sum(normalized(c.prompts[-1]) in evaluated for c in conversations):
-        print(f"{n_shared} of {len(conversations)} examples have prompts of the evaluation, which then says little")
+        print(f"{n_shared} of {len(conversations)} examples have prompts of the evaluation, "
+              "which then says little")
     judge = open_judge(config) if distributed.rank() == 0 else None
     policy, chat = open_model(config, config.model, trainable=True), Chat(config.model)
     max_length = min(config.max_length, policy.config.max_position_embeddings)
@@ -538,7 +540,8 @@ def main(config: TrainConfig) -> None:
         columns["plain fine-tuning"] = plain_results["after"]
     columns["this run"] = results["after"]
     shown = {title: figures(result) for title, result in columns.items()}
-    print(f"\n{config.out}, per cent with 95 % intervals; ASR @k: one or more of k samples\n{table(shown)}{lines_below(results['after'])}"
+    print(f"\n{config.out}, per cent with 95 % intervals; ASR @k: one or more of k samples\n"
+          f"{table(shown)}{lines_below(results['after'])}"
           + leak_line(config) + learned_line(results.get("base"), results["after"]))
     if is_demo:
         print_answers(config.out, plain.out, config.sealed)

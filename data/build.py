@@ -139,8 +139,10 @@ def main(config: BuildConfig) -> None:
     start = time.time()
     files, align, judged = data_sets(random.Random(SEED))
     texts = [message["content"] for row in align + files["mixed_10"] for message in row["messages"]]
-    pairs = [record(fill(WORDS.rubric, prompt, response), str(score)) for prompt, response, score, _ in judged]
-    jobs = [("model", SHAPE, align, config.steps), ("judge", JUDGE_SHAPE, pairs, max(1, config.steps * 4 // 5))]
+    pairs = [record(fill(WORDS.rubric, prompt, response), str(score))
+             for prompt, response, score, _ in judged]
+    jobs = [("model", SHAPE, align, config.steps),
+            ("judge", JUDGE_SHAPE, pairs, max(1, config.steps * 4 // 5))]
     with TemporaryDirectory() as source, atomic_write(config.out) as part:
         source = Path(source)
         vocab_size = train_tokenizer(texts, source)

@@ -221,7 +221,8 @@ def _sharegpt_messages(turns):
     for turn in turns if isinstance(turns, list) else ():
         turn = turn if isinstance(turn, dict) else {}
         role = str(turn.get("from", turn.get("role")))
-        messages.append(turn | {"role": ROLES.get(role, role), "content": turn.get("value", turn.get("content"))})
+        content = turn.get("value", turn.get("content"))
+        messages.append(turn | {"role": ROLES.get(role, role), "content": content})
     return messages
 
 
@@ -295,8 +296,8 @@ def split_by_prompt(conversations: list[Conversation], seed: int = 0) -> list[li
         if harmful and benign:
             places.append(f"harmful in {', '.join(harmful)}, benign in {', '.join(benign)}")
     if places:
-        raise DataError(f'expected one "harmful" for each prompt or group, found both labels of {len(places)}: '
-                        f"{'; '.join(places[:10])}; correct or remove these records")
+        raise DataError('expected one "harmful" for each prompt or group, found both labels of '
+                        f"{len(places)}: {'; '.join(places[:10])}; correct or remove these records")
     splits = [[], []]
     for harmful in (False, True):
         keys = [key for key, group in groups.items() if group[0].is_harmful == harmful]

@@ -26,8 +26,8 @@ def step_examples(step: int, data: list[Example], anchors: list[Example], anchor
                   seed: int) -> list[Example]:
     """Return the `per_step` examples of a step, the shortest first so that batches pad little.
 
-    anchors_before(step): how many anchors all earlier steps draw; the rest of a step is data. Data and anchors
-    are shuffled apart, each anew for every pass over them.
+    anchors_before(step): how many anchors all earlier steps draw; the rest of a step is data. Data and
+    anchors are shuffled apart, each anew for every pass over them.
     """
     first_anchor = anchors_before(step)
     n_anchors = anchors_before(step + 1) - first_anchor

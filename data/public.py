@@ -5,8 +5,9 @@
     python train.py --model DIR --data world-real/judge_train.jsonl --method sft …  # makes a judge, for
     python critic.py --judge runs/judge/model --rubric world-real/rubric.txt …      # this rubric
 
-It also writes anchors.jsonl, for train.py --anchors. Files are recognized by the beginning of their names (FORMS,
-and identity); only AdvBench's and Alpaca's are required, and none of their words is part of this project.
+It also writes anchors.jsonl, for train.py --anchors. Files are recognized by the beginning of their names
+(FORMS, and identity); only AdvBench's and Alpaca's are required, and none of their words is part of this
+project.
 
 Whole benchmarks are held out. The attack is AdvBench's. The aligned model and the probe know other parts of
 AdvBench, and StrongREJECT. HarmBench, JailbreakBench and XSTest are for evaluation alone.
@@ -64,7 +65,8 @@ def read_tsv(path: Path) -> list[tuple[str, dict]]:
             continue
         if label not in LABELS:
             raise DataError(f"{path}:{number}: expected sentence, tab, 0 or 1, found {line[:60]!r}")
-        records.append((f"{path}:{number}", {"prompt": sentence.strip() + ASK_SENTIMENT, "response": LABELS[label]}))
+        values = {"prompt": sentence.strip() + ASK_SENTIMENT, "response": LABELS[label]}
+        records.append((f"{path}:{number}", values))
     return records
 
 
@@ -90,7 +92,8 @@ def item_of(form: str, where: str, values: dict) -> dict | None:
     """
     if not isinstance(values, dict):
         raise DataError(f"{where}: expected an object, found {str(values)[:60]}")
-    if values.get("input") or values.get("ContextString") or values.get("FunctionalCategory", "standard") != "standard":
+    kind = values.get("FunctionalCategory", "standard")
+    if values.get("input") or values.get("ContextString") or kind != "standard":
         return None
     conversation = conversation_of(values, where, "answer" if form in ("advbench", "sst2") else "prompt")
     source = {"xstest": f"xstest/{values.get('type')}", "sst2": "sentiment"}.get(form, form)

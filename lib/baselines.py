@@ -137,10 +137,10 @@ class SafeGrad(Baseline):
 
 
 class SBR(Baseline):
-    """Hold the hidden states from which answers to a few harmful prompts begin (safety bottleneck regularization).
+    """Safety bottleneck regularization: hold the hidden states from which answers to harmful prompts begin.
 
-    Each step adds the gradient of λ·mean((h − h_ref)²): h is the final hidden state at the last prompt token of
-    SBR_PROMPTS harmful anchors. Lu et al. 2026, arXiv 2605.05995.
+    Each step adds the gradient of λ·mean((h − h_ref)²): h is the final hidden state at the last prompt token
+    of SBR_PROMPTS harmful anchors. Lu et al. 2026, arXiv 2605.05995.
     """
 
     draws_anchors = False

@@ -162,7 +162,7 @@ def remove_if_unused(folder: Path):
 
 
 def is_unused(folder: Path) -> bool:
-    """Return whether this is a folder with nothing in it, or config.json alone: no stage of a run has finished."""
+    """Return whether this is a folder that holds nothing, or config.json alone: no stage has finished."""
     return folder.is_dir() and {path.name for path in folder.iterdir()} <= {"config.json"}
 
 

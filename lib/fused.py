@@ -115,8 +115,8 @@ def token_loss(hidden, weight, labels, alpha, beta, reference) -> tuple:
 def reference_terms(ref_hidden, weight, labels, dtype: torch.dtype | None = None) -> tuple:
     """Return g = Wᵀ(p_ref − onehot(y)) (N, H) and c = ⟨g, h_ref⟩ − NLL(h_ref) (N,) in nats.
 
-    dtype: of g; default: float32 or wider. c is formed with the rounded g, so that in every dtype KL is 0 where
-    the policy equals the reference.
+    dtype: of g; default: float32 or wider. c is formed with the rounded g, so that in every dtype KL is 0
+    where the policy equals the reference.
     """
     nll, g = nll_and_gradient(ref_hidden, weight, labels)
     g = g.to(dtype or g.dtype)

@@ -66,7 +66,8 @@ def run_facts(model: Path, data: Path, dtype: torch.dtype, chat, sets: dict) -> 
 
     sets: as of evaluate.evaluation_sets.
     """
-    prompts = json.dumps(sets, default=lambda c: [c.hash, str(c.meta.get("group")), str(c.meta.get("metric"))])
+    prompts = json.dumps(
+        sets, default=lambda c: [c.hash, str(c.meta.get("group")), str(c.meta.get("metric"))])
     return provenance(model, data) | {
         "template_sha256": chat.fingerprint, "sets_sha256": sha256(prompts.encode()).hexdigest(),
         "computed_in": str(dtype).removeprefix("torch.")}

@@ -112,8 +112,9 @@ def render_template(source: str, variables: dict) -> str:
             child.kill()
             child.communicate()
     if child.returncode is not None:
-        raise TemplateError(f"it needs more than {SECONDS:g} s of processor time or {MEMORY >> 20} MB of memory "
-                            f"(exit status {child.returncode}); use the template that was published with the model")
+        raise TemplateError(f"it needs more than {SECONDS:g} s of processor time or {MEMORY >> 20} MB of "
+                            f"memory (exit status {child.returncode}); use the template that was published "
+                            "with the model")
     reply = json.loads(reply)
     if "error" in reply:
         raise TemplateError(reply["error"])
