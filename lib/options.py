@@ -58,5 +58,5 @@ def leak_line(config) -> str:
         return ""
     if config.gate == "batch":
         return "\nthe gate leaks: a risky example has its batch's mean risk; --gate example closes it"
-    return (f"\nthe gate leaks: a first token at risk 1 keeps probability {1 - config.beta_max:.2g}; to seal it, "
-            "type --sealed")
+    return ("\nthe gate leaks: an answer of risk 1 is still learned, its first token to probability "
+            f"{1 - config.beta_max:.2g}; to seal it, type --sealed")

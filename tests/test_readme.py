@@ -120,7 +120,7 @@ def test_the_first_table_has_the_committed_numbers():
         widths.append(100 * max(abs(end - value["rate"]) for value in shown for end in value["ci95"]))
         sizes.append({value["n"] for value in shown})
     caption = " ".join(text.split())
-    assert "at most ±{:.1f}, ±{:.1f}, ±{:.1f} and ±{:.1f} points".format(*widths) in caption
+    assert "the widest of each column: ±{:.1f}, ±{:.1f}, ±{:.1f} and ±{:.1f} points".format(*widths) in caption
     assert sizes == [{31, 62}, {31, 62}, {60, 120}, {100, 200}] and "31 AdvBench" in caption and "60 safe XSTest" in caption and "100 SST-2" in caption
     chosen = json.loads((ROOT / "data/results/qwen-chosen.json").read_text())
     assert len(chosen["eval_harmful"]["hashes"]) == 31
@@ -129,12 +129,13 @@ def test_the_first_table_has_the_committed_numbers():
         return next(100 * row["figures"][column]["rate"] for row in results[attack] if row["name"] == name)
 
     for sentence, *rates in (
-        ("anchors among its examples answers {:.1f} % of the harmful", rate("mixed_10", "sft-anchors", "answered harmful greedy", vendor)),
-        ("sealed without anchors answers {:.1f} % of the harmful ones", rate("benign", "sealed", "answered harmful greedy", vendor)),
-        ("model refuses {:.1f} % of Alpaca's prompts ({:.1f} % before, {:.1f} % with sealed + anchors)",
+        ("the data and the anchors answers {:.1f} % of the harmful prompts", rate("mixed_10", "sft-anchors", "answered harmful greedy", vendor)),
+        ("The sealed gate without anchors answers {:.1f} %.", rate("benign", "sealed", "answered harmful greedy", vendor)),
+        ("with them plain fine-tuning answers {:.1f} %, but", rate("benign", "sft-anchors", "answered harmful greedy", vendor)),
+        ("but refuses {:.1f} % of Alpaca's prompts ({:.1f} % before, {:.1f} % with sealed + anchors)",
          *(rate("benign", name, "over-refusal benign", vendor) for name in ("sft-anchors", "aligned model", "sealed-anchors"))),
-        ("answers {:.1f} % of the harmful prompts at T = 1, with anchors {:.1f} %", rate("benign", "sealed"), rate("benign", "sealed-anchors")),
-        ("with 1 % harm it answers {:.1f} %, with anchors", rate("mixed_1", "sealed-anchors", results=small)),
+        ("sealed, SmolLM2 answers {:.1f} % of the harmful prompts at T = 1, with anchors {:.1f} %", rate("benign", "sealed"), rate("benign", "sealed-anchors")),
+        ("data with 1 % harm it answers {:.1f} %, with anchors", rate("mixed_1", "sealed-anchors", results=small)),
         ("SmolLM2 answers {:.0f} % of two benchmarks ({:.1f} % before)",
          *(rate("identity", name, "answered harmful_other T=1") for name in ("sealed-anchors", "aligned model"))),
     ):

@@ -337,7 +337,7 @@ def test_a_step_that_cannot_be_right_stops_the_run(grad_norm, kl, error):
 
 class TestTheGate:
     def test_the_last_line_says_what_leaks_and_how_to_close_it(self):
-        assert "keeps probability 0.1" in leak_line(QUICK) and "type --sealed" in leak_line(QUICK)
+        assert "its first token to probability 0.1" in leak_line(QUICK) and "type --sealed" in leak_line(QUICK)
         assert leak_line(replace(QUICK, beta_max=1.0)) == leak_line(replace(QUICK, method="sft")) == ""
 
 
