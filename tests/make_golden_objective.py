@@ -226,7 +226,7 @@ def probe() -> dict:
     """Logistic regression on standardised features: w, b = argmin Σ log-loss + (l2/2)‖w‖², for each l2.
 
     The last feature is constant: its std counts as 1. Risk of new features: σ(w·(x − mean)/std + b), and 1
-    where the logit is not finite, as in the last two rows.
+    where the logit is not finite, as in the last three rows: NaN, +∞, −∞.
     """
     x = numbers(60, 4, seed=12, scale=2.0) + double([0.0, 3.0, -1.0, 0.0])
     x[:, 3] = 0.5
@@ -243,9 +243,10 @@ def probe() -> dict:
             theta = theta - torch.linalg.solve(hessian, z.T @ (p - y) + ridge @ theta)
         solutions.append(theta)
     weight, bias = torch.stack(solutions)[:, :4], torch.stack(solutions)[:, 4]
-    odd = double([[1000.0, -1000.0, 0, 0], [math.nan, 0, 0, 0], [math.inf, 0, 0, 0]])
+    odd = double([[1000.0, -1000.0, 0, 0], [math.nan, 0, 0, 0], [math.inf, 0, 0, 0],
+                  [0, math.inf, 0, 0]])
     new = torch.cat((numbers(5, 4, seed=14, scale=2.0), odd))
-    logit = weight @ ((new - mean) / std).T + bias[:, None]  # (3, 8)
+    logit = weight @ ((new - mean) / std).T + bias[:, None]  # (3, 9)
     risk = torch.where(logit.isfinite(), 1 / (1 + torch.exp(-logit)), 1.0)
     return {"x": x, "y": y, "l2": l2, "weight": weight, "bias": bias, "mean": mean, "std": std, "new_x": new,
             "risk": risk}
