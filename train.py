@@ -63,8 +63,8 @@ from lib.reference import KeptReference, live_reference
 from lib.report import (KINDS, agreement, figures, learned_line, lines_below, not_measured, print_answers,
                         read_completions, summarize, table)
 from lib.risk import print_risk, read_risk
-from lib.run import (Progress, State, check_step, open_run, resumed_options, run_facts, running, state_key,
-                     step_metrics, write_once)
+from lib.run import (State, append_metrics, check_step, open_run, restore_state, resumed_options, run_facts,
+                     running, save_state, state_key, step_metrics, write_once)
 from model import Transformer, add_lora, compile_blocks, load_model, save_adapter, save_model, working_dtype
 from probe import conversation_risk, load_or_fit
 
@@ -114,7 +114,7 @@ class TrainConfig(EvalOptions):
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA above 100 M parameters
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
     fsdp: bool = False  # shard the blocks over the processes (torchrun, torch 2.8)
-    save_every: float = 10.0  # minutes between saved states of training; 0: none
+    save_every: int = 100  # steps between saved states of training; 0: none
     eval_base: bool = True  # evaluate the aligned model, too
     given: tuple = field(default=(), compare=False)  # the options that were typed
 
@@ -312,7 +312,8 @@ def train(config: TrainConfig, policy: Transformer, reference, method: Baseline,
     """Train `policy` in place, from the run's saved state on; out/metrics.jsonl gains a line per step.
 
     reference: as in micro_batch_loss. risk: in [0, 1], of all examples of the run, looked up by example.index.
-    The state is saved every --save-every minutes, and refused by a run of other data or options.
+    The state is saved every --save-every steps and after the last one. A state of other data or options is
+    refused.
     """
     data = [example for example in examples if not example.anchor]
     anchors = [example for example in examples if example.anchor]
@@ -320,43 +321,45 @@ def train(config: TrainConfig, policy: Transformer, reference, method: Baseline,
     groups = distributed.optimizer_groups(parameters)
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
     per_step, n_steps = config.per_step, config.n_steps(len(data))
-    method.prepare(policy, examples, config.batch_size)  # before restore(): the policy is still the reference
+    method.prepare(policy, examples, config.batch_size)  # before restore_state: the policy is the reference
     max_kl_at_start = MAX_KL_AT_START[policy.lm_head.weight.element_size()]
-    with Progress(out, policy, optimizer, config.save_every, state_key(out, examples, risk)) as progress:
-        state = progress.restore()
-        bar = progress_bar(range(state.step, n_steps), config.method, n_steps, initial=state.step)
-        for step in bar:
-            started = time.perf_counter()
-            # The step's data, and as many anchors as are due by their share.
-            drawn = step_examples(step, data, anchors, method.anchors_before, per_step, config.seed)
-            n_tokens = sum(example.n_labels for example in drawn)
-            s, alpha, beta = step_weights(config, drawn, risk, state)
+    key = state_key(out, examples, risk)
+    state = restore_state(out, parameters, optimizer, key)
+    bar = progress_bar(range(state.step, n_steps), config.method, n_steps, initial=state.step)
+    for step in bar:
+        started = time.perf_counter()
+        # The step's data, and as many anchors as are due by their share.
+        drawn = step_examples(step, data, anchors, method.anchors_before, per_step, config.seed)
+        n_tokens = sum(example.n_labels for example in drawn)
+        s, alpha, beta = step_weights(config, drawn, risk, state)
 
-            sums = torch.zeros(3, per_step, device=policy.device)  # loss of each batch; NLL, KL of each example
-            for batch in distributed.shard(range(per_step), config.batch_size):
-                loss, nll, kl = micro_batch_loss(policy, reference, [drawn[i] for i in batch], alpha[batch],
-                                                 beta[batch], n_tokens, method.token_weights)
-                loss.backward()
-                sums[0, batch[0]], sums[1, batch], sums[2, batch] = loss.detach(), nll, kl
-            method.adjust_gradients(parameters, step, state)
-            grad_norm = distributed.sum_and_clip(parameters, MAX_GRADIENT_NORM)
-            row = step_metrics(drawn, s, alpha, beta, *distributed.all_reduce_sum(sums).cpu())
-            row |= {"step": step, "grad_norm": grad_norm}
-            check_step(row, math.inf if state.moved else max_kl_at_start)
-            lr = lr_at(step, n_steps, config.warmup_steps, config.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            # While all α were 0, the gradient is rounding noise, which AdamW would scale up to full steps.
-            state.moved = state.moved or bool(alpha.any())
-            if state.moved:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(3, per_step, device=policy.device)  # loss of each batch; NLL, KL of each example
+        for batch in distributed.shard(range(per_step), config.batch_size):
+            loss, nll, kl = micro_batch_loss(policy, reference, [drawn[i] for i in batch], alpha[batch],
+                                             beta[batch], n_tokens, method.token_weights)
+            loss.backward()
+            sums[0, batch[0]], sums[1, batch], sums[2, batch] = loss.detach(), nll, kl
+        method.adjust_gradients(parameters, step, state)
+        grad_norm = distributed.sum_and_clip(parameters, MAX_GRADIENT_NORM)
+        row = step_metrics(drawn, s, alpha, beta, *distributed.all_reduce_sum(sums).cpu())
+        row |= {"step": step, "grad_norm": grad_norm}
+        check_step(row, math.inf if state.moved else max_kl_at_start)
+        lr = lr_at(step, n_steps, config.warmup_steps, config.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # While all α were 0, the gradient is rounding noise, which AdamW would scale up to full steps.
+        state.moved = state.moved or bool(alpha.any())
+        if state.moved:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-            state.step = step + 1
-            n_input = sum(len(example.input_ids) for example in drawn)
-            row |= {"lr": lr, "tokens_per_s": n_input / (time.perf_counter() - started)}
-            progress.end_step(state, row, last=state.step == n_steps)
-            bar.set_postfix(loss=f"{row['loss']:.3f}", nll=f"{row['nll']:.3f}", refresh=False)
+        state.step = step + 1
+        n_input = sum(len(example.input_ids) for example in drawn)
+        row |= {"lr": lr, "tokens_per_s": n_input / (time.perf_counter() - started)}
+        append_metrics(out, row)
+        if config.save_every and (state.step % config.save_every == 0 or state.step == n_steps):
+            save_state(out, parameters, optimizer, state, key)
+        bar.set_postfix(loss=f"{row['loss']:.3f}", nll=f"{row['nll']:.3f}", refresh=False)
 
 
 # ---------------------------------------------------------------- the run

@@ -142,12 +142,17 @@ def atomic_write(path: Path):
             yield part
             for file in (part, *part.rglob("*")):
                 if file.is_file():
-                    with open(file, "rb+") as stream:
-                        os.fsync(stream.fileno())
+                    sync(file)
             os.replace(part, path)
     except BaseException:
         remove(part)
         raise
+
+
+def sync(file: Path) -> None:
+    """Wait until what was written to a file is on the disk."""
+    with open(file, "rb+") as stream:
+        os.fsync(stream.fileno())
 
 
 @contextmanager

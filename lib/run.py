@@ -7,13 +7,9 @@ is written last. `train.py --resume RUN` reads what is there and computes the re
 
 import json
 import math
-import os
 import shlex
-import signal
-import threading
-import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -21,9 +17,9 @@ import torch
 
 from lib.checkpoint import load_checked, provenance, save_checked
 from lib.cli import as_typed, option_value
-from lib.distributed import all_reduce_sum, full_tensor, on_rank_zero, rank, shard_like, world_size
+from lib.distributed import full_tensor, on_rank_zero, rank, shard_like, world_size
 from lib.files import (COUNT, DataError, between, either, errors_name_path, expect, is_unused, new_folder,
-                       read_json, read_text, remove, remove_if_unused, write_config, write_jsonl,
+                       read_json, read_text, remove, remove_if_unused, sync, write_config, write_jsonl,
                        write_text)
 
 STATE = {"step": COUNT, "smoothed_risk": between(0, 1, float, optional=True), "moved": either(bool)}
@@ -160,6 +156,22 @@ def write_once(file: Path, compute) -> None:
 # ---------------------------------------------------------------- metrics
 
 
+def append_metrics(run: Path, row: dict) -> None:
+    """Append a step's row to metrics.jsonl."""
+    file = run / "metrics.jsonl"
+    if rank() == 0:
+        with errors_name_path(file), open(file, "a") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+
+def keep_lines(file: Path, n: int) -> None:
+    """Cut a file behind its first n lines. Raises DataError where it has less."""
+    lines = read_text(file).splitlines(keepends=True)[:n] if n else []
+    if len(lines) < n:
+        raise DataError(f"{file}: expected {n} lines, found {len(lines)}")
+    write_text(file, "".join(lines))
+
+
 def step_metrics(examples, s, alpha, beta, loss, nll, kl) -> dict:
     """Return a step's row of metrics.jsonl: loss, means of risk, α, β, and NLL and KL per response token.
 
@@ -200,118 +212,53 @@ class State:
     step: int = 0  # steps done
     smoothed_risk: float | None = None  # of --gate batch
     moved: bool = False  # whether the policy has left the reference
-    phase_start: list | None = None  # Lisa's: a tensor for each parameter
+    phase_start: list = field(default_factory=list)  # Lisa's: a tensor for each parameter
 
 
-class Progress:
-    """Write metrics and states of a training loop; inside the context, signals wait for the end of a step.
+def restore_state(run: Path, parameters: list, optimizer, key: str) -> State:
+    """Load the run's saved state into parameters and optimizer, and cut metrics.jsonl behind its step.
 
-    minutes: between states, 0 for none; the last step has one, too. key: identifies data and options. A
-    state with another key is refused.
+    key: of `state_key`. Returns a new State where none is saved. Raises DataError for a damaged one, and for
+    one of another key.
     """
+    file, state = run / "state.safetensors", State()
+    if on_rank_zero(file.exists):
+        try:
+            tensors, metadata = load_checked(file, "the state of a run")
+            if metadata["key"] != key:
+                raise ValueError("a state of other data or options than the run has now")
+            values = json.loads(metadata["state"])
+            expect(dict(values), STATE, file)
+            state = State(**values)
+            for i, parameter in enumerate(parameters):
+                parameter.data.copy_(shard_like(tensors[f"parameter {i}"], parameter))
+                for name in ADAMW_STATE:
+                    if f"{name} {i}" in tensors:
+                        optimizer.state[parameter][name] = shard_like(tensors[f"{name} {i}"], parameter)
+                if f"phase_start {i}" in tensors:
+                    state.phase_start.append(shard_like(tensors[f"phase_start {i}"], parameter))
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"{error}; delete {file} to train from the first step") from None
+        print(f"going on after step {state.step}, from {file}")
+    on_rank_zero(lambda: keep_lines(run / "metrics.jsonl", state.step))
+    return state
 
-    def __init__(self, run: Path, policy, optimizer, minutes: float, key: str):
-        self.metrics_file, self.file = run / "metrics.jsonl", run / "state.safetensors"
-        self.seconds, self.key, self.optimizer = 60 * minutes, key, optimizer
-        self.parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        self.metrics, self.stopping, self.handlers = None, False, {}
-        self.saved_at = time.monotonic()
 
-    def __enter__(self):
-        """Handle SIGINT and SIGTERM, unless they are ignored, as in a shell's background."""
-        if threading.current_thread() is threading.main_thread():
-            for which in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(which) != signal.SIG_IGN:
-                    self.handlers[which] = signal.signal(which, self.stop)
-        return self
-
-    def __exit__(self, *error):
-        """Restore the handlers. Raises KeyboardInterrupt for a signal after the last step."""
-        for which, handler in self.handlers.items():
-            signal.signal(which, handler)
-        if self.metrics:
-            self.metrics.close()
-        if self.stopping and error[0] is None:
-            raise KeyboardInterrupt
-
-    def stop(self, *_) -> None:
-        """Stop after this step; on a second signal, now."""
-        if self.stopping and world_size() == 1:  # torchrun repeats the signal that the terminal has sent
-            raise KeyboardInterrupt
-        self.stopping = True
-        if rank() == 0:
-            os.write(2, b"\nstopping after this step\n")  # print is not safe in a signal handler
-
-    def restore(self) -> State:
-        """Load the saved state into policy and optimizer, and open metrics.jsonl behind its step.
-
-        Returns a new State where none is saved. Raises DataError for a damaged one, and for another key.
-        """
-        state = State()
-        if on_rank_zero(self.file.exists):
-            try:
-                tensors, metadata = load_checked(self.file, "the state of a run")
-                if metadata["key"] != self.key:
-                    raise ValueError("a state of other data or options than the run has now")
-                values = json.loads(metadata["state"])
-                expect(dict(values), STATE, self.file)
-                state = self.load(tensors, values)
-            except (LookupError, TypeError, ValueError, RuntimeError) as error:
-                raise DataError(f"{error}; delete {self.file} to train from the first step") from None
-            print(f"going on after step {state.step}, from {self.file}")
-        on_rank_zero(lambda: self.truncate_metrics(state.step))
-        self.metrics = open(self.metrics_file if rank() == 0 else os.devnull, "a", buffering=1)
-        return state
-
-    def load(self, tensors: dict, values: dict) -> State:
-        """Copy tensors into parameters and optimizer. Returns the State of `values` and tensors."""
-        state, phase_start = State(**values), []
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(shard_like(tensors[f"parameter {name}"], parameter))
-            for key in ADAMW_STATE:
-                if f"{key} {name}" in tensors:
-                    value = shard_like(tensors[f"{key} {name}"], parameter)
-                    self.optimizer.state[parameter][key] = value
-            if f"phase_start {name}" in tensors:
-                phase_start.append(shard_like(tensors[f"phase_start {name}"], parameter))
-        state.phase_start = phase_start or None
-        return state
-
-    def truncate_metrics(self, steps: int) -> None:
-        """Keep the first `steps` lines of metrics.jsonl: later steps are run again."""
-        lines = read_text(self.metrics_file).splitlines(keepends=True)[:steps] if steps else []
-        if len(lines) < steps:
-            raise DataError(f"{self.metrics_file}: expected {steps} lines, found {len(lines)}")
-        write_text(self.metrics_file, "".join(lines))
-
-    def end_step(self, state: State, metrics: dict, last: bool) -> None:
-        """Write a line of metrics; save the state if it is due. Raises KeyboardInterrupt after a signal."""
-        with errors_name_path(self.metrics_file):
-            self.metrics.write(json.dumps(metrics) + "\n")
-        due = rank() == 0 and time.monotonic() - self.saved_at >= self.seconds
-        flags = all_reduce_sum(torch.tensor([float(due), float(self.stopping)]))
-        due, stopping = flags.bool().tolist()
-        if self.seconds and (due or stopping or last):
-            self.save(state)
-        if stopping:
-            raise KeyboardInterrupt
-
-    def save(self, state: State) -> None:
-        """Write parameters, optimizer and `state` to the file, atomically."""
-        tensors = {}
-        for i, (name, parameter) in enumerate(self.parameters.items()):
-            values = {"parameter": parameter} | self.optimizer.state.get(parameter, {})
-            if state.phase_start:
-                values["phase_start"] = state.phase_start[i]
-            for key, tensor in values.items():
-                tensor = full_tensor(tensor.detach()).cpu().contiguous()
-                if rank() == 0:
-                    tensors[f"{key} {name}"] = tensor
-        values = {"step": state.step, "smoothed_risk": state.smoothed_risk, "moved": state.moved}
-        metadata = {"key": self.key, "state": json.dumps(values)}
-        on_rank_zero(lambda: os.fsync(self.metrics.fileno()))  # a state is never ahead of its metrics
-        on_rank_zero(lambda: save_checked(self.file, tensors, metadata))
-        self.saved_at = time.monotonic()
+def save_state(run: Path, parameters: list, optimizer, state: State, key: str) -> None:
+    """Write parameters, optimizer and `state` to a file of the run, atomically. All processes call it."""
+    tensors = {}
+    for i, parameter in enumerate(parameters):
+        values = {"parameter": parameter.detach()} | optimizer.state.get(parameter, {})
+        if state.phase_start:
+            values["phase_start"] = state.phase_start[i]
+        for name, tensor in values.items():
+            tensor = full_tensor(tensor).cpu().contiguous()
+            if rank() == 0:
+                tensors[f"{name} {i}"] = tensor
+    values = {"step": state.step, "smoothed_risk": state.smoothed_risk, "moved": state.moved}
+    metadata = {"key": key, "state": json.dumps(values)}
+    on_rank_zero(lambda: sync(run / "metrics.jsonl"))  # a state is never ahead of its metrics
+    on_rank_zero(lambda: save_checked(run / "state.safetensors", tensors, metadata))
 
 
 def state_key(run: Path, examples: list, risk: torch.Tensor) -> str:

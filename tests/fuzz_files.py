@@ -118,7 +118,7 @@ def prepare():
     from lib.files import write_config, write_jsonl
     from lib.report import summarize
     from lib.risk import read_risk
-    from lib.run import Progress, resumed_options
+    from lib.run import restore_state, resumed_options
     from model import load_model
     from probe import Probe, depends_on, load_probe
     from train import TrainConfig, complete_options
@@ -239,10 +239,6 @@ def prepare():
     def read_run(folder):
         compare([folder / "mine-0", folder / "mine-1"])
 
-    def progress(folder):
-        layer = torch.nn.Linear(2, 2)
-        return Progress(folder / "stopped", layer, torch.optim.AdamW(layer.parameters()), 1, "the key")
-
     asked = Conversation(({"role": "user", "content": "a"},))
     example = Example(0, [1], [1], asked, asked)
 
@@ -252,11 +248,11 @@ def prepare():
         write_config(out / "config.json", TrainConfig(judge="none"), computed_in="float32")
         (out / "metrics.jsonl").write_text(lines([{"step": 0, "loss": 1.0}]))
         (out / "risk.jsonl").write_text(lines([{"risk": 0.5, "hash": example.training_text.hash}]))
-        tensors = {f"parameter {name}": parameter.detach() for name, parameter in progress(folder).parameters.items()}
+        tensors = {"parameter 0": torch.ones(2, 2), "parameter 1": torch.ones(2)}
         state, how = {"step": 1, "smoothed_risk": None, "moved": True}, rng.random()
         metadata = {"key": "the key", "state": json.dumps(state)}
         if how < 0.15:  # with a checksum that is right
-            tensors["parameter weight"] = rng.choice([torch.ones(()), torch.ones(3), torch.ones(2, 2).long(), torch.ones(2, 2) / 0])
+            tensors["parameter 0"] = rng.choice([torch.ones(()), torch.ones(3), torch.ones(2, 2).long(), torch.ones(2, 2) / 0])
         elif how < 0.25:
             metadata[rng.choice(["key", "state"])] = rng.choice(["", "x", "null", "[1", "9" * 9999])
         elif how < 0.45:
@@ -269,8 +265,8 @@ def prepare():
         complete_options(resumed_options(TrainConfig(resume=out)))
         [risk] = read_risk(out / "risk.jsonl", [example])
         assert 0 <= risk <= 1
-        with progress(folder) as resumed:
-            assert resumed.restore().step in (0, 1)
+        parameters = list(torch.nn.Linear(2, 2).parameters())
+        assert restore_state(out, parameters, torch.optim.AdamW(parameters), "the key").step in (0, 1)
 
     return {"records": (records, read_records), "risks": (risks, read_risks), "model": (model, read_model), "tokenizer": (tokenizer, read_chat),
             "template": (template, read_chat), "probe": (probe, read_probe),

@@ -248,7 +248,7 @@ STEPS = load_file(FILE.with_name("trajectory.safetensors"))
 @pytest.mark.parametrize("ref", ["live", "keep"])
 def test_training_takes_the_steps_of_transformers_and_peft(tmp_path, ref):
     config = train.TrainConfig(model=FILE.with_name("llama"), out=tmp_path, epochs=4, batch_size=2, accumulation=2, lr=0.02, warmup_steps=2,
-                               beta_min=0.0, beta_max=1.0, lora_r=2, lora_alpha=3.0, save_every=0.0, ref=ref)
+                               beta_min=0.0, beta_max=1.0, lora_r=2, lora_alpha=3.0, save_every=0, ref=ref)
     policy = load_model(config.model, DEVICE)
     add_lora(policy, config.lora_r, config.lora_alpha)
     for name, layer in linears(policy).items():

@@ -13,26 +13,24 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
 
 import train
 from conftest import DEVICE
 from data.conversations import WORLD, read_conversations
 from lib.cli import parse
 from lib.files import DataError, new_folder
-from lib.run import Progress
 from train import TrainConfig, main
 
 ROOT = Path(__file__).parent.parent
-EVERY_STEP = "1e-9"  # minutes
 
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """Handle SIGINT as in a terminal: a shell ignores it in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Handle signals as lib.cli.run does in a terminal: a shell ignores SIGINT in the background."""
+    before = {which: signal.signal(which, signal.default_int_handler) for which in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGINT, before)
+    for which, handler in before.items():
+        signal.signal(which, handler)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +49,11 @@ def folder():
         yield folder
 
 
-def options(folder, name, *more, minutes=EVERY_STEP):
+def options(folder, name, *more, save_every=1):
     """Return a run's command line. `more` options overrule the others."""
     common = ["--data", folder / "data.jsonl", "--probe-data", folder / "probe.jsonl", "--device", DEVICE, "--epochs", "6",
               "--batch-size", "4", "--lora-r", "2", "--harmful", WORLD / "eval_harmful.jsonl", "--benign", "none", "--task", "none", "--limit", "2", "--samples", "1",
-              "--max-new-tokens", "4", "--judge", "none", "--no-eval-base", "--out", folder / name, "--save-every", minutes]
+              "--max-new-tokens", "4", "--judge", "none", "--no-eval-base", "--out", folder / name, "--save-every", save_every]
     risk = [] if {"csft", "lisa", "--risk"} & set(more) else ["--risk", folder / "risk.jsonl"]
     return [str(option) for option in (*common, *risk, *more)]
 
@@ -91,7 +89,7 @@ def stop_at(monkeypatch, step, which=signal.SIGTERM):
 @pytest.fixture(scope="module")
 def undisturbed(folder):
     """Return the outcome of an adaptive run that saves no state."""
-    start(*options(folder, "undisturbed", minutes="0"))
+    start(*options(folder, "undisturbed", save_every=0))
     return outcome(folder / "undisturbed")
 
 
@@ -106,17 +104,26 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_that_is_stopped_twice_ends_with_the_bits_of_an_undisturbed_one(case, folder, monkeypatch, capsys):
-    start(*options(folder, f"whole {case}", *CASES[case], minutes="0"))
+    start(*options(folder, f"whole {case}", *CASES[case], save_every=0))
+    """The state is of every second step: the steps behind it are run again."""
     run, last = folder / case, 37 if case == "lisa" else 7
-    for step, which in ((2, signal.SIGTERM), (last, signal.SIGINT)):
+    for step, which in ((3, signal.SIGTERM), (last, signal.SIGINT)):
         stop_at(monkeypatch, step, which)
         with pytest.raises(KeyboardInterrupt) as stopped:
-            start(*(["--resume", run] if run.exists() else options(folder, case, *CASES[case], minutes="10")))
+            start(*(["--resume", run] if run.exists() else options(folder, case, *CASES[case], save_every=2)))
         assert stopped.value.__notes__ == [f"to go on: python train.py --resume {shlex.quote(str(run))}"]
     capsys.readouterr()
     start("--resume", run)
-    assert f"going on after step {last + 1}, from {run}/state.safetensors" in capsys.readouterr().out
+    assert f"going on after step {last - 1}, from {run}/state.safetensors" in capsys.readouterr().out
     assert outcome(run) == outcome(folder / f"whole {case}")
+
+
+@pytest.mark.parametrize("save_every, steps", [(10, [10, 20, 24]), (12, [12, 24]), (0, [])])
+def test_the_state_is_saved_every_n_steps_and_after_the_last(save_every, steps, folder, monkeypatch):
+    saved = []
+    monkeypatch.setattr(train, "save_state", lambda run, parameters, optimizer, state, key: saved.append(state.step))
+    start(*options(folder, f"every {save_every}", save_every=save_every))
+    assert saved == steps
 
 
 def start_and_die(event_number, run, *typed):
@@ -229,7 +236,7 @@ def test_a_run_of_which_something_has_changed_is_refused(folder, undisturbed, mo
                 change=lambda text: json.dumps(json.loads(text) | {fact: "0"}))
     refused("risk.jsonl: expected a risk for each conversation, found none", file=run / "risk.jsonl",
             change=lambda text: "".join(text.splitlines(keepends=True)[1:]))
-    refused("metrics.jsonl: expected 4 lines, found 1", file=run / "metrics.jsonl", change=lambda text: text[:40])
+    refused("metrics.jsonl: expected 3 lines, found 1", file=run / "metrics.jsonl", change=lambda text: text[:40])
     with pytest.raises(ValueError, match="none_such/config.json: not found"):
         start("--resume", folder / "none_such")
     start("--resume", run)
@@ -268,13 +275,6 @@ def test_a_run_that_was_killed_in_its_first_stage_may_be_started_anew(folder):
     (folder / "file").touch()
     with pytest.raises(DataError, match="--out: expected a folder that does not exist"):
         start(*options(folder, "file"))
-
-
-def test_a_second_signal_does_not_wait_for_the_end_of_the_step(folder):
-    progress = Progress(folder, torch.nn.Linear(1, 1), None, 0, "key")
-    progress.stop()
-    with pytest.raises(KeyboardInterrupt):
-        progress.stop()
 
 
 def test_runs_that_start_together_take_different_folders(tmp_path):
