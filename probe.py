@@ -14,20 +14,22 @@ It is fitted on four fifths of the data. Every figure is of the last fifth, the 
 import json
 import math
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from data.chat import Chat, batches_by_length, encode_examples, encode_prompts, pad_left
 from data.conversations import (WORLD, Conversation, group_of, is_embedded, read_conversations,
                                 split_by_prompt)
-from lib.checkpoint import fingerprint, load_checked, save_checked
+from lib.checkpoint import fingerprint
 from lib.cli import comma_list, printable, progress_bar, require, run
 from lib.distributed import on_rank_zero
-from lib.files import COUNT, DataError, either, expect, parse_json, write_jsonl
+from lib.files import COUNT, DataError, atomic_write, either, expect, expect_file, parse_json, write_jsonl
 from lib.report import probe_report, risk_metrics
 from lib.risk import UNKNOWN, print_risk
 from model import Transformer, load_model, working_dtype
@@ -206,23 +208,25 @@ def depends_on(model: Transformer, chat: Chat) -> dict[str, str | None]:
 
 
 def save_probe(probe: Probe, report: dict, path) -> None:
-    """Write the probe, what it depends on, its report and a checksum as one safetensors file."""
-    values = asdict(probe)
+    """Write the probe, what it depends on and its report as one safetensors file, atomically."""
+    values = vars(probe) | {"report": report}
     tensors = {name: values.pop(name) for name in TENSORS}
-    save_checked(path, tensors, {"probe": json.dumps(values), "report": json.dumps(report)})
+    with atomic_write(Path(path)) as part:
+        save_file(tensors, part, {"probe": json.dumps(values)})  # several keys would be written in any order
 
 
 def load_probe(path, model: Transformer, chat: Chat) -> tuple[Probe, dict]:
     """Read (probe, report) of a file. Raises DataError if it is damaged or was fitted on something else."""
-    what = "a probe written by probe.py"
-    tensors, metadata = load_checked(path, what)
     try:
-        values, report = parse_json(metadata["probe"]), parse_json(metadata["report"])
+        with safe_open(expect_file(path), framework="pt") as file:
+            values = parse_json(file.metadata()["probe"])
+            tensors = {name: file.get_tensor(name) for name in TENSORS}
+        report = values.pop("report")
         probe = Probe(**tensors, **values)
         probe.risk(torch.zeros(1, model.config.hidden_size)).item()  # are the shapes the model's?
         expect(report["test"], {"auroc": either(int, float), "n_harmful": COUNT, "n_benign": COUNT}, "test")
     except Exception as error:
-        raise DataError(f"{path}: expected {what}, found {str(error)[:300]}") from None
+        raise DataError(f"{path}: expected a probe written by probe.py, found {str(error)[:300]}") from None
     for key, here in depends_on(model, chat).items():
         if (there := getattr(probe, key)) != here:
             option = f", or --{key} {there}" if key == "dtype" else ""

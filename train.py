@@ -519,7 +519,7 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
                 save_adapter(policy, out / "adapter")
             save_model(policy, out / "model")
             del reference
-        for name in ("state.safetensors", "reference.bin", "reference.sha256"):
+        for name in ("state.pt", "reference.bin", "reference.sha256"):
             distributed.on_rank_zero(lambda: remove(out / name))
         del policy
         gc.collect()  # compiled blocks refer to themselves

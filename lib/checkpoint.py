@@ -1,8 +1,7 @@
-"""Read and write checkpoint folders and checked files, and name what a run was made of."""
+"""Read and write checkpoint folders, and name what a run was made of."""
 
 import functools
 import hashlib
-import json
 import platform
 import shutil
 import subprocess
@@ -12,10 +11,10 @@ from pathlib import Path
 import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 
-from lib.files import (DataError, ModelError, atomic_write, between, either, expect, expect_file, parse_json,
-                       read_json, write_json)
+from lib.files import (ModelError, atomic_write, between, either, expect, expect_file, read_json,
+                       write_json)
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -240,36 +239,7 @@ def write_folder(path: Path, tensors: dict, config: dict, kind: str = "", copies
             shutil.copyfile(file, part / file.name)  # without its mode: it may be read-only
 
 
-# ---------------------------------------------------------------- checksums
-
-
-def save_checked(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
-    """Write tensors, metadata and their checksum as a safetensors file, atomically."""
-    text = json.dumps(metadata | {"sha256": checksum(tensors, metadata)})
-    with atomic_write(Path(path)) as part:
-        save_file(tensors, part, {"checked": text})  # safetensors would store several keys in any order
-
-
-def load_checked(path: Path, expected: str) -> tuple[dict, dict]:
-    """Return (tensors, metadata) of `save_checked`. Raises DataError that says what was `expected`."""
-    expect_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = parse_json((file.metadata() or {}).get("checked", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if metadata.pop("sha256", None) != checksum(tensors, metadata):
-            raise ValueError("another checksum than the file says: it is damaged, or of an older form")
-    except Exception as error:
-        raise DataError(f"{path}: expected {expected}, found: {str(error)[:300]}") from None
-    return tensors, metadata
-
-
-def checksum(tensors: dict, metadata: dict) -> str:
-    """Return the SHA-256 (hex) of tensors, bit by bit, and of metadata."""
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(save({name: tensor}))  # name, type, shape and values
-    return digest.hexdigest()
+# ---------------------------------------------------------------- provenance
 
 
 @functools.cache  # a run asks three times
@@ -280,9 +250,6 @@ def fingerprint(path) -> str:
         with open(expect_file(file), "rb") as stream:
             hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------- provenance
 
 
 def commit(folder: Path = ROOT) -> str | None:

@@ -1,8 +1,8 @@
 """Run folders: what they store, and how an interrupted run resumes.
 
 A run writes config.json first, then, each once and atomically, risk.jsonl, completions_base.jsonl and
-anchors.jsonl. During training state.safetensors holds parameters and optimizer after some step. results.json
-is written last. `train.py --resume RUN` reads what is there and computes the rest.
+anchors.jsonl. During training state.pt holds parameters and optimizer after some step. results.json is
+written last. `train.py --resume RUN` reads what is there and computes the rest.
 """
 
 import json
@@ -15,15 +15,11 @@ from pathlib import Path
 
 import torch
 
-from lib.checkpoint import load_checked, provenance, save_checked
+from lib.checkpoint import provenance
 from lib.cli import as_typed, option_value
 from lib.distributed import full_tensor, on_rank_zero, rank, shard_like, world_size
-from lib.files import (COUNT, DataError, between, either, errors_name_path, expect, is_unused, new_folder,
-                       read_json, read_text, remove, remove_if_unused, sync, write_config, write_jsonl,
-                       write_text)
-
-STATE = {"step": COUNT, "smoothed_risk": between(0, 1, float, optional=True), "moved": either(bool)}
-ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # of each parameter, once the optimizer has taken a step
+from lib.files import (DataError, atomic_write, errors_name_path, expect_file, is_unused, new_folder, read_json,
+                       read_text, remove, remove_if_unused, sync, write_config, write_jsonl, write_text)
 
 
 # ---------------------------------------------------------------- options and folder
@@ -221,44 +217,44 @@ def restore_state(run: Path, parameters: list, optimizer, key: str) -> State:
     key: of `state_key`. Returns a new State where none is saved. Raises DataError for a damaged one, and for
     one of another key.
     """
-    file, state = run / "state.safetensors", State()
+    file, state = run / "state.pt", State()
     if on_rank_zero(file.exists):
         try:
-            tensors, metadata = load_checked(file, "the state of a run")
-            if metadata["key"] != key:
-                raise ValueError("a state of other data or options than the run has now")
-            values = json.loads(metadata["state"])
-            expect(dict(values), STATE, file)
-            state = State(**values)
-            for i, parameter in enumerate(parameters):
-                parameter.data.copy_(shard_like(tensors[f"parameter {i}"], parameter))
-                for name in ADAMW_STATE:
-                    if f"{name} {i}" in tensors:
-                        optimizer.state[parameter][name] = shard_like(tensors[f"{name} {i}"], parameter)
-                if f"phase_start {i}" in tensors:
-                    state.phase_start.append(shard_like(tensors[f"phase_start {i}"], parameter))
-        except (LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise DataError(f"{error}; delete {file} to train from the first step") from None
+            saved = torch.load(expect_file(file), "cpu", weights_only=True)
+            if saved["key"] != key:
+                raise ValueError("one of other data or options than the run has now")
+            state = State(**saved["state"])
+            for parameter, tensors in zip(parameters, saved["tensors"], strict=True):
+                tensors = {name: shard_like(tensor, parameter) for name, tensor in tensors.items()}
+                parameter.data.copy_(tensors.pop("parameter"))
+                if "phase_start" in tensors:
+                    state.phase_start.append(tensors.pop("phase_start"))
+                optimizer.state[parameter] = tensors
+        except Exception as error:
+            raise DataError(f"{file}: expected the state of a run, found {str(error)[:100] or 'no data'}; "
+                            "delete it to train from the first step") from None
         print(f"going on after step {state.step}, from {file}")
     on_rank_zero(lambda: keep_lines(run / "metrics.jsonl", state.step))
     return state
 
 
 def save_state(run: Path, parameters: list, optimizer, state: State, key: str) -> None:
-    """Write parameters, optimizer and `state` to a file of the run, atomically. All processes call it."""
-    tensors = {}
+    """Write parameters, optimizer and `state` to state.pt, atomically. All processes call it."""
+    saved = {"key": key, "state": vars(state) | {"phase_start": []}, "tensors": []}
     for i, parameter in enumerate(parameters):
-        values = {"parameter": parameter.detach()} | optimizer.state.get(parameter, {})
+        tensors = {"parameter": parameter.detach()} | optimizer.state.get(parameter, {})
         if state.phase_start:
-            values["phase_start"] = state.phase_start[i]
-        for name, tensor in values.items():
-            tensor = full_tensor(tensor).cpu().contiguous()
-            if rank() == 0:
-                tensors[f"{name} {i}"] = tensor
-    values = {"step": state.step, "smoothed_risk": state.smoothed_risk, "moved": state.moved}
-    metadata = {"key": key, "state": json.dumps(values)}
-    on_rank_zero(lambda: sync(run / "metrics.jsonl"))  # a state is never ahead of its metrics
-    on_rank_zero(lambda: save_checked(run / "state.safetensors", tensors, metadata))
+            tensors["phase_start"] = state.phase_start[i]
+        tensors = {name: full_tensor(tensor).cpu() for name, tensor in tensors.items()}
+        if rank() == 0:
+            saved["tensors"].append(tensors)
+
+    def write():
+        sync(run / "metrics.jsonl")  # a state is never ahead of its metrics
+        with atomic_write(run / "state.pt") as part, open(part, "wb") as stream:
+            torch.save(saved, stream)  # to a path, it would hide that a disk is full
+
+    on_rank_zero(write)
 
 
 def state_key(run: Path, examples: list, risk: torch.Tensor) -> str:

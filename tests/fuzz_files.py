@@ -109,12 +109,11 @@ def lines(rows) -> str:
 def prepare():
     """Return {kind: (make(folder, rng) → files that may be mutated, read(folder))}. Imports the project's modules."""
     import torch
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
     from data.chat import Chat, Example, encode_examples
     from data.conversations import WORLD, Conversation, read_conversations
     from evaluate import compare
-    from lib.checkpoint import save_checked
     from lib.files import write_config, write_jsonl
     from lib.report import summarize
     from lib.risk import read_risk
@@ -204,16 +203,14 @@ def prepare():
         h, double = world.config.hidden_size, torch.float64
         values = Probe(torch.ones(h, dtype=double), torch.zeros((), dtype=double), torch.zeros(h, dtype=double), torch.ones(h, dtype=double),
                        *depends_on(world, chat).values())
-        values = asdict(values)
+        values = asdict(values) | {"report": {"test": {"auroc": 0.9, "n_harmful": 3, "n_benign": 3}}}
         tensors = {name: values.pop(name) for name in ("weight", "bias", "mean", "std")}
-        report, name = {"test": {"auroc": 0.9, "n_harmful": 3, "n_benign": 3}}, rng.choice(list(tensors))
-        sound = {"probe": json.dumps(values), "report": json.dumps(report)}
-        if rng.random() < 0.4:  # sums that are right, over values that are not
-            key, value = rng.choice([("probe", values), ("report", report)])
-            sound[key] = mutated(value, rng).encode("utf-8", "replace").decode()
+        name, text = rng.choice(list(tensors)), json.dumps(values)
+        if rng.random() < 0.4:
+            text = mutated(values, rng).encode("utf-8", "replace").decode()
         elif rng.random() < 0.6:
             tensors[name] = rng.choice([tensors[name] * float("nan"), -tensors[name], tensors[name].float(), tensors[name][None], torch.ones(3)])
-        save_checked(folder / "probe.safetensors", tensors, sound)
+        save_file(tensors, folder / "probe.safetensors", {"probe": text})
         return [folder / "probe.safetensors"] * (rng.random() < 0.4)
 
     def read_probe(folder):
@@ -248,17 +245,14 @@ def prepare():
         write_config(out / "config.json", TrainConfig(judge="none"), computed_in="float32")
         (out / "metrics.jsonl").write_text(lines([{"step": 0, "loss": 1.0}]))
         (out / "risk.jsonl").write_text(lines([{"risk": 0.5, "hash": example.training_text.hash}]))
-        tensors = {"parameter 0": torch.ones(2, 2), "parameter 1": torch.ones(2)}
-        state, how = {"step": 1, "smoothed_risk": None, "moved": True}, rng.random()
-        metadata = {"key": "the key", "state": json.dumps(state)}
-        if how < 0.15:  # with a checksum that is right
-            tensors["parameter 0"] = rng.choice([torch.ones(()), torch.ones(3), torch.ones(2, 2).long(), torch.ones(2, 2) / 0])
-        elif how < 0.25:
-            metadata[rng.choice(["key", "state"])] = rng.choice(["", "x", "null", "[1", "9" * 9999])
-        elif how < 0.45:
-            metadata["state"] = mutated(state, rng).encode("utf-8", "replace").decode()
-        save_checked(out / "state.safetensors", tensors, metadata)
-        return [out / rng.choice(["config.json", "risk.jsonl", "metrics.jsonl", "state.safetensors"])] * (how >= 0.45)
+        tensors, how = [{"parameter": torch.ones(2, 2)}, {"parameter": torch.ones(2)}], rng.random()
+        saved = {"key": "the key", "state": {"step": 1, "smoothed_risk": None, "moved": True}, "tensors": tensors}
+        if how < 0.2:
+            tensors[0]["parameter"] = rng.choice([torch.ones(()), torch.ones(3), torch.ones(2, 2).long(), torch.ones(2, 2) / 0, None])
+        elif how < 0.3:
+            saved[rng.choice(list(saved))] = rng.choice(["", "x", None, [1], {}])
+        torch.save(saved, out / "state.pt")
+        return [out / rng.choice(["config.json", "risk.jsonl", "metrics.jsonl", "state.pt"])] * (how >= 0.3)
 
     def read_resume(folder):
         out = folder / "stopped"

@@ -155,7 +155,7 @@ def test_two_processes_that_are_interrupted_resume_to_the_same_bits(runs):
     assert [row | {"tokens_per_s": 0} for row in rows[0]] == [row | {"tokens_per_s": 0} for row in rows[1]]
     for name in ("model/model.safetensors", "completions_after.jsonl", "results.json"):
         assert (runs / f"{STOPPED}-2" / name).read_bytes() == (runs / f"{STOPPED}-2 stopped" / name).read_bytes()
-    assert not (runs / f"{STOPPED}-2 stopped" / "state.safetensors").exists()
+    assert not (runs / f"{STOPPED}-2 stopped" / "state.pt").exists()
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 8), reason="FSDP of two dtypes needs torch 2.8")

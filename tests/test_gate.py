@@ -11,8 +11,6 @@ from shutil import copytree
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from test_critic import Counting, TestGuardJudge as Guard, answer, at, copy_judge, options, serve, verdicts_of  # noqa: F401
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
@@ -436,26 +434,6 @@ def fitted(tmp_path_factory, chat):
     model = load_model(WORLD / "model", dtype=working_dtype(DEVICE))
     save_probe(*fit_probe(model, chat, write(folder / "probe.jsonl", rows)), folder / "probe.safetensors")
     return folder / "probe.safetensors", model, chat
-
-
-def test_a_probe_file_with_a_flipped_bit_is_refused(fitted, tmp_path):
-    file, model, chat = fitted
-    whole, rng = file.read_bytes(), random.Random(0)
-    sound = load_probe(file, model, chat)[0].weight
-    start = 8 + int.from_bytes(whole[:8], "little")
-    for position in [*range(start, len(whole), 197), *(rng.randrange(8, len(whole)) for _ in range(100)), len(whole) - 1]:
-        (tmp_path / "p").write_bytes(whole[:position] + bytes([whole[position] ^ 1 << rng.randrange(8)]) + whole[position + 1 :])
-        try:
-            probe, _ = load_probe(tmp_path / "p", model, chat)
-        except DataError:
-            continue
-        assert torch.equal(probe.weight, sound), position  # white space of the header
-    with safe_open(file, "pt") as stored:
-        tensors, metadata = {name: stored.get_tensor(name) for name in stored.keys()}, json.loads(stored.metadata()["checked"])
-    odd = metadata | {"probe": metadata["probe"][:-1] + ', "pooling": "foo"}'}
-    save_file(tensors, tmp_path / "p", {"checked": json.dumps(odd)})
-    with pytest.raises(DataError, match="another checksum"):
-        load_probe(tmp_path / "p", model, chat)
 
 
 def test_a_probe_that_sees_nothing_is_refused(fitted, tmp_path, data):

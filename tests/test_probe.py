@@ -155,9 +155,11 @@ def test_a_fit_is_deterministic_and_its_file_round_trips_and_is_refused_elsewher
     other.fingerprint = "another template"
     with pytest.raises(DataError, match="expected a probe fitted with template another"):
         load_probe(file, model, other)
-    file.write_bytes(b"junk")
-    with pytest.raises(DataError, match="written by probe.py"):
-        load_probe(file, model, chat)
+    sound = file.read_bytes()
+    for damaged in (b"junk", b"", sound[:-1], sound[: len(sound) // 2], sound.replace(b"test", b"best"), sound.replace(b"F64", b"I64", 1)[8:]):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match="probe.safetensors: expected a probe written by probe.py, found"):
+            load_probe(file, model, chat)
 
 
 def test_a_group_is_in_one_split_and_wordings_that_differ_by_case_or_space_are_one_prompt():

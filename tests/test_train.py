@@ -385,7 +385,7 @@ class TestRuns:
         run = runs / "adaptive"
         assert len(lines(run / "risk.jsonl")) == 160 and all(0 <= row["risk"] <= 1 for row in lines(run / "risk.jsonl"))
         assert json.loads((run / "config.json").read_text())["beta_max"] == 0.9 and len(lines(run / "metrics.jsonl")) == 20
-        assert not list(run.glob("reference*")) and not (run / "state.safetensors").exists()
+        assert not list(run.glob("reference*")) and not (run / "state.pt").exists()
 
     def test_the_adapter_over_the_base_and_the_merged_checkpoint_generate_the_same_text(self, runs):
         run, chat = runs / "adaptive", Chat(WORLD / "model")
