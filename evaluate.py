@@ -15,22 +15,23 @@ import math
 import re
 import textwrap
 from collections import defaultdict
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from critic import JudgeOptions, is_url, judge_pairs, open_judge
+from critic import JudgeOptions, judge_pairs, open_judge
 from data.chat import LONGEST, Chat, encode_prompts, rows_that_fit
 from data.conversations import WORLD, Conversation, is_embedded, normalized, read_conversations, read_prompts
 from lib import distributed
 from lib.checkpoint import read_config
-from lib.cli import as_typed, comma_list, option_value, printable, progress_bar, require, run
+from lib.cli import comma_list, printable, progress_bar, require, run
 from lib.files import (DataError, new_folder, read_json, remove_if_unused, write_config, write_json,
                        write_jsonl)
 from lib.options import METHODS_WITH_OPTION
 from lib.report import KINDS, figures, lines_below, read_completions, read_run, summarize, table
+from lib.run import stored_options
 from lib.scores import is_correct, mark_garbled, metric_of, refuses
 from model import Transformer, generate, load_model, sample_seed, working_dtype
 
@@ -71,26 +72,6 @@ class EvalConfig(EvalOptions):
 
 
 # ---------------------------------------------------------------- evaluation
-
-
-def options_as_in_run(options: EvalOptions, config: dict, file: Path, given=()) -> EvalOptions:
-    """Return `options` with those that were not typed (`given`) taken from a run's config.json, `file`.
-
-    They are printed before any of its files is read. A judge's URL is printed and has to be typed. Raises
-    DataError for a value that is not of its option's type.
-    """
-    judge_options = ("judge_kind", "judge_model", "rubric") if "judge" in given else ()
-    values = {}
-    for option in fields(EvalOptions):
-        if option.name in config.keys() - {"device", "dtype", *given, *judge_options}:
-            values[option.name] = option_value(option, config[option.name], file)
-    if is_url(values.get("judge") or ""):
-        url = values["judge"]
-        print(printable(f"{file}: judged by {url}; to ask this server again, type --judge {url} "
-                        f"--judge-model {values.get('judge_model')}"))
-        values |= {"judge": "none", "judge_model": None}
-    print(f"as in {printable(str(file))}: {as_typed(values, EvalOptions)}")
-    return replace(options, **values)
 
 
 def default_sets(options: EvalOptions, source: Path) -> EvalOptions:
@@ -362,9 +343,9 @@ def print_answer(config: EvalConfig, path: Path) -> None:
 
 def evaluate_path(config: EvalConfig, path: Path) -> dict:
     """Evaluate a run or checkpoint; write options, completions, results to a new folder. Returns results."""
-    model_path, options, file = model_folder(path), config, path / "config.json"
+    model_path, options = model_folder(path), config
     if model_path != path:  # a run
-        options = options_as_in_run(config, read_json(file), file, config.given)
+        options = stored_options(config, path / "config.json", {"out", "device", "dtype", *config.given})
     read_config(model_path)  # is it a checkpoint?
     options = default_sets(options, model_path)
     sets = evaluation_sets(options)

@@ -487,7 +487,7 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
         return summarize(read_completions(out, which), config.temperature, config.max_new_tokens)
 
     risk, anchors, results = torch.zeros(len(examples)), [], {}
-    with running(out, bool(config.resume), config.judge, keep=not config.dry_run):
+    with running(out, bool(config.resume), keep=not config.dry_run):
         with policy.adapters_off():
             if config.method in ("adaptive", "filter"):
                 print("[1/5] risk of the training data")

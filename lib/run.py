@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from lib.checkpoint import provenance
-from lib.cli import as_typed, option_value
-from lib.distributed import full_tensor, on_rank_zero, rank, shard_like, world_size
+from lib.cli import as_typed, option_value, printable
+from lib.distributed import full_tensor, on_rank_zero, rank, shard_like
 from lib.files import (DataError, atomic_write, errors_name_path, expect_file, is_unused, new_folder, read_json,
                        read_text, remove, remove_if_unused, sync, write_config, write_jsonl, write_text)
 
@@ -25,32 +25,41 @@ from lib.files import (DataError, atomic_write, errors_name_path, expect_file, i
 # ---------------------------------------------------------------- options and folder
 
 
+def stored_options(options, file: Path, typed: set):
+    """Return `options` with all that were not `typed` taken from a run's config.json, `file`. Prints them.
+
+    Another judge than the run's comes with its own options. Raises DataError for a value that is not of its
+    option's type, and for a judge at a URL that was not typed again: no file alone makes us contact a server.
+    """
+    saved, values = read_json(file), {}
+    if "judge" in typed and options.judge != saved.get("judge"):
+        typed = typed | {"judge_kind", "judge_model", "rubric"}
+    for option in fields(options):
+        if option.name in saved.keys() - typed:
+            values[option.name] = option_value(option, saved[option.name], file)
+    url = values.get("judge") or ""
+    if "://" in url and options.judge != url:
+        raise DataError(printable(f"{file}: judged by {url}; to ask this server again, type --judge "
+                                  f"{shlex.quote(url)} (evaluate.py takes --judge none, too)"))
+    print(f"as in {printable(str(file))}: {as_typed(values, type(options))}")
+    return replace(options, **values)
+
+
 def resumed_options(config):
     """Return the options of the run `config.resume`, with that folder as `out`.
 
-    Raises DataError for a finished run, for a folder that is no run, for other options beside --resume, and
-    where the run's judge is a URL that was not typed again: no file alone makes us contact a server.
+    Raises DataError for a finished run, and for other options beside --resume than the run's judge.
     """
     run = config.resume
-    file = run / "config.json"
     if extra := sorted(set(config.given) - {"resume", "judge"}):
         raise DataError("--resume: expected no option beside it, since the run has its own, found "
                         f"--{extra[0].replace('_', '-')}")
     if (run / "results.json").exists():
         raise DataError(f"--resume: expected an unfinished run, found {run / 'results.json'}")
-    saved, values = read_json(file), {}
-    for option in fields(config):
-        if option.name in ("given", "resume", "out"):
-            continue
-        if option.name not in saved:
-            raise DataError(f"{file}: expected the options of a run of train.py, found no {option.name}")
-        values[option.name] = option_value(option, saved[option.name], file)
-    url = values["judge"] if "://" in (values["judge"] or "") else None
-    if config.judge != url:
-        raise DataError(f"--resume: expected {f'--judge {url}, as the run had' if url else 'no --judge'}, "
-                        f"found {config.judge or 'none'}")
-    print(f"as in {file}: {as_typed(values, type(config))}")
-    return replace(config, **values, out=run)
+    options = stored_options(config, run / "config.json", {"out", "resume"})
+    if config.judge not in (None, options.judge):
+        raise DataError(f"--resume: expected --judge {options.judge}, as the run had, found {config.judge}")
+    return replace(options, out=run)
 
 
 def run_facts(model: Path, data: Path, dtype: torch.dtype, chat, sets: dict) -> dict:
@@ -90,17 +99,12 @@ def open_run(config, default: str, facts: dict) -> Path:
 
 
 @contextmanager
-def running(out: Path, resumed: bool, judge: str, keep: bool = True):
+def running(out: Path, resumed: bool, keep: bool = True):
     """Lock the run's folder. An interrupt, a full disk or a lack of memory says how to resume.
 
     A new run that stored nothing is removed, and with keep=False any run at its end. Raises DataError where
     another process runs in the folder.
     """
-    command = f"python train.py --resume {shlex.quote(str(out))}"
-    if "://" in judge:
-        command += f" --judge {shlex.quote(judge)}"
-    if world_size() > 1:
-        command += " (with torchrun, as before)"
     with open(out / "config.json") as lock:
         try:
             on_rank_zero(lambda: lock_file(lock))
@@ -108,7 +112,7 @@ def running(out: Path, resumed: bool, judge: str, keep: bool = True):
                 yield
         except (KeyboardInterrupt, OSError, RuntimeError) as error:
             if keep and (out / "config.json").exists():
-                error.add_note(f"to go on: {command}")
+                error.add_note(f"to go on: python train.py --resume {shlex.quote(str(out))}")
             raise
         finally:
             if not keep and rank() == 0:

@@ -15,10 +15,11 @@ from conftest import DEVICE, load_model
 from critic import CriticConfig, open_judge
 from data.chat import Chat
 from data.conversations import WORLD, Conversation
-from evaluate import EvalConfig, EvalOptions, compare, default_sets, evaluate_model, evaluation_sets, main, options_as_in_run, respond
+from evaluate import EvalConfig, EvalOptions, compare, default_sets, evaluate_model, evaluation_sets, main, respond
 from lib.cli import parse
 from lib.files import DataError, ModelError
 from lib.report import design_effect, figures, learned_line, lines_below, rate_of, summarize, table, wilson
+from lib.run import stored_options
 from lib.scores import few_words, is_correct, mark_garbled, metric_of, refuses
 from model import generate, sample_seed
 from train import TrainConfig
@@ -303,18 +304,28 @@ def test_a_run_is_evaluated_as_it_was_unless_told_otherwise(tmp_path, capsys):
     run = {"max_new_tokens": 24, "samples": 3, "temperature": 0.5, "limit": 7, "seed": 4, "device": "cuda:7", "lr": 1,
            "task": "its.jsonl", "benign": "its.jsonl", "judge": "g", "judge_kind": "guard", "judge_model": "m", "rubric": "r.txt"}
     file = tmp_path / "config.json"
-    options = options_as_in_run(EvalOptions(samples=5, task="mine.jsonl"), run, file, ("samples", "task"))
+
+    def as_in_run(options, run, *typed):
+        file.write_text(json.dumps(run))
+        return stored_options(options, file, {"device", "dtype", *typed})
+
+    options = as_in_run(EvalOptions(samples=5, task="mine.jsonl"), run, "samples", "task")
     assert (options.max_new_tokens, options.samples, options.temperature, options.limit, options.seed) == (24, 5, 0.5, 7, 4)
     assert (options.task, options.benign, options.device) == ("mine.jsonl", "its.jsonl", EvalOptions.device)
     assert (options.judge, options.judge_kind, options.judge_model, str(options.rubric)) == ("g", "guard", "m", "r.txt")
     printed = capsys.readouterr().out
     assert "--benign its.jsonl" in printed and "--max-new-tokens 24" in printed and "--limit 7" in printed
-    assert options_as_in_run(EvalOptions(judge="mine"), run, file, {"judge"}).judge_kind == "rubric"
-    assert options_as_in_run(EvalOptions(), {"judge": "http://h/v1"}, file).judge == "none"
-    assert "judged by http://h/v1" in capsys.readouterr().out
+    assert as_in_run(EvalOptions(judge="mine"), run, "judge").judge_kind == "rubric"
+    assert as_in_run(EvalOptions(judge="g"), run, "judge").judge_kind == "guard"
+    server = {"judge": "http://h/v1;x", "judge_model": "m"}
+    for typed in (None, "http://h/v2"):
+        with pytest.raises(DataError, match="config.json: judged by http://h/v1;x; to ask this server again, type --judge 'http://h/v1;x'"):
+            as_in_run(EvalOptions(judge=typed), server)
+    assert as_in_run(EvalOptions(judge="http://h/v1;x"), server, "judge").judge_model == "m"
+    assert as_in_run(EvalOptions(judge="none"), server, "judge").judge_model is None
     for wrong in ({"samples": "3"}, {"samples": True}, {"temperature": None}, {"judge_kind": "x"}, {"task": 3}, {"rubric": []}):
         with pytest.raises(DataError, match=f"config.json: {next(iter(wrong))}: expected"):
-            options_as_in_run(EvalOptions(), wrong, file)
+            as_in_run(EvalOptions(), wrong)
 
 
 def test_sets_can_be_left_out_and_wrong_options_and_files_are_named():

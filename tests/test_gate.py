@@ -408,13 +408,15 @@ def test_a_url_in_a_run_folder_is_never_contacted_and_its_files_are_named_first(
     settings = {"judge": server.url, "judge_model": "m", "harmful": str(WORLD / "eval_harmful.jsonl"), "benign": "none", "task": "none",
                 "limit": 2, "samples": 0, "max_new_tokens": 4}
     (run / "config.json").write_text(json.dumps(settings))
-    evaluate_main(EvalConfig(paths=(run,), out=tmp_path / "e", device=DEVICE))
+    untyped = EvalConfig(paths=(run,), out=tmp_path / "e", device=DEVICE)
+    with pytest.raises(DataError, match=f"judged by {server.url}; to ask this server again, type --judge {server.url}"):
+        evaluate_main(untyped)
+    evaluate_main(replace(untyped, judge="none", given=("judge",)))
     printed = capsys.readouterr().out
-    assert server.prompts == [] and f"to ask this server again, type --judge {server.url}" in printed
-    assert printed.index("--harmful") < printed.index("wrote")
+    assert server.prompts == [] and printed.index("--harmful") < printed.index("wrote")
     results = json.loads((tmp_path / "e" / "results.json").read_text())["harmful"]["harmful"]
     assert "judge_asr" not in results and results["asr"]["greedy"]["n"] == 2
-    typed = EvalConfig(paths=(run,), out=tmp_path / "f", device=DEVICE, judge=server.url, judge_model="m", given=("paths", "judge"))
+    typed = EvalConfig(paths=(run,), out=tmp_path / "f", device=DEVICE, judge=server.url, given=("paths", "judge"))
     evaluate_main(typed)
     assert len(server.prompts) == 2
     (run / "config.json").write_text(json.dumps(settings | {"harmful": "/etc/passwd"}))

@@ -215,11 +215,11 @@ def test_a_run_of_which_something_has_changed_is_refused(folder, undisturbed, mo
         return {"change": lambda text: text.replace(old, new, 1)}
 
     refused("--resume: expected no option beside it, since the run has its own, found --lr", "--lr", "1")
-    refused("--resume: expected no --judge, found x", "--judge", "x")
-    refused("--resume: expected --judge http://127.0.0.1:9/v1, as the run had, found none",
+    refused("--resume: expected --judge none, as the run had, found x", "--judge", "x")
+    refused("config.json: judged by http://127.0.0.1:9/v1; to ask this server again, type --judge http://127.0.0.1:9/v1",
             **replaced('"judge": "none"', '"judge": "http://127.0.0.1:9/v1"'))
+    refused("config.json: lr: expected float or NoneType, found 'high'", **replaced('"lr": 0.002', '"lr": "high"'))
     refused("--lr: expected at least 1e-09, found -1", **replaced('"lr": 0.002', '"lr": -1'))
-    refused("config.json: expected the options of a run of train.py, found no lr", **replaced('"lr": 0.002,', ""))
     refused("expected computed_in as .*odd was started with, float64, found float32",
             **replaced('"computed_in": "float32"', '"computed_in": "float64"'))
     other_state = "state.pt: expected the state of a run, found one of other data or options than the run has now; delete it"
