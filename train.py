@@ -59,7 +59,7 @@ from lib.baselines import BASELINES, Baseline
 from lib.cli import as_typed, progress_bar, require, run
 from lib.files import DataError, remove, write_json
 from lib.options import check_options, leak_line
-from lib.reference import KeptReference, live_reference
+from lib.reference import fits_half_the_disk, kept_reference, live_reference
 from lib.report import (KINDS, agreement, figures, learned_line, lines_below, not_measured, print_answers,
                         read_completions, summarize, table)
 from lib.risk import print_risk, read_risk
@@ -414,11 +414,11 @@ def open_reference(config: TrainConfig, policy: Transformer, examples: list[Exam
     pulled = [e for e in examples if beta[e.index] > 0 or (config.gate == "batch" and beta.any())]
     if not pulled:
         return None
-    kept = KeptReference(config.out / "reference.bin", policy, pulled, config.batch_size)
-    worth_it = config.epochs > 1 and distributed.on_rank_zero(kept.fits_half_the_disk)
-    if config.ref == "keep" or config.fsdp or (config.ref == "auto" and worth_it):  # fsdp is never live
-        kept.compute(policy)
-        return kept.terms
+    file = config.out / "reference.bin"
+    fits = distributed.on_rank_zero(lambda: fits_half_the_disk(file, policy, pulled))
+    worth_it = config.ref == "auto" and config.epochs > 1 and fits
+    if config.ref == "keep" or config.fsdp or worth_it:  # fsdp is never live
+        return kept_reference(file, policy, pulled, config.batch_size)
     print("the reference runs in every step")
     return live_reference(policy if config.lora_r else open_model(config, config.model))
 

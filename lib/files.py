@@ -120,7 +120,7 @@ def errors_name_path(path: Path):
     """Raise an error of writing, such as a full disk, as an OSError that names `path`."""
     try:
         yield
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # of safetensors; of torch.save
         raise OSError(f"{path}: {error}") from None
     except OSError as error:
         if error.filename is None:

@@ -26,7 +26,7 @@ import train  # noqa: E402
 from data.chat import IGNORE, Example, pad  # noqa: E402
 from lib import fused  # noqa: E402
 from lib.checkpoint import read_config  # noqa: E402
-from lib.reference import KeptReference, live_reference  # noqa: E402
+from lib.reference import kept_reference, live_reference  # noqa: E402
 from lib.cli import comma_list, require, run  # noqa: E402
 from model import Transformer, add_lora, compile_blocks, generate, save_model  # noqa: E402
 
@@ -124,8 +124,7 @@ def our_steps(model: Transformer, examples: list, folder: Path) -> dict:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     folder.mkdir()
-    kept = KeptReference(folder / "reference.bin", model, examples, len(examples))
-    kept.compute(model)
+    kept = kept_reference(folder / "reference.bin", model, examples, len(examples))
     n_tokens, graded = sum(e.n_labels for e in examples), train.blend(torch.linspace(0, 1, len(examples)), 0.1, 0.9)
 
     def step(alpha, beta, reference=live_reference(model)):
@@ -136,7 +135,7 @@ def our_steps(model: Transformer, examples: list, folder: Path) -> dict:
         optimizer.zero_grad(set_to_none=True)
 
     return {"ours, sft": lambda: step(torch.ones(len(examples)), torch.zeros(len(examples))),
-            "ours, adaptive, kept": lambda: step(*graded, kept.terms), "ours, adaptive, live": lambda: step(*graded)}
+            "ours, adaptive, kept": lambda: step(*graded, kept), "ours, adaptive, live": lambda: step(*graded)}
 
 
 def their_models(folder: Path, rank: int, device, compiled: bool):

@@ -40,7 +40,7 @@ import train
 from data.chat import IGNORE, Example
 from lib import distributed
 from lib.cli import parse, run
-from lib.reference import KeptReference
+from lib.reference import kept_reference
 from model import add_lora, compile_blocks, load_model
 from train import TrainConfig
 torch.set_num_threads(1)
@@ -77,11 +77,10 @@ config = TrainConfig(epochs=4, batch_size=8, lr=1e-2)
 if n > 1:
     distributed.shard_model(model, "cpu")
 distributed.on_rank_zero(out.mkdir)
-reference = KeptReference(out / "reference.bin", model, batch, 8)
-reference.compute(model)
+reference = kept_reference(out / "reference.bin", model, batch, 8)
 if n > 1:
     compile_blocks(model, backend="eager")
-train.train(config, model, reference.terms, config.baseline(8), batch, torch.linspace(0, 1, 8), out)
+train.train(config, model, reference, config.baseline(8), batch, torch.linspace(0, 1, 8), out)
 assert not torch._dynamo.utils.counters["graph_break"]
 assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 

@@ -1,5 +1,7 @@
 """The fast objective against the definition, and the kept reference against the live one."""
 
+import resource
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from data.conversations import WORLD, read_conversations
 from lib import fused
 from lib.files import DataError
 from lib.fused import reference_terms, response_states
-from lib.reference import KeptReference, live_reference
+from lib.reference import live_reference, n_bytes
 from train import TrainConfig, blend, micro_batch_loss, open_reference
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -186,9 +188,7 @@ def values_and_gradients(model, loss, *sums):
 
 def kept_reference(folder, model, examples, batch_size=5):
     folder.mkdir(exist_ok=True)
-    reference = KeptReference(folder / "reference.bin", model, examples, batch_size)
-    reference.compute(model)
-    return reference
+    return lib.reference.kept_reference(folder / "reference.bin", model, examples, batch_size)
 
 
 def expect_equal_to_the_definition(model, examples, risk, beta_range, folder):
@@ -197,7 +197,7 @@ def expect_equal_to_the_definition(model, examples, risk, beta_range, folder):
     expected, expected_gradient = values_and_gradients(model, *definition(model, examples, alpha, beta))
     references = [live_reference(model)]
     if pulled := [e for e, b in zip(examples, beta) if b > 0]:
-        references.append(kept_reference(folder, model, pulled).terms)
+        references.append(kept_reference(folder, model, pulled))
     for reference in references:
         result = micro_batch_loss(model, reference, examples, alpha, beta, sum(e.n_labels for e in examples))
         values, gradient = values_and_gradients(model, *result)
@@ -239,29 +239,30 @@ class TestKeptReference:
     @pytest.fixture
     def computed(self, monkeypatch):
         """The batches that are run through the reference."""
-        batches, rows_of = [], KeptReference.rows_of
-        monkeypatch.setattr(KeptReference, "rows_of",
-                            lambda self, model, batch: batches.append(batch) or rows_of(self, model, batch))
+        batches, states = [], lib.reference.response_states
+        monkeypatch.setattr(lib.reference, "response_states", lambda model, batch: batches.append(batch) or states(model, batch))
         return batches
 
     def test_its_terms_are_those_of_the_live_reference_in_any_order(self, model, examples, kept):
         for batch in (examples[:5], examples[9:4:-1], [examples[7]]):
-            for stored, live in zip(kept.terms(batch), live_reference(model)(batch), strict=True):
+            for stored, live in zip(kept(batch), live_reference(model)(batch), strict=True):
                 assert_near(stored, live)
 
     def test_a_file_is_taken_if_whole_and_of_these_examples(self, model, examples, tmp_path, computed, capsys):
         kept = kept_reference(tmp_path, model, examples)
+        size = sum(e.n_labels for e in examples) * 4 * 129
+        assert f"reference: {size / 1e6:.1f} MB in {tmp_path / 'reference.bin'}" in capsys.readouterr().out
+        assert size == n_bytes(model, examples) < (tmp_path / "reference.bin").stat().st_size < size + 3000
         computed.clear()
-        assert f"{kept.n_tokens} response tokens, {kept.n_tokens * 4 * 129 / 1e6:.1f} MB" in capsys.readouterr().out
-        assert kept.file.stat().st_size == kept.n_bytes == sum(e.n_labels for e in examples) * 4 * 129
         again = kept_reference(tmp_path, model, examples)
-        assert not computed and torch.equal(again.terms(examples)[0], kept.terms(examples)[0])
+        assert not computed and torch.equal(again(examples)[0], kept(examples)[0])
         kept_reference(tmp_path, model, examples[:-1])
         assert sum(map(len, computed)) == 23
 
     @pytest.mark.parametrize("damage", ["a flipped bit", "cut", "no checksum", "a checksum that was cut"])
     def test_a_damaged_file_is_computed_again(self, model, examples, kept, tmp_path, computed, damage):
-        content, file, checksum = kept.file.read_bytes(), kept.file, kept.checksum_file
+        file, checksum, terms = tmp_path / "reference.bin", tmp_path / "reference.sha256", kept(examples)
+        content = file.read_bytes()
         middle = len(content) // 2
         if damage == "a flipped bit":
             file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
@@ -271,24 +272,36 @@ class TestKeptReference:
             checksum.unlink()
         else:
             checksum.write_text(checksum.read_text()[:10])
-        again = kept_reference(tmp_path, model, examples)
-        assert sum(map(len, computed)) == 24 and again.file.read_bytes() == content and again.is_whole()
+        again = kept_reference(tmp_path, model, examples)(examples)
+        assert sum(map(len, computed)) == 24 and file.read_bytes() == content
+        assert all(torch.equal(*pair) for pair in zip(again, terms, strict=True))
 
     def test_a_computation_that_was_interrupted_starts_again(self, model, examples, tmp_path, monkeypatch, computed):
-        reference, rows_of = KeptReference(tmp_path / "reference.bin", model, examples, 5), KeptReference.rows_of
+        states = lib.reference.response_states
 
-        def interrupted(self, model, batch):
+        def interrupted(model, batch):
             if len(computed) == 3:
                 raise KeyboardInterrupt
-            return rows_of(self, model, batch)
+            return states(model, batch)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(KeptReference, "rows_of", interrupted)
-            reference.compute(model)
-        assert not reference.is_whole()
+            patch.setattr(lib.reference, "response_states", interrupted)
+            kept_reference(tmp_path, model, examples)
+        assert not list(tmp_path.iterdir())
         computed.clear()
-        reference.compute(model)
-        assert sum(map(len, computed)) == 24 and reference.is_whole()
+        kept_reference(tmp_path, model, examples)
+        assert sum(map(len, computed)) == 24
+
+    def test_a_disk_that_is_full_after_all_is_an_error_that_names_the_file(self, model, examples, tmp_path):
+        limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+            with pytest.raises(OSError, match="reference.bin: "):
+                kept_reference(tmp_path, model, examples)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert not list(tmp_path.iterdir())
 
     def test_no_room_is_an_error_before_anything_is_written(self, model, examples, tmp_path, monkeypatch):
         monkeypatch.setattr(lib.reference.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
@@ -299,26 +312,34 @@ class TestKeptReference:
 
 class TestWhichReference:
     def choose(self, examples, folder, risk=None, model=None, **options):
-        """Return the KeptReference, "live", or None."""
+        """Return the indices of the examples whose terms are kept, "live", or None."""
         folder.mkdir(exist_ok=True)
         config = replace(TrainConfig(device=DEVICE, out=folder, epochs=20), **options)
         risk = torch.ones(24) if risk is None else risk
-        reference = open_reference(config, model or policy(), examples, risk)
-        return getattr(reference, "__self__", "live") if reference else None
+        indices = []
+
+        def kept_reference(file, model, examples, batch_size):
+            indices.extend(e.index for e in examples)
+            return live_reference(model)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "kept_reference", kept_reference)
+            reference = open_reference(config, model or policy(), examples, risk)
+        return (indices or "live") if reference else None
 
     def test_auto_keeps_what_several_epochs_use_and_half_the_free_disk_holds(self, examples, tmp_path, monkeypatch):
-        n_bytes = self.choose(examples, tmp_path).n_bytes
+        assert self.choose(examples, tmp_path) == self.choose(examples, tmp_path, epochs=1, ref="keep") == list(range(24))
         assert self.choose(examples, tmp_path, epochs=1) == self.choose(examples, tmp_path, ref="live") == "live"
-        assert self.choose(examples, tmp_path, epochs=1, ref="keep").n_bytes == n_bytes
-        for free, kept in ((2 * n_bytes, True), (2 * n_bytes - 1000, False)):
+        size = n_bytes(policy(), examples)
+        for free, kept in ((2 * size, True), (2 * size - 1000, False)):
             monkeypatch.setattr(lib.reference.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
             assert (self.choose(examples, tmp_path / str(free)) != "live") == kept
 
     def test_only_examples_that_can_be_pulled_are_kept(self, examples, tmp_path):
         risk = (torch.arange(24) % 4 == 0).double()
         closed = self.choose(examples, tmp_path, risk, beta_min=0.0, beta_max=1.0)
-        assert set(closed.rows) == {0, 4, 8, 12, 16, 20} and len(self.choose(examples, tmp_path, risk).rows) == 24
-        assert len(self.choose(examples, tmp_path, risk, beta_min=0.0, gate="batch").rows) == 24
+        assert closed == [0, 4, 8, 12, 16, 20] and len(self.choose(examples, tmp_path, risk)) == 24
+        assert len(self.choose(examples, tmp_path, risk, beta_min=0.0, gate="batch")) == 24
         assert self.choose(examples, tmp_path, 0 * risk, beta_min=0.0) is None
         assert self.choose(examples, tmp_path, method="sft") is self.choose(examples, tmp_path, method="csft") is None
 

@@ -25,7 +25,7 @@ from lib import reference
 from lib.baselines import Baseline
 from lib.files import DataError
 from lib.frame import find_forged_markup
-from lib.reference import KeptReference
+from lib.reference import kept_reference
 from lib.risk import as_risk, read_risk
 from model import add_lora, working_dtype
 from probe import conversation_risk, fit_probe, load_probe, save_probe
@@ -332,10 +332,9 @@ def test_a_kept_reference_that_is_not_the_models_never_trains(tmp_path, chat, da
     model, examples = load_model(WORLD / "model", dtype=torch.float32), encode_examples(chat, data, 256)
     add_lora(model, 4, 16)
     monkeypatch.setattr(reference, "reference_terms", lambda h, w, y, dtype: (torch.zeros_like(h), torch.zeros(len(h))))
-    kept = KeptReference(tmp_path / "reference.bin", model, examples, 8)
-    kept.compute(model)
+    kept = kept_reference(tmp_path / "reference.bin", model, examples, 8)
     with pytest.raises(DataError, match="step 0: expected KL 0 before the policy moves, found .* delete the run's reference.bin"):
-        train(TrainConfig(epochs=1, lr=2e-3, device=DEVICE), model, kept.terms, Baseline(0, 8, 1), examples, torch.ones(6), tmp_path)
+        train(TrainConfig(epochs=1, lr=2e-3, device=DEVICE), model, kept, Baseline(0, 8, 1), examples, torch.ones(6), tmp_path)
 
 
 # ---------------------------------------------------------------- the judge can be spoken to

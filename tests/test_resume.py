@@ -194,7 +194,7 @@ def test_a_damaged_reference_is_computed_again(folder, undisturbed, monkeypatch,
     file.write_bytes(bytes(file.stat().st_size))
     capsys.readouterr()
     start("--resume", folder / "reference")
-    assert "response tokens" in capsys.readouterr().out and outcome(folder / "reference") == undisturbed
+    assert f"MB in {file}" in capsys.readouterr().out and outcome(folder / "reference") == undisturbed
 
 
 def test_a_run_of_which_something_has_changed_is_refused(folder, undisturbed, monkeypatch):
