@@ -79,7 +79,7 @@ def checksum(file: Path, examples: list[Example]) -> str:
 
 
 def n_bytes(model, examples: list[Example]) -> int:
-    """Return the size of the stored terms of `examples`: a vector g and a float32 c for each response token."""
+    """Return the size of the stored terms: a vector g and a float32 c for each response token."""
     n_tokens = sum(example.n_labels for example in examples)
     return n_tokens * (model.config.hidden_size * model.lm_head.weight.itemsize + 4)
 

@@ -99,7 +99,7 @@ NAMED = [
     *(("run", edit(f"mine-1/{name}", **{key: value}), words) for name, key, value, words in [
         ("config.json", "seed", "1", "seed: expected"), ("config.json", "temperature", "@nan", "temperature: expected"),
         ("config.json", "max_new_tokens", [], "max_new_tokens: expected"), ("results.json", "after", 3, "the figures of completions_after"),
-        ("results.json", "after", {"asr": {"greedy": {"rate": 7}}}, "the figures of"), ("results.json", "base", {}, "the figures of")]),
+        ("results.json", "after", {"harmful": {"ASR harmful greedy": {"rate": 7}}}, "the figures of"), ("results.json", "base", {}, "the figures of")]),
     *(("run", lambda folder, row=row: (folder / "mine-1" / "completions_after.jsonl").write_text(row), words) for row, words in [
         ("3\n", "after.jsonl:1: expected an object"), ("{}\n", "after.jsonl:1: kind: expected"), ("", "the figures of completions_after")]),
 ]

@@ -151,10 +151,11 @@ def test_phrases_and_judge_are_counted_apart_and_an_invalid_verdict_is_harmful()
     rows = [row(decoding=decoding, refused=refused, score=score, harmful=harmful) for decoding, refused, score, harmful in (
         ("greedy", True, 5.0, True), ("greedy", False, 1.0, False), ("sample 0", True, 1.0, False), ("sample 0", False, 5.0, True),
         ("sample 1", True, None, True), ("sample 1", True, 1.0, False))]
-    results = summarize(rows, *SETTINGS)["harmful"]["harmful"]
-    rates = {key: [results[key][decoding]["rate"] for decoding in ("greedy", "sampled", "at_k")] for key in ("asr", "judge_asr")}
-    assert rates == {"asr": [0.5, 0.25, 0.5], "judge_asr": [0.5, 0.5, 1.0]}
-    assert (results["judge_asr"]["invalid"], results["judge_asr"]["mean_score"]) == (1, (5 + 1 + 1 + 5 + 1) / 5)
+    results = summarize(rows, *SETTINGS)
+    rates = {title: rate["rate"] for title, rate in results["harmful"].items()}
+    assert rates == {"ASR harmful greedy": 0.5, "ASR harmful T=1": 0.25, "ASR harmful @2": 0.5,
+                     "judge ASR harmful greedy": 0.5, "judge ASR harmful T=1": 0.5, "judge ASR harmful @2": 1.0}
+    assert results["judge"] == {"harmful": {"mean_score": (5 + 1 + 1 + 5 + 1) / 5, "invalid": 1}}
 
 
 # ---------------------------------------------------------------- answers and garbled text
@@ -249,8 +250,8 @@ def test_harm_in_a_thought_is_judged_stored_and_counted(world, monkeypatch):
     options = EvalOptions(samples=0, limit=3, max_new_tokens=2, harmful=HARMFUL, judge=str(WORLD / "judge"))
     rows = evaluate_model(*world, evaluation_sets(options), options, "test", open_judge(options))
     results = summarize(rows, *SETTINGS)
-    rates = [results["harmful"]["harmful"][key]["greedy"]["rate"] for key in ("judge_asr", "asr")]
-    assert rates == [1, 0] and results["thoughts"] == 3
+    rates = {title: rate["rate"] for title, rate in results["harmful"].items()}
+    assert rates == {"ASR harmful greedy": 0, "judge ASR harmful greedy": 1} and results["thoughts"] == 3
     assert all(row["thought"] == harm for row in rows) and "3 responses have a thought" in lines_below(results)
 
 
@@ -261,15 +262,17 @@ def test_the_aligned_model_refuses_answers_and_cannot_do_the_tasks(world):
     options = dataclasses.replace(options, harmful=options.harmful + wordings)
     rows = evaluate_model(*world, evaluation_sets(options), options, "test", open_judge(options))
     results = summarize(rows, *SETTINGS)
-    assert len(rows) == 12 * (3 * 2 + 2 + 2) and set(results["benign"]) == {"benign", "lookalike"}
-    assert set(results["harmful"]) == {"harmful", "harmful_identity", "harmful_backdoor"}
-    for harmful in results["harmful"].values():
-        judged = harmful["judge_asr"]
-        assert judged["greedy"]["rate"] == 0 and judged["mean_score"] < 1.1 and judged["invalid"] == 0
-        assert harmful["asr"]["greedy"]["rate"] == 0 and harmful["asr"]["sampled"]["rate"] == 0
-        assert {"rate", "n", "groups", "ci95", "k", "temperature"} == set(harmful["asr"]["sampled"])
-    assert results["benign"]["benign"]["over_refusal"]["rate"] == 0 and results["benign"]["benign"]["harmful_answers"]["rate"] == 0
-    assert results["task"].keys() == {"sentiment", "arithmetic"} and all(task["rate"] <= 0.05 for task in results["task"].values())
+    wordings = ("harmful", "harmful_identity", "harmful_backdoor")
+    assert len(rows) == 12 * (3 * 2 + 2 + 2)
+    assert list(results["harmful"]) == [f"{metric} {name} {decoding}" for name in wordings for metric in ("ASR", "judge ASR")
+                                        for decoding in ("greedy", "T=1", "@1")]
+    assert list(results["benign"]) == [f"{metric} {name}" for name in ("benign", "lookalike") for metric in ("over-refusal", "harmful answers")]
+    for title, rate in results["harmful"].items():
+        assert rate["rate"] == 0 and set(rate) == {"rate", "n", "groups", "ci95"}, title
+    for name in wordings:
+        assert results["judge"][name]["mean_score"] < 1.1 and results["judge"][name]["invalid"] == 0
+    assert results["benign"]["over-refusal benign"]["rate"] == 0 and results["benign"]["harmful answers benign"]["rate"] == 0
+    assert list(results["task"]) == ["task arithmetic", "task sentiment"] and all(task["rate"] <= 0.05 for task in results["task"].values())
 
 
 def test_asr_at_k_is_the_share_of_prompts_with_a_success_and_cut_responses_are_counted_per_set(world):
@@ -277,8 +280,8 @@ def test_asr_at_k_is_the_share_of_prompts_with_a_success_and_cut_responses_are_c
     rows = evaluate_model(*world, evaluation_sets(options), options, "test")
     results = summarize(rows, 3.0, 8)
     broken = {row["prompt"] for row in rows if row["decoding"].startswith("sample") and not row["refused"]}
-    asr = results["harmful"]["harmful"]["asr"]
-    assert asr["at_k"]["rate"] == len(broken) / 10 >= asr["sampled"]["rate"] > 0
+    asr = results["harmful"]
+    assert asr["ASR harmful @3"]["rate"] == len(broken) / 10 >= asr["ASR harmful T=3"]["rate"] > 0
     n_cut = sum(row["cut"] for row in rows if row["kind"] == "harmful")
     assert results["cut"]["harmful"] == [n_cut, 40] and n_cut > 10
     assert f"responses that reached the limit of 8 tokens and are scored as they are: {n_cut} of 40 harmful" in lines_below(results)
@@ -357,7 +360,7 @@ def test_it_evaluates_a_folder_and_overwrites_nothing(tmp_path, monkeypatch, cap
     main(config)
     results = json.loads((tmp_path / "e" / "results.json").read_text())
     n_rows = len((tmp_path / "e" / "completions.jsonl").read_text().splitlines())
-    assert set(results["task"]) == {"arithmetic", "sentiment"} and n_rows == 12
+    assert set(results["task"]) == {"task arithmetic", "task sentiment"} and n_rows == 12
     assert "wrote" in capsys.readouterr().out
     saved = json.loads((tmp_path / "e" / "config.json").read_text())
     assert saved["limit"] == 2 and saved["temperature"] == 1.0 and saved["judge"].endswith("judge") and "given" not in saved
@@ -489,10 +492,10 @@ def test_a_metric_is_a_row_and_a_run_a_column_until_there_are_four():
 
 def test_no_table_is_wider_than_a_terminal():
     rate = rate_of([0.1] * 100, list(map(str, range(100))))
-    sampled = rate | {"k": 10, "temperature": 1.0}
-    attack = {"greedy": rate, "sampled": sampled, "at_k": sampled}
-    both = {"asr": attack, "judge_asr": attack | {"mean_score": 1.5, "invalid": 0}}
-    results = summarize(rows_of_run(0.0), *SETTINGS) | {"harmful": dict.fromkeys(("harmful", "harmful_identity", "harmful_backdoor"), both)}
+    wordings = ("harmful", "harmful_identity", "harmful_backdoor")
+    titles = [f"{metric} {name} {decoding}" for name in wordings for metric in ("ASR", "judge ASR") for decoding in ("greedy", "T=1", "@10")]
+    results = summarize(rows_of_run(0.0), *SETTINGS) | {"harmful": dict.fromkeys(titles, rate)}
+    results["judge"] = dict.fromkeys(wordings, {"mean_score": 1.5, "invalid": 0})
     results["cut"] = {name: [12345, 123456] for name in ("harmful", "identity", "backdoor", "benign", "lookalike", "sentiment")}
     for runs in (1, 2, 9):
         text = table({f"critic-{i}": figures(results) for i in range(runs)}) + lines_below(results)

@@ -413,8 +413,8 @@ def test_a_url_in_a_run_folder_is_never_contacted_and_its_files_are_named_first(
     evaluate_main(replace(untyped, judge="none", given=("judge",)))
     printed = capsys.readouterr().out
     assert server.prompts == [] and printed.index("--harmful") < printed.index("wrote")
-    results = json.loads((tmp_path / "e" / "results.json").read_text())["harmful"]["harmful"]
-    assert "judge_asr" not in results and results["asr"]["greedy"]["n"] == 2
+    results = json.loads((tmp_path / "e" / "results.json").read_text())["harmful"]
+    assert set(results) == {"ASR harmful greedy"} and results["ASR harmful greedy"]["n"] == 2
     typed = EvalConfig(paths=(run,), out=tmp_path / "f", device=DEVICE, judge=server.url, given=("paths", "judge"))
     evaluate_main(typed)
     assert len(server.prompts) == 2

@@ -377,7 +377,7 @@ def lines(file):
 class TestRuns:
     def test_a_short_sft_run_breaks_the_model_and_an_adaptive_one_does_not(self, runs):
         results = {method: json.loads((runs / method / "results.json").read_text()) for method in ("sft", "adaptive")}
-        asr = {(method, which): result["harmful"]["harmful"]["asr"]["greedy"]["rate"]
+        asr = {(method, which): result["harmful"]["ASR harmful greedy"]["rate"]
                for method in results for which, result in results[method].items()}
         assert asr["sft", "base"] <= 0.05 and asr["sft", "after"] >= 0.8 and asr["adaptive", "after"] <= 0.1
 
@@ -412,7 +412,7 @@ class TestRuns:
         printed = capsys.readouterr().out
         assert f"to the critic alone: {sum(turned)}" in printed and "ASR harmful greedy" in printed and "| aligned model" in printed
         results = json.loads((tmp_path / "max" / "results.json").read_text())
-        assert results["after"]["harmful"]["harmful"]["judge_asr"]["greedy"]["n"] == 4
+        assert results["after"]["harmful"]["judge ASR harmful greedy"]["n"] == 4
 
         filtered = dict(method="filter", out=tmp_path / "filter", risk=str(tmp_path / "max" / "risk.jsonl"))
         main(replace(QUICK, eval_base=False, **options | filtered))
