@@ -30,7 +30,7 @@ from lib.cli import comma_list, printable, progress_bar, require, run
 from lib.files import (DataError, new_folder, read_json, remove_if_unused, write_config, write_json,
                        write_jsonl)
 from lib.options import METHODS_WITH_OPTION
-from lib.report import KINDS, figures, lines_below, read_completions, read_run, summarize, table
+from lib.report import KINDS, figures, lines_below, read_finished, read_run, summarize, table
 from lib.run import stored_options
 from lib.scores import is_correct, mark_garbled, metric_of, refuses
 from model import Transformer, generate, load_model, sample_seed, working_dtype
@@ -257,14 +257,9 @@ def pool(name: str, which: str, runs: dict[Path, dict], fluency: tuple | None) -
     which: "base" or "after" completions. fluency: (model, chat) for mark_garbled, or None. A figure has the
     "rates" of the runs, too.
     """
-    configs = list(runs.values())
-    settings = configs[0]["temperature"], configs[0]["max_new_tokens"]
-    parts = [read_completions(path, which) for path in runs]
-    for path, part in zip(runs, parts):
-        as_evaluated = [{key: row[key] for key in row if key != "garbled"} for row in part]  # marked later
-        if read_json(path / "results.json").get(which) != summarize(as_evaluated, *settings):
-            raise DataError(f"{path / 'results.json'}: expected the figures of completions_{which}.jsonl, "
-                            "found others: one of the files is damaged, or of an earlier version; run again")
+    config = next(iter(runs.values()))
+    settings = config.get("temperature"), config.get("max_new_tokens")
+    parts = [read_finished(path, which, *settings) for path in runs]
     rows = sum(parts, [])
     if fluency:
         mark_garbled(rows, *fluency)

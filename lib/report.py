@@ -3,14 +3,14 @@
 import math
 import shlex
 import textwrap
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from lib.cli import printable
-from lib.files import COUNT, DataError, between, either, expect, read_json, read_rows
+from lib.files import DataError, between, either, expect, read_json, read_rows
 
 METRICS = {  # kind of evaluation set → metric → the score that it needs, success of a row
     "harmful": {"ASR": ("refused", lambda row: not row["refused"]),
@@ -21,13 +21,7 @@ METRICS = {  # kind of evaluation set → metric → the score that it needs, su
     "task": {"task": ("correct", lambda row: row["correct"])},
 }
 KINDS = tuple(METRICS)
-TEXT, BOOLEAN = either(str), either(bool)
-CONFIG = {"seed": between(0, 2**32), "temperature": between(1e-6, 1e6, float), "max_new_tokens": COUNT,
-          "model_sha256": TEXT, "sets_sha256": TEXT}
-ROW = {"kind": (" | ".join(KINDS), lambda value: value in KINDS), "set": TEXT, "decoding": TEXT,
-       "group": TEXT, "prompt": TEXT, "thought": TEXT, "response": TEXT, "cut": BOOLEAN,
-       "harmful": either(bool, optional=True), "score": between(1, 5, float, optional=True),
-       "garbled": either(bool, optional=True)}
+CONFIG = {"seed": between(0, 2**32), "model_sha256": either(str), "sets_sha256": either(str)}  # of a run
 
 
 # ---------------------------------------------------------------- metrics
@@ -269,18 +263,21 @@ def read_run(path: Path) -> dict:
 
 
 def read_completions(run: Path, which: str) -> list[dict]:
-    """Read the completions of a run, `which` "base" or "after". Raises DataError that names file and line."""
-    file = run / f"completions_{which}.jsonl"
-    rows, passes = [], defaultdict(Counter)  # set → rows by decoding
-    for where, row in read_rows(file):
-        score = "correct" if row.get("kind") == "task" else "refused"
-        expect(row, ROW | {score: BOOLEAN}, where)
-        passes[row["kind"], row["set"]][row["decoding"]] += 1
-        rows.append(row)
-    for (_, name), counts in passes.items():
-        if next(iter(counts)) != "greedy" or len(set(counts.values())) > 1:
-            raise DataError(f"{file}: expected each prompt of {name} equally often, greedy first, "
-                            f"found {dict(counts)}")
+    """Read the completions of a run, `which` "base" or "after". Raises DataError that names the file."""
+    return [row for _, row in read_rows(run / f"completions_{which}.jsonl")]
+
+
+def read_finished(run: Path, which: str, temperature: float, max_new_tokens: int) -> list[dict]:
+    """Read the completions of a finished run. Raises DataError unless its results.json follows from them."""
+    rows, results = read_completions(run, which), read_json(run / "results.json")
+    as_evaluated = [{key: row[key] for key in row if key != "garbled"} for row in rows]  # marked later
+    try:
+        is_whole = summarize(as_evaluated, temperature, max_new_tokens) == results[which]
+    except (ArithmeticError, LookupError, TypeError, ValueError):  # a value is missing, or of a wrong type
+        is_whole = False
+    if not is_whole:
+        raise DataError(f"{run}: expected results.json to follow from completions_{which}.jsonl, found other "
+                        "figures: a file is damaged, or of an earlier version; run again")
     return rows
 
 

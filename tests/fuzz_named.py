@@ -97,9 +97,9 @@ NAMED = [
     ("risks", put("risk.jsonl", RAW["@deep"]), "risk.jsonl:1: "), ("risks", pipe("risk.jsonl"), "expected a file"),
     ("probe", pipe("probe.safetensors"), "expected a file"), ("probe", put("probe.safetensors", "x"), "written by probe.py"),
     *(("run", edit(f"mine-1/{name}", **{key: value}), words) for name, key, value, words in [
-        ("config.json", "seed", "1", "seed: expected"), ("config.json", "temperature", "@nan", "temperature: expected"),
-        ("config.json", "max_new_tokens", [], "max_new_tokens: expected"), ("results.json", "after", 3, "the figures of completions_after"),
-        ("results.json", "after", {"harmful": {"ASR harmful greedy": {"rate": 7}}}, "the figures of"), ("results.json", "base", {}, "the figures of")]),
+        ("config.json", "seed", "1", "seed: expected"), ("config.json", "temperature", "@nan", "results.json to follow"),
+        ("config.json", "max_new_tokens", [], "results.json to follow"), ("results.json", "after", 3, "to follow from completions_after"),
+        ("results.json", "after", {"harmful": {"ASR harmful greedy": {"rate": 7}}}, "to follow"), ("results.json", "base", {}, "to follow")]),
     *(("run", lambda folder, row=row: (folder / "mine-1" / "completions_after.jsonl").write_text(row), words) for row, words in [
-        ("3\n", "after.jsonl:1: expected an object"), ("{}\n", "after.jsonl:1: kind: expected"), ("", "the figures of completions_after")]),
+        ("3\n", "after.jsonl:1: expected an object"), ("{}\n", "to follow from completions_after"), ("", "to follow from completions_after")]),
 ]

@@ -468,16 +468,42 @@ def test_another_aligned_model_other_prompts_and_damaged_folders_are_refused(tmp
             compare([write_run(tmp_path / str(i) / "b-1", 1, **{key: None})])
     with pytest.raises(DataError, match="the same prompts, found .*; limit: 0 .*a-0.*, 30 .*c-1"):
         compare([write_run(tmp_path / "l" / "a-0", limit=0), write_run(tmp_path / "l" / "c-1", 1, sets_sha256="other", limit=30)])
-    text = (first / "completions_after.jsonl").read_text()
-    (first / "completions_after.jsonl").write_text(text.replace("true", "false", 1))
-    with pytest.raises(DataError, match="results.json: expected the figures of completions_after.jsonl, found others"):
-        compare([first])
-    (first / "completions_after.jsonl").write_text('{"kind": "harmful"}')
-    with pytest.raises(DataError, match="completions_after.jsonl:1: set: expected str, found None"):
-        compare([first])
-    (first / "completions_after.jsonl").unlink()
-    with pytest.raises(DataError, match="a-0/completions_after.jsonl: expected a file, found nothing"):
-        compare([first])
+
+
+@pytest.mark.parametrize("name, old, new, words", [
+    ("completions_after.jsonl", '"refused": true', '"refused": false', "expected results.json to follow from completions_after.jsonl"),
+    ("completions_after.jsonl", '"refused": true', '"refused": null', "expected results.json to follow"),
+    ("completions_after.jsonl", '"kind": "harmful"', '"kind": "x"', "expected results.json to follow"),
+    ("completions_after.jsonl", '"kind": "harmful"', '"kind": []', "expected results.json to follow"),
+    ("completions_after.jsonl", '"group": "0"', '"group": []', "expected results.json to follow"),
+    ("completions_after.jsonl", '"set": "harmful", ', "", "expected results.json to follow"),
+    ("completions_after.jsonl", '"decoding": "greedy"', '"decoding": "sample 0"', "expected results.json to follow"),
+    ("completions_after.jsonl", '"correct": true', '"correct": 7', "expected results.json to follow"),
+    ("completions_after.jsonl", '"correct": true', '"correct": "x"', "expected results.json to follow"),
+    ("completions_base.jsonl", '"cut": false', '"cut": "x"', "expected results.json to follow from completions_base.jsonl"),
+    ("completions_after.jsonl", '"refused": true}', '"refus', "/completions_after.jsonl:1: expected a JSON object"),
+    ("results.json", '"rate": 0.0', '"rate": 0.01', "expected results.json to follow"),
+    ("results.json", '"after"', '"later"', "expected results.json to follow"),
+    ("config.json", '"max_new_tokens": 48', '"max_new_tokens": null', "expected results.json to follow"),
+    ("config.json", '"seed": 0, ', "", "/config.json: seed: expected an integer"),
+    ("config.json", "{", "[{", "/config.json: expected JSON")])
+def test_a_damaged_folder_is_refused_in_an_error_that_names_it(tmp_path, name, old, new, words):
+    file = write_run(tmp_path / "a-0") / name
+    text = file.read_text()
+    file.write_text(text.replace(old, new, 1))
+    assert file.read_text() != text
+    with pytest.raises(DataError, match=f"a-0.*{words}"):
+        compare([tmp_path / "a-0"])
+
+
+@pytest.mark.parametrize("name", ["completions_after.jsonl", "completions_base.jsonl", "config.json"])
+def test_a_folder_that_lacks_a_file_is_refused_or_has_no_row_of_the_aligned_model(tmp_path, name):
+    (write_run(tmp_path / "a-0") / name).unlink()
+    if name == "completions_base.jsonl":
+        assert [row["name"] for row in compare([tmp_path / "a-0"])[1]] == ["a"]
+    else:
+        with pytest.raises(DataError, match=f"a-0/{name}: .*found"):
+            compare([tmp_path / "a-0"])
 
 
 def test_a_metric_is_a_row_and_a_run_a_column_until_there_are_four():
