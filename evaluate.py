@@ -27,8 +27,7 @@ from data.conversations import WORLD, Conversation, is_embedded, normalized, rea
 from lib import distributed
 from lib.checkpoint import read_config
 from lib.cli import comma_list, printable, progress_bar, require, run
-from lib.files import (DataError, new_folder, read_json, remove_if_unused, write_config, write_json,
-                       write_jsonl)
+from lib.files import DataError, new_folder, remove_if_unused, write_config, write_json, write_jsonl
 from lib.options import METHODS_WITH_OPTION
 from lib.report import KINDS, figures, lines_below, read_finished, read_run, summarize, table
 from lib.run import stored_options

@@ -12,10 +12,10 @@ The objective (Goel, Maji, Mazumder 2026, arXiv 2602.17546), over response token
     NLL  = −log π_θ(y_t | x, y_<t)
     KL   = Σ_v π_ref(v | x, y_<t) · log( π_ref(v | x, y_<t) / π_θ(v | x, y_<t) )      forward, full vocabulary
     β_i  = β_min + (β_max − β_min) · s_i        α_i = 1 − β_i     s_i ∈ [0, 1]: the risk of example i
-           --gate batch: s̃, the smoothed mean risk of the step; other --method: β = 0
+           --gate batch: the smoothed mean risk s̃ of the step instead of s_i; baselines: β = 0
 
     NLL  token_nll    KL  token_kl    α, β  blend    s̃  smooth    L  micro_batch_loss
-    [ … ]  token_loss is the definition; training runs its equal, lib/fused.token_loss
+    [ … ]  token_loss is the definition; training runs its equal, lib/fused.fused_token_loss
     s      training_risk: from the prompt (probe.py), from prompt and response (critic.py), or from a file
     π_θ    policy       π_ref  the reference: the aligned model, which is the policy before its first step
 
@@ -23,12 +23,13 @@ It follows that N · ∂L/∂logits_it = π_θ − (α·onehot(y) + β·π_ref):
 The map from risk to β is the gate. It leaks at β_max < 1: the optimum gives the first token of an answer of
 risk 1 a probability of 1 − β_max or more, and a first token decides between refusing and answering. Only
 prompts that the aligned model refuses, trained with β > 0, hold its refusals in place. Data without harm have
-no such prompts; anchors add some. --sealed does both: β_max = 1, and anchors.
+no such prompts; anchors add some. --sealed sets β_min = 0.02, β_max = 1 and a tenth of anchors.
 
 Differences from the paper (P) and from its authors' code (C):
  1. One graded risk per example: the probe's probability, or (score − 1)/4 of the critic. C makes the probe's
     risk 0 or 1 by a threshold, clamps (score − 2)/3 of the critic, and weighs a whole batch by one example's
-    risk. P weighs a batch by its smoothed risk: --gate batch.
+    risk. P weighs a batch by its smoothed risk, here --gate batch; the default is
+    --gate example.
  2. Risk is computed once, before training: neither ref nor the data change. C computes it in every epoch.
  3. NLL and KL share one denominator, the response tokens of the step. C divides them by different counts.
  4. The reference is the policy itself before its first step. Its terms of KL are computed once and stored in
@@ -54,10 +55,11 @@ from data.conversations import WORLD, is_embedded, normalized, read_conversation
 from data.order import step_examples
 from evaluate import (EvalOptions, default_sets, evaluate_model, evaluation_prompts, evaluation_sets,
                       expect_prompts_fit, refuses, respond)
-from lib import distributed, fused
+from lib import distributed
 from lib.baselines import BASELINES, Baseline
 from lib.cli import as_typed, progress_bar, require, run
 from lib.files import DataError, remove, write_json
+from lib.fused import fused_token_loss, response_states
 from lib.options import check_options, leak_line
 from lib.reference import fits_half_the_disk, kept_reference, live_reference
 from lib.report import (KINDS, agreement, figures, learned_line, lines_below, not_measured, print_answers,
@@ -129,7 +131,7 @@ class TrainConfig(EvalOptions):
         return self.batch_size * self.accumulation
 
     def n_steps(self, n_examples: int) -> int:
-        """Return the optimizer steps of a run on n_examples of data: anchors that steps draw come on top."""
+        """Return the optimizer steps of a run on n_examples of data, to which its anchors are added."""
         share = self.anchor_share if BASELINES.get(self.method, Baseline).draws_anchors else 0.0
         return math.ceil(self.epochs * n_examples / (1 - share) / self.per_step)
 
@@ -172,7 +174,7 @@ def token_loss(hidden, weight, labels, alpha, beta, ref_hidden) -> tuple:
 
     hidden (N, H) final hidden states; weight (V, H) the head; labels (N,) the tokens they predict; alpha,
     beta (N,); ref_hidden (M, H) of the first M tokens: the caller puts those with β > 0 first, KL of the
-    others is not computed, and 0. This is the definition. The loop runs fused.token_loss, equal to it, which
+    others is not computed, and 0. This is the definition. The loop runs fused_token_loss, equal to it, which
     never holds the logits of all tokens. Logits are float32 or wider: bfloat16's rounding would drown KL.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -196,11 +198,11 @@ def micro_batch_loss(policy: Transformer, reference, examples: list[Example], al
     order = (beta == 0).to(torch.int8).argsort(stable=True)  # examples with β > 0 first
     examples, alpha, beta = [examples[i] for i in order], alpha[order], beta[order]
     pulled = examples[: int((beta > 0).sum())]
-    hidden, labels, row = fused.response_states(policy, examples)  # row (N,): the example of each token
+    hidden, labels, row = response_states(policy, examples)  # row (N,): the example of each token
     alpha, beta = alpha[row].to(policy.device), beta[row].to(policy.device)  # (N,)
     no_terms = hidden.detach()[:0], hidden.detach()[:0, 0]
     terms = reference(pulled) if pulled else no_terms  # g (M, H), c (M,)
-    loss, nll, kl = fused.token_loss(hidden, policy.lm_head.weight, labels, alpha, beta, terms)
+    loss, nll, kl = fused_token_loss(hidden, policy.lm_head.weight, labels, alpha, beta, terms)
     if token_weights:
         loss = loss * token_weights(nll, examples)
     example_of_token = order[row].to(policy.device)  # (N,), in the order that was given
@@ -270,8 +272,8 @@ def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat, example
             turns = [*c.prompts[-1], {"role": "assistant", "content": text}]
             records.append({"messages": turns, "harmful": c.is_harmful, "cut": cut})
     n_harmful = sum(record["harmful"] for record in records)
-    print(f"{len(records)} anchors, {n_harmful} of them harmful: of {len(candidates)} prompts of {file} "
-          "without harmful ones that are not refused, benign ones that are, and those without an answer")
+    print(f"{len(records)} anchors: {n_harmful} harmful and refused, {len(records) - n_harmful} benign and answered, "
+          f"of {len(candidates)} prompts of {file}")
     if not records:
         raise DataError(f"{file}: expected prompts that {config.data} and the evaluation lack, harmful and "
                         f'refused or benign ("harmful": false) and answered, found none')
@@ -333,7 +335,7 @@ def train(config: TrainConfig, policy: Transformer, reference, method: Baseline,
         n_tokens = sum(example.n_labels for example in drawn)
         s, alpha, beta = step_weights(config, drawn, risk, state)
 
-        sums = torch.zeros(3, per_step, device=policy.device)  # loss of each batch; NLL, KL of each example
+        sums = torch.zeros(3, per_step, device=policy.device)  # a batch's loss, at its first example; NLL; KL
         for batch in distributed.shard(range(per_step), config.batch_size):
             loss, nll, kl = micro_batch_loss(policy, reference, [drawn[i] for i in batch], alpha[batch],
                                              beta[batch], n_tokens, method.token_weights)
@@ -341,13 +343,13 @@ def train(config: TrainConfig, policy: Transformer, reference, method: Baseline,
             sums[0, batch[0]], sums[1, batch], sums[2, batch] = loss.detach(), nll, kl
         method.adjust_gradients(parameters, step, state)
         grad_norm = distributed.sum_and_clip(parameters, MAX_GRADIENT_NORM)
-        row = step_metrics(drawn, s, alpha, beta, *distributed.all_reduce_sum(sums).cpu())
-        row |= {"step": step, "grad_norm": grad_norm}
-        check_step(row, math.inf if state.moved else max_kl_at_start)
+        metrics = step_metrics(drawn, s, alpha, beta, *distributed.all_reduce_sum(sums).cpu())
+        metrics |= {"step": step, "grad_norm": grad_norm}
+        check_step(metrics, math.inf if state.moved else max_kl_at_start)
         lr = lr_at(step, n_steps, config.warmup_steps, config.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # While all α were 0, the gradient is rounding noise, which AdamW would scale up to full steps.
+        # Until some α is above 0, the gradient is rounding noise, which AdamW would scale up to full steps.
         state.moved = state.moved or bool(alpha.any())
         if state.moved:
             optimizer.step()
@@ -355,11 +357,11 @@ def train(config: TrainConfig, policy: Transformer, reference, method: Baseline,
 
         state.step = step + 1
         n_input = sum(len(example.input_ids) for example in drawn)
-        row |= {"lr": lr, "tokens_per_s": n_input / (time.perf_counter() - started)}
-        append_metrics(out, row)
+        metrics |= {"lr": lr, "tokens_per_s": n_input / (time.perf_counter() - started)}
+        append_metrics(out, metrics)
         if config.save_every and (state.step % config.save_every == 0 or state.step == n_steps):
             save_state(out, parameters, optimizer, state, key)
-        bar.set_postfix(loss=f"{row['loss']:.3f}", nll=f"{row['nll']:.3f}", refresh=False)
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}", nll=f"{metrics['nll']:.3f}", refresh=False)
 
 
 # ---------------------------------------------------------------- the run
@@ -461,7 +463,7 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
     """Run the stages: risk, evaluation of the aligned model, anchors, training, evaluation.
 
     Returns the run's complete options and its results {"base" | "after": summary}, {} with --dry-run. Each
-    stage's file is kept in the run's folder; a resumed run goes on behind the last one.
+    stage's file is kept in the run's folder; a resumed run goes on after the last one.
     """
     if config.resume:
         config = distributed.on_rank_zero(lambda: resumed_options(config))

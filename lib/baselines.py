@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from data.chat import IGNORE, Example
 from lib.distributed import world_size
 from lib.files import DataError
-from lib.fused import label_logp, response_states, token_loss
+from lib.fused import fused_token_loss, label_logp, response_states
 from lib.reference import live_reference
 
 FILTER_ABOVE = 0.5  # Filter drops examples with a higher risk
@@ -130,7 +130,8 @@ class SafeGrad(Baseline):
             hidden, labels, _ = response_states(self.policy, batch)
             ones = torch.ones(len(labels), device=hidden.device)
             head, terms = self.policy.lm_head.weight, self.reference(batch)
-            (token_loss(hidden, head, labels, 0 * ones, ones, terms)[0].sum() / n_tokens).backward()
+            loss = fused_token_loss(hidden, head, labels, 0 * ones, ones, terms)[0].sum() / n_tokens
+            loss.backward()
         of_anchors = [parameter.grad for parameter in parameters]
         for parameter, projected, gradient in zip(parameters, project(of_data, of_anchors), of_anchors):
             parameter.grad = projected + gradient

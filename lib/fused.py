@@ -95,7 +95,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return gradient * grad_nll[:, None], None, None
 
 
-def token_loss(hidden, weight, labels, alpha, beta, reference) -> tuple:
+def fused_token_loss(hidden, weight, labels, alpha, beta, reference) -> tuple:
     """Return the objective α·NLL + β·KL of each response token, NLL and KL: three (N,) in nats, float32.
 
     hidden (N, H); weight (V, H) the frozen head; labels, alpha, beta (N,). reference: `reference_terms`'

@@ -258,9 +258,9 @@ def measure_loss(config: BenchConfig) -> list[tuple[str, str]]:
         token_loss(hidden.clone().requires_grad_(), weight, labels, 1 - risk, risk, *ref)[0].sum().backward()
 
     def live():
-        job(fused.token_loss, fused.reference_terms(ref_hidden, weight, labels))
+        job(fused.fused_token_loss, fused.reference_terms(ref_hidden, weight, labels))
 
-    jobs = {"definition": lambda: job(train.token_loss, ref_hidden), "live": live, "kept": lambda: job(fused.token_loss, terms)}
+    jobs = {"definition": lambda: job(train.token_loss, ref_hidden), "live": live, "kept": lambda: job(fused.fused_token_loss, terms)}
     cpu = torch.device("cpu")
     times, peaks = interleaved(jobs, max(1, config.rounds // 4), cpu), {name: peak(job, cpu) for name, job in jobs.items()}
     return [(f"{name} / definition: {what}", f"{value:.3f}") for name in ("kept", "live") for what, value in (

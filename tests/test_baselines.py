@@ -303,7 +303,7 @@ class TestAnchors:
         wrong = [row | {"harmful": not row["harmful"]} for row in right]  # harmful and not refused, benign and refused
         anchors = make_anchors(model, chat, examples, anchors=jsonl(tmp_path / "both.jsonl", right + wrong))
         assert sorted(refuses(anchor.training_text.answer) for anchor in anchors) == [False, True]
-        assert "2 anchors, 1 of them harmful: of 4 prompts" in capsys.readouterr().out
+        assert "2 anchors: 1 harmful and refused, 1 benign and answered, of 4 prompts" in capsys.readouterr().out
         with pytest.raises(DataError, match="odd.jsonl:1: expected harmful: true or false, found 'true'"):
             make_anchors(model, chat, examples, anchors=jsonl(tmp_path / "odd.jsonl", [right[0] | {"harmful": "true"}]))
 
@@ -341,7 +341,7 @@ class TestAnchors:
         anchors, rows, risks = ([json.loads(line) for line in (tmp_path / "run" / f"{name}.jsonl").read_text().splitlines()]
                                 for name in ("anchors", "metrics", "risk"))
         printed = capsys.readouterr().out
-        assert f"{len(anchors)} anchors, {len(anchors)} of them harmful" in printed and "all are harmful" in printed
+        assert f"{len(anchors)} anchors: {len(anchors)} harmful and refused, 0 benign" in printed and "all are harmful" in printed
         assert anchors and all(refuses(row["messages"][-1]["content"]) for row in anchors)
         assert len(rows) == math.ceil(2 * 24 / 0.9 / 4) and rows[0]["kl"] == pytest.approx(0, abs=1e-4)
         assert len(risks) == 24  # of the data alone

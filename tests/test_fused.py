@@ -34,9 +34,9 @@ def tokens(n, m, dtype=torch.float32, vocabulary=50, size=12):
 
 
 def fast(hidden, weight, labels, alpha, beta, ref_hidden, dtype=None):
-    """fused.token_loss with the arguments of the definition; `dtype` is that of the stored vectors."""
+    """fused.fused_token_loss with the arguments of the definition; `dtype` is that of the stored vectors."""
     terms = reference_terms(ref_hidden, weight, labels[: len(ref_hidden)], dtype)
-    return fused.token_loss(hidden, weight, labels, alpha, beta, terms)
+    return fused.fused_token_loss(hidden, weight, labels, alpha, beta, terms)
 
 
 def value_and_grad(token_loss, hidden, *rest, **options):

@@ -74,9 +74,9 @@ EXAMPLES = [Example(i, ids[:n], labels[:n]) for i, (ids, labels, n) in enumerate
 
 
 def fast(hidden, weight, labels, alpha, beta, ref_hidden):
-    """fused.token_loss with the arguments of the definition."""
+    """fused.fused_token_loss with the arguments of the definition."""
     terms = fused.reference_terms(ref_hidden, weight, labels[: len(ref_hidden)])
-    return fused.token_loss(hidden, weight, labels, alpha, beta, terms)
+    return fused.fused_token_loss(hidden, weight, labels, alpha, beta, terms)
 
 
 @pytest.fixture(params=DTYPES, ids=str)

@@ -88,8 +88,8 @@ def written_out(model, examples, alpha, beta, reference=None):
 
 
 def fast(hidden, weight, labels, alpha, beta, ref_hidden):
-    """fused.token_loss with the arguments of the definition."""
-    return fused.token_loss(hidden, weight, labels, alpha, beta, fused.reference_terms(ref_hidden, weight, labels))
+    """fused.fused_token_loss with the arguments of the definition."""
+    return fused.fused_token_loss(hidden, weight, labels, alpha, beta, fused.reference_terms(ref_hidden, weight, labels))
 
 
 @pytest.mark.parametrize("token_loss", [definition, fast], ids=["definition", "fused"])
