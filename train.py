@@ -62,8 +62,8 @@ from lib.files import DataError, remove, write_json
 from lib.fused import fused_token_loss, response_states
 from lib.options import check_options, leak_line
 from lib.reference import fits_half_the_disk, kept_reference, live_reference
-from lib.report import (KINDS, agreement, figures, learned_line, lines_below, not_measured, print_answers,
-                        read_completions, summarize, table)
+from lib.report import (KINDS, figures, learned_line, lines_below, not_measured, print_answers, read_completions,
+                        summarize, table)
 from lib.risk import print_risk, read_risk
 from lib.run import (State, append_metrics, check_step, open_run, restore_state, resumed_options, run_facts,
                      running, save_state, state_key, step_metrics, write_once)
@@ -228,10 +228,6 @@ def training_risk(config: TrainConfig, policy: Transformer, chat: Chat, examples
     if config.risk in ("critic", "max"):
         verdicts = distributed.on_rank_zero(lambda: conversation_verdicts(judge, texts))
         sources["critic"] = torch.tensor([verdict.risk for verdict in verdicts], dtype=torch.float64)
-    if config.risk == "max":
-        both = agreement(sources["probe"], sources["critic"])
-        print(f"probe and critic agree on {both['agree']:.1%}; risky to the probe alone: "
-              f"{both['only probe']}, to the critic alone: {both['only critic']}")
     if not sources:
         sources["file"] = torch.tensor(read_risk(Path(config.risk), examples), dtype=torch.float64)
     risk = torch.stack(list(sources.values())).amax(0)

@@ -223,6 +223,12 @@ def read_tensors(file: Path, device, dtype: torch.dtype) -> dict[str, torch.Tens
     return tensors
 
 
+def write_tensors(path: Path, values: dict) -> None:
+    """Write tensors and plain values with torch.save, atomically; torch.load(weights_only=True) reads them."""
+    with atomic_write(path) as part, open(part, "wb") as stream:
+        torch.save(values, stream)  # to a path, it would hide that a disk is full
+
+
 def write_folder(path: Path, tensors: dict, config: dict, kind: str = "", copies=()) -> None:
     """Write a new folder with model.safetensors, config.json, and copies of files, atomically.
 

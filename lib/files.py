@@ -130,7 +130,7 @@ def errors_name_path(path: Path):
 
 @contextmanager
 def atomic_write(path: Path):
-    """Yield a path for a file or folder, which becomes `path` once all of it is on the disk, or is deleted.
+    """Yield a path for a file or folder, which becomes `path` once all of it is written, or is deleted.
 
     A process that was killed leaves path.part, which the next call deletes.
     """
@@ -140,19 +140,10 @@ def atomic_write(path: Path):
     try:
         with errors_name_path(path):
             yield part
-            for file in (part, *part.rglob("*")):
-                if file.is_file():
-                    sync(file)
             os.replace(part, path)
     except BaseException:
         remove(part)
         raise
-
-
-def sync(file: Path) -> None:
-    """Wait until what was written to a file is on the disk."""
-    with open(file, "rb+") as stream:
-        os.fsync(stream.fileno())
 
 
 @contextmanager

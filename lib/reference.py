@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from data.chat import Example, batches_by_length
+from lib.checkpoint import write_tensors
 from lib.cli import progress_bar
 from lib.distributed import on_rank_zero, rank
-from lib.files import DataError, atomic_write, write_text
+from lib.files import DataError, write_text
 from lib.fused import reference_terms, response_states
 
 
@@ -45,8 +46,7 @@ def kept_reference(file: Path, model, examples: list[Example], batch_size: int):
         return there and checksum_file.read_text() == checksum(file, examples)
 
     def write(stored: dict) -> None:
-        with atomic_write(file) as part:
-            torch.save(stored, part)
+        write_tensors(file, stored)
         write_text(checksum_file, checksum(file, examples))
 
     if not on_rank_zero(is_whole):

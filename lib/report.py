@@ -96,13 +96,6 @@ def risk_metrics(risk: torch.Tensor, harmful: torch.Tensor) -> dict:
             "n_harmful": len(positive), "n_benign": len(negative)}
 
 
-def agreement(probe: torch.Tensor, critic: torch.Tensor) -> dict:
-    """Return how often two risks (N,) are on the same side of ½, and how many only one finds risky."""
-    p, c = probe > 0.5, critic > 0.5
-    return {"agree": (p == c).double().mean().item(), "only probe": int((p & ~c).sum()),
-            "only critic": int((c & ~p).sum())}
-
-
 # ---------------------------------------------------------------- completions → results → tables
 
 

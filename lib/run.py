@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from lib.checkpoint import provenance
+from lib.checkpoint import provenance, write_tensors
 from lib.cli import as_typed, option_value, printable
 from lib.distributed import full_tensor, on_rank_zero, rank, shard_like
-from lib.files import (DataError, atomic_write, errors_name_path, expect_file, is_unused, new_folder, read_json,
-                       read_text, remove, remove_if_unused, sync, write_config, write_jsonl, write_text)
+from lib.files import (DataError, errors_name_path, expect_file, is_unused, new_folder, read_json,
+                       read_text, remove, remove_if_unused, write_config, write_jsonl, write_text)
 
 
 # ---------------------------------------------------------------- options and folder
@@ -252,13 +252,7 @@ def save_state(run: Path, parameters: list, optimizer, state: State, key: str) -
         tensors = {name: full_tensor(tensor).cpu() for name, tensor in tensors.items()}
         if rank() == 0:
             saved["tensors"].append(tensors)
-
-    def write():
-        sync(run / "metrics.jsonl")  # a state is never ahead of its metrics
-        with atomic_write(run / "state.pt") as part, open(part, "wb") as stream:
-            torch.save(saved, stream)  # to a path, it would hide that a disk is full
-
-    on_rank_zero(write)
+    on_rank_zero(lambda: write_tensors(run / "state.pt", saved))
 
 
 def state_key(run: Path, examples: list, risk: torch.Tensor) -> str:
