@@ -410,7 +410,7 @@ class TestRuns:
         assert max(row["probe"] for row, t in zip(rows, turned) if t) < 0.5 < min(row["critic"] for row, t in zip(rows, turned) if t)
         assert max(row["risk"] for row, t in zip(rows, turned) if not t) < 0.5
         printed = capsys.readouterr().out
-        assert f"to the critic alone: {sum(turned)}" in printed and "ASR harmful greedy" in printed and "| aligned model" in printed
+        assert "ASR harmful greedy" in printed and "| aligned model" in printed
         results = json.loads((tmp_path / "max" / "results.json").read_text())
         assert results["after"]["harmful"]["judge ASR harmful greedy"]["n"] == 4
 
