@@ -3,10 +3,9 @@
 import math
 import shlex
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from lib.cli import printable
@@ -28,41 +27,26 @@ CONFIG = {"seed": between(0, 2**32), "model_sha256": either(str), "sets_sha256":
 
 
 def wilson(rate: float, n: float, z: float = 1.96) -> list[float]:
-    """Return Wilson's 95 % interval [low, high] of a rate over n independent prompts (Wilson 1927)."""
+    """Return Wilson's 95 % interval [low, high] of a rate over n independent observations (Wilson 1927)."""
     centre = rate + z * z / (2 * n)
     spread = z * ((rate * (1 - rate) + z * z / (4 * n)) / n) ** 0.5
     scale = 1 + z * z / n
     return [max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)]
 
 
-def design_effect(sums: np.ndarray, sizes: np.ndarray) -> float:
-    """Return the variance of Σ sums / Σ sizes over clusters (C,), relative to independent scores (Kish 1965).
-
-    At least 1. Wordings of one request, and one prompt under several seeds, are a cluster. The variance is
-    taken with two more clusters, all successes and all failures: with few successes there is little that
-    tells how far clusters agree, and they count as if they did.
-    """
-    size = (sizes**2).sum() / sizes.sum()
-    sums, sizes = np.append(sums, [size, 0]), np.append(sizes, [size, size])
-    rate = sums.sum() / sizes.sum()
-    return max(1.0, ((sums - rate * sizes) ** 2).sum().item() / (sizes.sum() * rate * (1 - rate)).item())
-
-
 def rate_of(scores: list[float], groups: list[str]) -> dict:
     """Return {"rate", "n", "groups", "ci95"} of scores in [0, 1], one per prompt.
 
-    groups: the cluster of each score. The interval is Wilson's with the effective sample size, n / design
-    effect (Franco et al. 2019, PMC6690503). Near 0 it covers better than a bootstrap of clusters.
+    groups: the request behind each score. Wordings of one request, and one prompt under several seeds, are one
+    observation: the interval is Wilson's of (Σ size)² / Σ size² observations, which is the number of groups
+    where all have one size. That is Kish's effective sample size (1965) of groups that agree: where they do
+    not, the interval is wider than it needs to be.
     """
-    clusters = defaultdict(list)
-    for group, score in zip(groups, scores):
-        clusters[group].append(score)
-    sums = np.array([sum(cluster) for cluster in clusters.values()])
-    sizes = np.array([len(cluster) for cluster in clusters.values()])
+    sizes = Counter(groups).values()
     n = len(scores)
     rate = sum(scores) / n
-    interval = wilson(rate, n / design_effect(sums, sizes))
-    return {"rate": rate, "n": n, "groups": len(clusters), "ci95": interval}
+    interval = wilson(rate, n * n / sum(size * size for size in sizes))
+    return {"rate": rate, "n": n, "groups": len(sizes), "ci95": interval}
 
 
 def auroc(risk: torch.Tensor, harmful: torch.Tensor) -> float:
@@ -239,7 +223,7 @@ def probe_report(report: dict) -> str:
     for key in report["test"]:
         metrics.append([key, *(shown(report[name][key]) for name in sets)])
     sides = ", ".join(f"{name} {n} ({report['groups'][name]})" for name, n in report["n"].items())
-    text = f"{markdown(metrics)}\n\nprompts (groups of one request): {sides}\n\nmean risk by source"
+    text = f"{markdown(metrics)}\n\nprompts (groups, by \"group\" or by text): {sides}\n\nmean risk by source"
     for source, (mean, n) in report["mean_risk_by_source"].items():
         text += f"\n  {mean:.3f}  n={n:<4} {source}"
     return text
