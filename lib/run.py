@@ -29,7 +29,7 @@ def stored_options(options, file: Path, typed: set):
     """Return `options` with all that were not `typed` taken from a run's config.json, `file`. Prints them.
 
     Another judge than the run's comes with its own options. Raises DataError for a value that is not of its
-    option's type, and for a judge at a URL that was not typed again: no file alone makes us contact a server.
+    option's type, and for a judge's URL that was not typed again: no file alone makes us contact a server.
     """
     saved, values = read_json(file), {}
     if "judge" in typed and options.judge != saved.get("judge"):
@@ -164,11 +164,12 @@ def append_metrics(run: Path, row: dict) -> None:
             stream.write(json.dumps(row) + "\n")
 
 
-def keep_lines(file: Path, n: int) -> None:
-    """Cut a file behind its first n lines. Raises DataError where it has less."""
-    lines = read_text(file).splitlines(keepends=True)[:n] if n else []
-    if len(lines) < n:
-        raise DataError(f"{file}: expected {n} lines, found {len(lines)}")
+def cut_metrics(run: Path, n_steps: int) -> None:
+    """Keep the first n_steps lines of metrics.jsonl: later steps are run again. Raises DataError for fewer."""
+    file = run / "metrics.jsonl"
+    lines = read_text(file).splitlines(keepends=True)[:n_steps] if n_steps else []
+    if len(lines) < n_steps:
+        raise DataError(f"{file}: expected {n_steps} lines, found {len(lines)}")
     write_text(file, "".join(lines))
 
 
@@ -238,7 +239,7 @@ def restore_state(run: Path, parameters: list, optimizer, key: str) -> State:
             raise DataError(f"{file}: expected the state of a run, found {str(error)[:100] or 'no data'}; "
                             "delete it to train from the first step") from None
         print(f"going on after step {state.step}, from {file}")
-    on_rank_zero(lambda: keep_lines(run / "metrics.jsonl", state.step))
+    on_rank_zero(lambda: cut_metrics(run, state.step))
     return state
 
 
