@@ -115,7 +115,7 @@ class TrainConfig(EvalOptions):
     ref: Literal["auto", "keep", "live"] = "auto"  # store the reference's terms, or compute them every step
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA above 100 M parameters
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
-    fsdp: bool = False  # shard the blocks over the processes (torchrun, torch 2.8)
+    fsdp: bool = False  # shard the weights over the processes (torchrun, torch 2.8)
     save_every: int = 100  # steps between saved states of training; 0: none
     eval_base: bool = True  # evaluate the aligned model, too
     given: tuple = field(default=(), compare=False)  # the options that were typed
@@ -316,8 +316,7 @@ def train(config: TrainConfig, policy: Transformer, reference, method: Baseline,
     data = [example for example in examples if not example.anchor]
     anchors = [example for example in examples if example.anchor]
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    groups = distributed.optimizer_groups(parameters)
-    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY, fused=True)
     per_step, n_steps = config.per_step, config.n_steps(len(data))
     method.prepare(policy, examples, config.batch_size)  # before restore_state: the policy is the reference
     max_kl_at_start = MAX_KL_AT_START[policy.lm_head.weight.element_size()]

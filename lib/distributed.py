@@ -96,15 +96,15 @@ def all_true(flag: bool) -> bool:
 
 
 def shard_model(model, device: str) -> None:
-    """Shard each block's weights over the ranks with FSDP2, and move the model to `device`.
+    """Shard the weights over the ranks with FSDP2, and move the model to `device`.
 
-    Embeddings, last norm and head stay whole everywhere: the loss needs the head outside the forward pass.
+    The head stays whole, with embeddings that are tied to it: the loss needs it outside the forward pass.
     """
     from torch.distributed.fsdp import fully_shard
 
     mesh = dist.init_device_mesh(device, (world_size(),))
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    for module in (*model.model.layers, model.model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params={model.lm_head.weight})
     model.to(device)
 
 
@@ -126,28 +126,14 @@ def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return torch.distributed.tensor.distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 
-def optimizer_groups(parameters: list) -> list[dict]:
-    """Return parameter groups: whole and sharded parameters apart, since fused AdamW takes no mixture."""
-    groups = [[p for p in parameters if is_sharded(p) == sharded] for sharded in (False, True)]
-    return [{"params": group} for group in groups if group]
-
-
 def sum_and_clip(parameters: list, max_norm: float) -> float:
     """Sum every gradient over the ranks, then scale all gradients so that their norm is at most `max_norm`.
 
     Returns the norm before clipping, the same on every rank.
     """
-    gradients = [p.grad for p in parameters if not is_sharded(p)]
-    sharded = [p.grad.to_local() for p in parameters if is_sharded(p)]
-    for gradient in sharded:
-        gradient.mul_(world_size())  # FSDP has averaged them
-    for gradient in gradients:
-        all_reduce_sum(gradient)
-    norm = torch.nn.utils.get_total_norm(gradients).to(parameters[0].device)
-    if sharded:
-        squares = torch.nn.utils.get_total_norm(sharded).to(norm.device).square()
-        norm = (all_reduce_sum(squares) + norm.square()).sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients + sharded:
-        gradient.mul_(scale)
-    return norm.item()
+    for parameter in parameters:
+        if is_sharded(parameter):
+            parameter.grad.mul_(world_size())  # FSDP has averaged it
+        else:
+            all_reduce_sum(parameter.grad)
+    return full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm)).item()
