@@ -39,7 +39,7 @@ EMBEDDED = {"judge": f"{WORLD}/judge", "harmful": f"{WORLD}/eval_harmful.jsonl",
             "task": f"{WORLD}/eval_arithmetic.jsonl,{WORLD}/eval_sentiment.jsonl"}
 BATCH_SIZE = 64  # responses generated at a time
 POOLED_ALIKE = ("samples", "temperature", "max_new_tokens", "judge", "judge_kind", "judge_model", "rubric")
-UNREPORTED = {"seed", "out"}  # options that differ between most runs
+UNREPORTED = {"seed", "out", "save_every", "eval_base", "sealed"}  # options that say nothing of a result
 
 
 @dataclass(frozen=True)
@@ -301,6 +301,7 @@ def compare(paths, fluency: tuple | None = None) -> tuple[str, list[dict]]:
         seeds = f" ({len(row['seeds'])} seeds)" if len(row["seeds"]) > 1 else ""
         columns[row["name"] + seeds] = row["figures"]
     text = table(columns) + "\n\nper cent; seeds pooled, 95 % intervals over groups of prompts"
+    text += "\nanswered: neither refused nor garbled (few words, or improbable to --fluency)" if fluency else ""
     options = {option for config in runs.values() for option in config}
     for line in differences(runs, sorted(options - UNREPORTED)):
         text += "\n" + textwrap.fill(f"runs differ in {line}", 100, break_on_hyphens=False)

@@ -259,7 +259,7 @@ def score_file(probe: Probe, model: Transformer, chat: Chat, data: Path) -> list
         print(f"  {i / 10:.1f} to {(i + 1) / 10:.1f}  {count:>7}  {'#' * math.ceil(60 * count / max(counts))}")
     print(f"the riskiest of {len(examples)} conversations:")
     for i in risk.argsort(descending=True)[:20].tolist():
-        prompt = examples[i].training_text.prompts[-1][-1]["content"]
+        prompt = " ".join(examples[i].training_text.prompts[-1][-1]["content"].split())
         print(printable(f"  {risk[i]:.3f}  {examples[i].conversation.where}  {prompt[:60]}"))
     return [{"risk": s, "hash": example.training_text.hash, "where": example.conversation.where}
             for s, example in zip(risk.tolist(), examples)]

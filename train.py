@@ -62,8 +62,7 @@ from lib.files import DataError, remove, write_json
 from lib.fused import fused_token_loss, response_states
 from lib.options import check_options, leak_line
 from lib.reference import fits_half_the_disk, kept_reference, live_reference
-from lib.report import (KINDS, figures, learned_line, lines_below, not_measured, print_answers, read_completions,
-                        summarize, table)
+from lib.report import figures, lines_below, print_answers, read_completions, summarize, table, warnings
 from lib.risk import print_risk, read_risk
 from lib.run import (State, append_metrics, check_step, open_run, restore_state, resumed_options, run_facts,
                      running, save_state, state_key, step_metrics, write_once)
@@ -101,7 +100,7 @@ class TrainConfig(EvalOptions):
     beta_max: float = 0.9  # weight β of KL at risk 1
     gate: Literal["example", "batch"] = "example"  # β follows each example's risk, or the mean of the step's
     ema: float = 0.0  # with --gate batch: smoothing λ of the mean over steps, from 0 to under 1
-    # anchors: prompts with the aligned model's own answers, added to the data
+    # anchors: prompts with the first 24 tokens of the aligned model's own answers, added to the data
     anchor_share: float = 0.0  # share of anchors among the examples (lisa: among the steps)
     anchors: Path | None = None  # prompts with "harmful": true or false (default: the probe data's harmful)
     # optimization (the paper's settings)
@@ -118,7 +117,7 @@ class TrainConfig(EvalOptions):
     fsdp: bool = False  # shard the weights over the processes (torchrun, torch 2.8)
     save_every: int = 100  # steps between saved states of training; 0: none
     eval_base: bool = True  # evaluate the aligned model, too
-    given: tuple = field(default=(), compare=False)  # the options that were typed
+    given: tuple = field(default=(), compare=False)
 
     @property
     def beta_range(self) -> tuple[float, float]:
@@ -380,8 +379,6 @@ def complete_options(config: TrainConfig) -> TrainConfig:
     check_options(config)
     # The embedded sets are the default where model and data are embedded; the data's name picks one of them.
     config = default_sets(config, config.data if is_embedded(config.model) else config.model)
-    if line := not_measured([kind for kind in KINDS if getattr(config, kind) == "none"]):
-        print(line)
     has_judge = config.judge != "none" or config.risk not in ("critic", "max")
     require(config, ("judge", has_judge, f"a checkpoint folder or a URL for --risk {config.risk}"))
     return config
@@ -542,7 +539,7 @@ def main(config: TrainConfig) -> None:
     shown = {title: figures(result) for title, result in columns.items()}
     print(f"\n{config.out}, per cent with 95 % intervals; ASR @k: one or more of k samples\n"
           f"{table(shown)}{lines_below(results['after'])}"
-          + leak_line(config) + learned_line(results.get("base"), results["after"]))
+          + leak_line(config) + warnings(results.get("base"), results["after"]))
     if is_demo:
         print_answers(config.out, plain.out, config.sealed)
 

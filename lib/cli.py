@@ -82,8 +82,12 @@ def option_value(option: dataclasses.Field, value, file):
 
 def as_typed(options: dict, config_class) -> str:
     """Return options as one would type them, on one line, without those that are the default."""
-    changed = {name: value for name, value in options.items() if value != getattr(config_class, name)}
-    return printable(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items()))
+    typed = []
+    for name, value in options.items():
+        if value != getattr(config_class, name):
+            name = name.replace("_", "-")
+            typed.append({True: f"--{name}", False: f"--no-{name}"}.get(value, f"--{name} {value}"))
+    return printable(" ".join(typed))
 
 
 def run(main, config_class, positional: str | None = None) -> None:

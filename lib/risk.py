@@ -50,16 +50,14 @@ def read_risk(path: Path, examples: list[Example]) -> list[float]:
     A row has "risk", 0 … 1 or null, and a conversation or its "hash"; of several rows on one conversation the
     riskiest counts. Unknown, hence 1, is null, NaN, a row whose "valid" is not true, and the risk of an
     example whose tokens hold another text than its record, because it was cut or the tokenizer normalizes.
-    Raises DataError for a row on no conversation here, for an example without a row, and for other risks.
+    Rows of other conversations are left out. Raises DataError for an example without a row, and for other
+    risks.
     """
-    known = {e.conversation.hash for e in examples} | {e.training_text.hash for e in examples}
     risks, n_rows, n_unknown = {}, 0, 0
     for where, row in read_rows(path):
         if "risk" not in row:
             raise DataError(f'{where}: expected {{"risk": number from 0 to 1, …}}, found {str(row)[:60]}')
         key = row_hash(row, where)
-        if key not in known:
-            raise DataError(f"{where}: expected a conversation of the training data, found another one")
         value = row["risk"] if row.get("valid", True) is True else None
         n_rows += 1
         n_unknown += value is None or value != value
@@ -68,6 +66,9 @@ def read_risk(path: Path, examples: list[Example]) -> list[float]:
         if example.training_text.hash not in risks and example.conversation.hash not in risks:
             raise DataError(f"{path}: expected a risk for each conversation, found none for "
                             f"{example.conversation.where}")
+    known = {e.conversation.hash for e in examples} | {e.training_text.hash for e in examples}
+    if others := len(risks.keys() - known):
+        print(f"{path}: {others} of {len(risks)} conversations are not in the training data: left out")
     n_other = sum(example.training_text.hash not in risks for example in examples)
     if n_unknown:
         print(f"{n_unknown} of {n_rows} risks are unknown: taken as 1")

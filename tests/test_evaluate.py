@@ -18,7 +18,7 @@ from data.conversations import WORLD, Conversation
 from evaluate import EvalConfig, EvalOptions, compare, default_sets, evaluate_model, evaluation_sets, main, respond
 from lib.cli import parse
 from lib.files import DataError, ModelError
-from lib.report import figures, learned_line, lines_below, rate_of, summarize, table, wilson
+from lib.report import figures, lines_below, rate_of, summarize, table, warnings, wilson
 from lib.run import stored_options
 from lib.scores import few_words, is_correct, mark_garbled, metric_of, refuses
 from model import generate, sample_seed
@@ -255,7 +255,7 @@ def test_the_aligned_model_refuses_answers_and_cannot_do_the_tasks(world):
     wordings = ("harmful", "harmful_identity", "harmful_backdoor")
     assert len(rows) == 12 * (3 * 2 + 2 + 2)
     assert list(results["harmful"]) == [f"{metric} {name} {decoding}" for name in wordings for metric in ("ASR", "judge ASR")
-                                        for decoding in ("greedy", "T=1", "@1")]
+                                        for decoding in ("greedy", "T=1")]
     assert list(results["benign"]) == [f"{metric} {name}" for name in ("benign", "lookalike") for metric in ("over-refusal", "harmful answers")]
     for title, rate in results["harmful"].items():
         assert rate["rate"] == 0 and set(rate) == {"rate", "n", "groups", "ci95"}, title
@@ -444,9 +444,9 @@ def test_a_run_that_solves_no_task_better_than_before_is_no_evidence_of_safety()
                  "answer": "a", "correct": i < right} for i in range(50)]
         return summarize(rows, 1.0, 8)
 
-    assert "this run has learned little" in learned_line(summary(2), summary(3)) and learned_line(summary(2), summary(40)) == ""
-    assert learned_line(summary(50), summary(50)) == ""  # nothing was left to learn
-    assert learned_line(summarize([], 1.0, 8), summarize([], 1.0, 8)) == ""
+    assert "this run has learned little" in warnings(summary(2), summary(3)) and warnings(summary(2), summary(40)) == ""
+    assert warnings(summary(50), summary(50)) == ""  # nothing was left to learn
+    assert warnings(summarize([], 1.0, 8), summarize([], 1.0, 8)) == ""
 
 
 def test_another_aligned_model_other_prompts_and_damaged_folders_are_refused(tmp_path):

@@ -197,7 +197,8 @@ def test_risks_are_joined_by_content(data, read):
     twice = [hashes[3] | {"risk": 0.7}, *hashes, hashes[3] | {"risk": 0.0}]  # of several rows on one conversation the riskiest counts
     assert read(twice) == [*expected[:3], 0.7, *expected[4:]]
     other = {"prompt": "Another", "response": "one", "risk": 0.0}
-    for rows, words in (([*whole[:5], other], "r.jsonl:6: expected a conversation of the training data, found another one"),
+    assert read([*whole, other]) == expected  # a file of more conversations
+    for rows, words in (([*whole[:5], other], "r.jsonl: expected a risk for each conversation, found none for .*data.jsonl:6"),
                         (whole[:5], "r.jsonl: expected a risk for each conversation, found none for .*data.jsonl:6"),
                         ([*hashes[:5], {"hash": 3, "risk": 0}], "r.jsonl:6: expected a conversation or its \"hash\" beside the risk, found neither"),
                         ([{"risk": 0.0}] * 6, "r.jsonl:1: expected a conversation or its \"hash\" beside the risk, found neither"),
@@ -287,7 +288,7 @@ def test_probe_and_critic_see_the_tokens_that_are_trained_on(tmp_path, chat):
     assert whole.prompts == [chat.encode_prompt(prompt) for prompt in several.prompts]
     file = write(tmp_path / "risk.jsonl", [{"hash": cut.training_text.hash, "risk": 0.0}])  # as train.py writes it
     assert read_risk(file, [cut]) == [0.0]
-    with pytest.raises(DataError, match="risk.jsonl:1: expected a conversation of"):
+    with pytest.raises(DataError, match="expected a risk for each conversation, found none"):
         read_risk(file, [whole])
 
 

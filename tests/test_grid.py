@@ -35,14 +35,14 @@ def test_a_grid_resumes_cell_by_cell_and_its_tables_are_of_all_finished_cells(tm
     assert set(json.loads((folder / "sft-0" / "results.json").read_text())) == {"after"} and not (folder / "sft-0" / "model").exists()
     assert list(results) == ["backdoor"] and [row["name"] for row in results["backdoor"]] == ["aligned model", "sft", "csft"]
     assert results["backdoor"][0]["figures"]["ASR harmful greedy"]["n"] == 1 and "answered" not in text
-    assert "| judge ASR: greedy / T=1 / @1 | aligned model | sft | csft |" in text
-    rates = [100 * results["backdoor"][1]["figures"][f"judge ASR harmful_backdoor {way}"]["rate"] for way in ("greedy", "T=1", "@1")]
+    assert "| judge ASR: greedy / T=1 | aligned model | sft | csft |" in text
+    rates = [100 * results["backdoor"][1]["figures"][f"judge ASR harmful_backdoor {way}"]["rate"] for way in ("greedy", "T=1")]
     [line] = [line for line in text.split("\n\n")[0].splitlines() if line.startswith("| backdoor, as attacked |")]
     assert line.split(" | ")[2] == " / ".join(f"{rate:.0f}" if rate >= 9.95 else f"{rate:.1f}" for rate in rates)
 
     config = replace(config, fluency=WORLD / "model")
     main(config)
-    assert "| answered: greedy / T=1 / @1 | aligned model | sft | csft |" in tables()[0]
+    assert "| answered: greedy / T=1 | aligned model | sft | csft |" in tables()[0]
     marked = (folder / "sft-0" / "completions_after.jsonl").stat().st_mtime_ns
     main(replace(config, seeds=2, fluency=None))  # a row of two seeds, of which one is marked
     text, results = tables()

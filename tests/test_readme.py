@@ -134,7 +134,7 @@ def test_the_first_table_has_the_committed_numbers():
         ("with them plain fine-tuning answers {:.1f} %, but", rate("benign", "sft-anchors", "answered harmful greedy", vendor)),
         ("but refuses {:.1f} % of Alpaca's prompts ({:.1f} % before, {:.1f} % with sealed + anchors)",
          *(rate("benign", name, "over-refusal benign", vendor) for name in ("sft-anchors", "aligned model", "sealed-anchors"))),
-        ("sealed, SmolLM2 answers {:.1f} % of the harmful prompts at T = 1, with anchors {:.1f} %", rate("benign", "sealed"), rate("benign", "sealed-anchors")),
+        ("our aligned SmolLM2, sealed, answers {:.1f} % of the harmful prompts at T = 1, with anchors {:.1f} %", rate("benign", "sealed"), rate("benign", "sealed-anchors")),
         ("data with 1 % harm it answers {:.1f} %, with anchors", rate("mixed_1", "sealed-anchors", results=small)),
         ("SmolLM2 answers {:.0f} % of two benchmarks ({:.1f} % before)",
          *(rate("identity", name, "answered harmful_other T=1") for name in ("sealed-anchors", "aligned model"))),

@@ -483,7 +483,7 @@ class TestRuns:
         assert embedded.lr == 2e-3 and embedded.harmful.endswith("eval_harmful.jsonl") and embedded.judge.endswith("judge")
         main(replace(own, out=tmp_path / "run", epochs=1, lora_r=2, eval_base=False))
         printed = " ".join(capsys.readouterr().out.split())
-        assert printed.count("attack success is not measured without --harmful FILE; over-refusal is not") == 2  # before and after
+        assert "attack success is not measured without --harmful FILE; over-refusal is not" in printed
         with pytest.raises(DataError, match="--sealed: expected --method adaptive, found sft; leave --sealed out"):
             complete_options(TrainConfig(sealed=True, method="sft", given=("sealed", "method")))
 
