@@ -114,7 +114,7 @@ def prepare():
     from data.chat import Chat, Example, encode_examples
     from data.conversations import WORLD, Conversation, read_conversations
     from evaluate import compare
-    from lib.files import write_config, write_jsonl
+    from lib.files import DataError, write_config, write_jsonl
     from lib.report import summarize
     from lib.risk import read_risk
     from lib.run import restore_state, resumed_options
@@ -256,7 +256,13 @@ def prepare():
 
     def read_resume(folder):
         out = folder / "stopped"
-        complete_options(resumed_options(TrainConfig(resume=out)))
+        options = resumed_options(TrainConfig(resume=out))
+        try:
+            complete_options(options)
+        except DataError as error:  # a value out of range: the options have been printed with their file
+            if str(error).startswith("--"):
+                return
+            raise
         [risk] = read_risk(out / "risk.jsonl", [example])
         assert 0 <= risk <= 1
         parameters = list(torch.nn.Linear(2, 2).parameters())
