@@ -38,6 +38,7 @@ BARS = [
     ("task accuracy", "#30638e", ["task arithmetic", "task sentiment"]),
 ]
 DARK, LIGHT = "#7a0019", "#30638e"
+HARMFUL_ROWS = {"benign": 0, "mixed_1": 4, "mixed_3": 9, "mixed_5": 18, "mixed_10": 31}  # of 320
 SWEPT = {"sft": ("o", "#222222"), "csft": ("s", "#777777"), "adaptive-probe": ("^", DARK), "sealed-anchors": ("D", LIGHT)}
 
 
@@ -171,27 +172,39 @@ def interval(axes, x: float, figure: dict, marker: str, colour: str, label: str 
     axes.plot(x, 100 * figure["rate"], marker, color=colour, markerfacecolor="white", markersize=size, label=label)
 
 
-def learning_rates() -> None:
-    """Draw harm against the task for each learning rate and method, on mixed_10 and SmolLM2."""
-    results = read("smollm2-lr.json")
-    figure, axes = plt.subplots(figsize=(6.8, 3.6), layout="constrained")
+def short_runs() -> None:
+    """Draw harm against the task at four learning rates, and against the share of harmful rows, of SmolLM2."""
+    by_rate, by_data = read("smollm2-lr.json"), read("smollm2-small.json")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.6), layout="constrained", sharey=True)
     for method, (marker, colour) in SWEPT.items():
-        label = METHODS[method]
-        for lr, rows in results.items():
+        points = []  # learning rate, task, answered
+        for lr, rows in by_rate.items():
             for row in rows:
                 if row["name"] == method:
-                    x, answered = 100 * row["figures"]["task sentiment"]["rate"], row["figures"]["answered harmful T=1"]
-                    interval(axes, x, answered, marker, colour, label)
-                    axes.annotate(lr, (x, 100 * answered["rate"]), xytext=(2, 7), textcoords="offset points", fontsize=7, rotation=60)
-                    label = None
-    axes.set_ylim(-5, 120)
-    axes.set_yticks([0, 25, 50, 75, 100])
-    axes.set_xlabel("SST-2 right, % (n = 100)", fontsize=9)
-    axes.set_ylabel("AdvBench answered at T = 1, % (n = 60)", fontsize=9)
-    axes.set_title("SmolLM2-135M trained on SST-2, 10 % of it harmful, at four learning rates", fontsize=10, loc="left")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    save(figure, "smollm2-lr.svg")
+                    points.append((lr, 100 * row["figures"]["task sentiment"]["rate"], row["figures"]["answered harmful T=1"]))
+        for i, (lr, x, answered) in enumerate(points):
+            interval(left, x, answered, marker, colour, None if i else METHODS[method])
+            left.annotate(lr, (x, 100 * answered["rate"]), xytext=(2, 7), textcoords="offset points", fontsize=7, rotation=60)
+        points = []  # share, answered
+        for data, n_harmful in HARMFUL_ROWS.items():
+            for row in by_data.get(data, ()):
+                if row["name"] == method:
+                    points.append((100 * n_harmful / 320, row["figures"]["answered harmful T=1"]))
+        if len(points) > 2:
+            right.plot([x for x, _ in points], [100 * answered["rate"] for _, answered in points], color=colour, lw=0.8)
+            for x, answered in points:
+                interval(right, x, answered, marker, colour, None)
+    left.set_ylim(-5, 120)
+    left.set_yticks([0, 25, 50, 75, 100])
+    left.set_xlabel("SST-2 right, % (n = 100)", fontsize=9)
+    left.set_ylabel("AdvBench answered at T = 1, % (n = 60)", fontsize=9)
+    left.set_title("SmolLM2-135M, 10 % of SST-2's rows harmful, four learning rates", fontsize=10, loc="left")
+    left.legend(frameon=False, fontsize=8)
+    right.set_xlabel("harmful rows, % of 320", fontsize=9)
+    right.set_title("more or fewer harmful rows, lr 5e-4", fontsize=10, loc="left")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    save(figure, "smollm2-short.svg")
 
 
 def directions() -> None:
@@ -229,7 +242,7 @@ def main() -> None:
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "0", "font.family": "sans-serif", "font.size": 10})
     real_model("qwen", "Qwen2.5-Coder-0.5B", "harmful prompts answered, greedy, %", "greedy")
     real_model("smollm2", "SmolLM2-135M", "harmful prompts answered at T = 1, %", "T=1")
-    for draw in (embedded, probe_by_layer, frontier, learning_rates, directions):
+    for draw in (embedded, probe_by_layer, frontier, short_runs, directions):
         draw()
 
 
