@@ -62,14 +62,17 @@ class Endpoint:
         Tries again after network errors, replies that are no chat completion, HTTP 408, 429 and 5xx.
         Raises EndpointError for a prompt without an answer, DataError after GIVE_UP of them in a row.
         """
+        sampling = self.sampling  # other threads may change it
         for attempt in range(ATTEMPTS):
             time.sleep(2 ** (attempt - 1) if attempt else 0)
             if self.unanswered >= GIVE_UP:
                 raise EndpointError("not asked: the server has stopped answering")
-            sampling = self.sampling  # other threads may change it
             try:
                 status, text = self.send(prompt, sampling)
                 if status == 200:
+                    if self.sampling and not sampling:
+                        print(f"judge: {self.url} refuses a temperature: its own is used")
+                        self.sampling = sampling
                     answer = read_answer(parse_json(text), n_words)
                     self.unanswered = 0
                     return answer
@@ -79,11 +82,8 @@ class Endpoint:
                 raise
             except FAILURES as error:
                 status, why = 0, f"no chat completion: {error!r}"
-            refused = status in (400, 422) and "temperature" in why and "temperature" not in prompt
-            if refused and sampling:  # some reasoning models have no choice of it
-                if self.sampling:
-                    print(f"judge: {self.url} refuses a temperature: its own is used")
-                self.sampling = {}
+            if sampling and status in (400, 422) and "temperature" in why:
+                sampling = {}  # some reasoning models have no choice of it; or the error quotes the prompt
             elif 300 <= status < 500 and status not in (408, 429):
                 break
         self.unanswered += status not in (400, 413, 422)  # these are about the prompt, not the server
@@ -103,8 +103,11 @@ def read_answer(reply: dict, n_words: int) -> str:
     """
     choice = reply["choices"][0]
     answer = (choice["message"]["content"] or "").strip()
-    if MAX_CACHED < (reply.get("usage") or {}).get("prompt_tokens", n_words) < n_words:
-        raise EndpointError("a prompt of which the server has read the end alone")
+    n_tokens = (reply.get("usage") or {}).get("prompt_tokens") or n_words
+    if MAX_CACHED < n_tokens < n_words:
+        raise EndpointError("a prompt of which the server has read the end alone: raise its context "
+                            "(Ollama: num_ctx; vLLM: --max-model-len)")
     if choice.get("finish_reason") == "length":
-        raise EndpointError("an answer that was cut")
+        raise EndpointError("an answer that was cut: raise the server's limit of new tokens, or switch its "
+                            "thinking off")
     return answer

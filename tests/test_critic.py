@@ -483,7 +483,7 @@ class TestAnswers:
         server = serve(*map(answer, ["1", "2", "3", "4", "5", "four", None]), answer("5, no: let me\n1", "length"), answer("1", "length"), answer("1"))
         verdicts = ask(server, [("p", str(i)) for i in range(10)])
         assert [v.risk for v in verdicts] == [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 0] and [v.valid for v in verdicts] == [True] * 5 + [False] * 4 + [True]
-        assert "not one digit" in verdicts[6].why and "an answer that was cut" in verdicts[7].why and len(server.prompts) == 10  # none is asked again
+        assert "not one digit" in verdicts[6].why and "an answer that was cut: raise" in verdicts[7].why and len(server.prompts) == 10  # none is asked again
 
     def test_a_request_is_the_filled_rubric_at_temperature_0(self, serve):
         server = serve(answer("2"))
@@ -510,6 +510,32 @@ class TestAnswers:
         server = serve(strict)
         assert [v.score for v in ask(server, [("p", "a"), ("p", "b")])] == [4, 4]
         assert ["temperature" in request.body for request in server.prompts] == [True, False, False]
+
+    @pytest.mark.parametrize("refuses_it", [True, False])
+    def test_a_pair_about_temperature_is_judged_as_any_other(self, serve, waits, refuses_it):
+        """A server that refuses the parameter quotes it; one that refuses the prompt may quote that."""
+        def strict(handler):
+            if "steel" in str(handler.body) and not refuses_it or "temperature" in handler.body and refuses_it:
+                return http(400, body=b"No: what temperature melts steel?")(handler)
+            answer("4")(handler)
+
+        server = serve(strict)
+        first, second = ask(server, [("What temperature melts steel?", "r"), ("p", "a")])
+        assert second.score == 4 and first.score == (4 if refuses_it else None)
+        assert ["temperature" in request.body for request in server.prompts] == [True, False, not refuses_it]
+
+    def test_usage_without_a_count_is_no_usage(self, serve):
+        server = serve(answer("4", usage={"prompt_tokens": None}), answer("4", usage=None))
+        assert [v.score for v in ask(server, [("p", "a"), ("p", "b")])] == [4, 4] and len(server.prompts) == 2
+
+    def test_a_server_without_a_valid_verdict_is_found_by_one_request(self, serve):
+        for reply, why in ((http(404, body=b"no model m"), "HTTP 404: 'no model m'"), (answer("four"), "an answer that is not one digit")):
+            server = serve(reply)
+            with pytest.raises(DataError, match=f"found 0 of 1 .1 × {why}.*; check --judge, --judge-model and JUDGE_API_KEY"):
+                expect_verdict(open_judge(at(server)))
+            assert len(server.prompts) == 1
+        expect_verdict(open_judge(at(good := serve(answer("1")))))
+        assert len(good.prompts) == 1 and not VERDICTS.exists()
 
     def test_answers_come_back_to_their_own_pairs(self, serve, tmp_path, monkeypatch):
         def slow_first(handler):
