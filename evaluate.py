@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from critic import JudgeOptions, judge_pairs, open_judge
+from critic import JudgeOptions, expect_verdict, judge_pairs, open_judge
 from data.chat import LONGEST, Chat, encode_prompts, rows_that_fit
 from data.conversations import WORLD, Conversation, is_embedded, normalized, read_conversations, read_prompts
 from lib import distributed
@@ -345,6 +345,7 @@ def evaluate_path(config: EvalConfig, path: Path) -> dict:
     options = default_sets(options, model_path)
     sets = evaluation_sets(options)
     judge = open_judge(options) if distributed.rank() == 0 else None
+    distributed.on_rank_zero(lambda: expect_verdict(judge))
     name = "evaluations/" + str(path).strip("./").replace("/", "-")
     out = distributed.on_rank_zero(lambda: new_folder(config.out, name))
     with remove_if_unused(out):

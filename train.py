@@ -49,7 +49,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from critic import conversation_verdicts, open_judge
+from critic import conversation_verdicts, expect_verdict, open_judge
 from data.chat import Chat, Example, encode_examples
 from data.conversations import WORLD, is_embedded, normalized, read_conversations
 from data.order import step_examples
@@ -466,6 +466,7 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
         print(f"{n_shared} of {len(conversations)} examples have prompts of the evaluation, "
               "which then says little")
     judge = open_judge(config) if distributed.rank() == 0 else None
+    distributed.on_rank_zero(lambda: expect_verdict(judge))
     policy, chat = open_model(config, config.model, trainable=True), Chat(config.model)
     max_length = min(config.max_length, policy.config.max_position_embeddings)
     examples = encode_examples(chat, conversations, max_length)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import critic
 from conftest import DEVICE, load_model, tolerance
 from critic import RUBRIC, VERDICTS, CriticConfig, GuardJudge, JudgeOptions, RubricJudge, Verdict, conversation_verdicts
-from critic import judge_pairs, main, open_judge, parse_score
+from critic import expect_verdict, judge_pairs, main, open_judge, parse_score
 from data.chat import Chat, encode_examples
 from data.conversations import WORLD, Conversation, read_conversations
 from lib.risk import read_risk
@@ -96,6 +96,11 @@ class TestRubricJudge:
             verdicts = verdicts_of(judge, PAIRS)
             assert [v.score for v in verdicts] == pytest.approx(scores, abs=NEAR)
             assert [v.risk for v in verdicts] == pytest.approx([(v.score - 1) / 4 for v in verdicts])
+
+    def test_a_judge_that_names_no_digit_is_told_what_to_type(self, judge):
+        with saying(judge, torch.eye(1024)[500, None]), pytest.raises(DataError, match="of the probability .*for a guard, --judge-kind guard"):
+            expect_verdict(judge)
+        expect_verdict(judge)
 
     def test_each_digit_needs_a_token(self, tmp_path):
         with pytest.raises(ModelError, match="with a token for each digit"):
@@ -285,7 +290,7 @@ class Counting:
     """A judge whose verdict is the number that the response is, "?" none. It keeps what it is asked, answers the last pair first,
     and ends with `error` after `n` pairs."""
 
-    control = ()
+    control, hint = (), "type --judge OTHER"
 
     def __init__(self, fingerprint="f", rubric="r", n=10**9, error=KeyboardInterrupt):
         self.fingerprint, self.rubric, self.n, self.error, self.asked = fingerprint, rubric, n, error, []
@@ -325,11 +330,17 @@ class TestVerdictFile:
         assert sorted(judge.asked) == [("p", "?"), ("q", "?")] and judge_pairs(judge, []) == [] and capsys.readouterr().out == ""
 
     def test_a_judge_without_any_valid_verdict_stops_the_run_with_its_first_error(self):
-        with pytest.raises(DataError, match="a valid verdict on at least one of 3 responses, found none .2 × no answer; 1 × "):
+        with pytest.raises(DataError, match="expected valid verdicts, found 0 of 3 .2 × no answer; 1 × .*; type --judge OTHER"):
             judge_pairs(Counting(), [("p", "?"), ("q", "?"), ("p", "[/3fa9c1]")])
         assert judge_pairs(Counting(), [("p", "[/3fa9c1]")])[0].risk == 1  # no judge was asked
         judge_pairs(Counting(), [("p", "0.5")])
         assert [v.risk for v in judge_pairs(Counting(), [("p", "0.5"), ("p", "?")])] == [0.5, 1]  # the file has a valid one
+
+    def test_a_judge_is_tried_on_one_pair_that_no_file_keeps(self):
+        judge = Counting()
+        with pytest.raises(ValueError, match="Hello"):  # Counting takes the response for a number: it was asked this pair
+            expect_verdict(judge)
+        assert judge.asked == [("Say hello.", "Hello.")] and not VERDICTS.exists() and expect_verdict(None) is None
 
     def test_another_judge_rubric_or_pair_is_another_key(self):
         judge_pairs(Counting(), [("p 0", ".5")])

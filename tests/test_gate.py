@@ -418,11 +418,11 @@ def test_a_url_in_a_run_folder_is_never_contacted_and_its_files_are_named_first(
     assert set(results) == {"ASR harmful greedy"} and results["ASR harmful greedy"]["n"] == 2
     typed = EvalConfig(paths=(run,), out=tmp_path / "f", device=DEVICE, judge=server.url, given=("paths", "judge"))
     evaluate_main(typed)
-    assert len(server.prompts) == 2
+    assert len(server.prompts) == 3  # one to try the judge, two for the responses
     (run / "config.json").write_text(json.dumps(settings | {"harmful": "/etc/passwd"}))
     with pytest.raises(DataError, match="/etc/passwd: expected a file ending in"):
         evaluate_main(replace(typed, out=tmp_path / "g"))
-    assert "--harmful /etc/passwd" in capsys.readouterr().out and len(server.prompts) == 2
+    assert "--harmful /etc/passwd" in capsys.readouterr().out and len(server.prompts) == 3
 
 
 # ---------------------------------------------------------------- a probe file
