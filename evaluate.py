@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from critic import JudgeOptions, expect_verdict, judge_pairs, open_judge
 from data.chat import LONGEST, Chat, encode_prompts, rows_that_fit
-from data.conversations import WORLD, Conversation, is_embedded, normalized, read_conversations, read_prompts
+from data.conversations import WORLD, Conversation, is_embedded, read_conversations, read_prompts
 from lib import distributed
 from lib.checkpoint import read_config
 from lib.cli import comma_list, printable, progress_bar, require, run
@@ -39,6 +39,7 @@ EMBEDDED = {"judge": f"{WORLD}/judge", "harmful": f"{WORLD}/eval_harmful.jsonl",
             "task": f"{WORLD}/eval_arithmetic.jsonl,{WORLD}/eval_sentiment.jsonl"}
 BATCH_SIZE = 64  # responses generated at a time
 POOLED_ALIKE = ("samples", "temperature", "max_new_tokens", "judge", "judge_kind", "judge_model", "rubric")
+SHORTER = ", or type a smaller --max-new-tokens"
 UNREPORTED = {"seed", "out", "save_every", "eval_base", "sealed"}  # options that say nothing of a result
 
 
@@ -120,17 +121,21 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
     return sets
 
 
-def evaluation_prompts(sets: dict) -> set[str]:
-    """Return the prompts of `evaluation_sets`, normalized."""
-    every = [conversations for group in sets.values() for conversations in group.values()]
-    return {normalized(conversation.prompts[-1]) for conversations in every for conversation in conversations}
+def all_conversations(sets: dict) -> list[Conversation]:
+    """Return all conversations of `evaluation_sets`."""
+    return sum((sum(group.values(), []) for group in sets.values()), [])
 
 
-def expect_prompts_fit(chat: Chat, sets: dict, longest: int) -> None:
-    """Raise DataError for a prompt of `evaluation_sets` with more than `longest` tokens."""
-    for group in sets.values():
-        for conversations in group.values():
-            encode_prompts(chat, conversations, longest)
+def expect_prompts_fit(model: Transformer, chat: Chat, conversations: list[Conversation],
+                       max_new_tokens: int, hint: str = "") -> None:
+    """Raise DataError, with a hint, for a prompt that leaves less than max_new_tokens to its response."""
+    context = min(model.config.max_position_embeddings, LONGEST)
+    for conversation in conversations:
+        room = context - len(chat.encode_prompt(conversation.prompts[-1], conversation.where))
+        if room < max_new_tokens:
+            raise DataError(f"{conversation.where}: expected a prompt that leaves {max_new_tokens} of "
+                            f"{context} tokens to its response, found one that leaves {room}: remove it "
+                            f"from the file{hint}")
 
 
 class Response(NamedTuple):
@@ -350,6 +355,7 @@ def evaluate_path(config: EvalConfig, path: Path) -> dict:
     out = distributed.on_rank_zero(lambda: new_folder(config.out, name))
     with remove_if_unused(out):
         model, chat = open_model(model_path, options)
+        expect_prompts_fit(model, chat, all_conversations(sets), options.max_new_tokens, SHORTER)
         rows = evaluate_model(model, chat, sets, options, path.resolve().name, judge)
         results = summarize(rows, options.temperature, options.max_new_tokens)
         distributed.on_rank_zero(lambda: write_results(out, options, rows, results))

@@ -51,9 +51,9 @@ import torch.nn.functional as F
 
 from critic import conversation_verdicts, expect_verdict, open_judge
 from data.chat import Chat, Example, encode_examples
-from data.conversations import WORLD, is_embedded, normalized, read_conversations
+from data.conversations import WORLD, Conversation, is_embedded, normalized, read_conversations
 from data.order import step_examples
-from evaluate import (EvalOptions, default_sets, evaluate_model, evaluation_prompts, evaluation_sets,
+from evaluate import (SHORTER, EvalOptions, all_conversations, default_sets, evaluate_model, evaluation_sets,
                       expect_prompts_fit, refuses, respond)
 from lib import distributed
 from lib.baselines import BASELINES, Baseline
@@ -240,16 +240,11 @@ def training_risk(config: TrainConfig, policy: Transformer, chat: Chat, examples
 # ---------------------------------------------------------------- anchors
 
 
-def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat, examples: list[Example],
-                   evaluated: set[str]) -> list[dict]:
-    """Return anchors: prompts with the policy's greedy answers, about as many as are drawn.
+def anchor_prompts(config: TrainConfig, examples: list[Example], evaluated: set[str]) -> list[Conversation]:
+    """Return prompts to make anchors of, about as many as are drawn.
 
-    No anchor is a prompt of the data, or of the evaluation (evaluated: its evaluation_prompts).
-
-    Data without harmful examples hold no refusal in place, whatever the gate; anchors do. A harmful prompt
-    that the policy answers anchors nothing, nor does a benign one that it refuses: both are left out. Without
-    --anchors, the probe's harmful prompts are used; its benign ones may be the task. Raises DataError where
-    no anchor is left.
+    None is a prompt of the data, or one of `evaluated`, the normalized prompts of the evaluation. Without
+    --anchors, the probe's harmful prompts are used; its benign ones may be the task.
     """
     file, known = config.anchors or config.probe_data, set(evaluated)
     for example in examples:
@@ -258,9 +253,19 @@ def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat, example
     candidates = [c for c in candidates if c.is_harmful or config.anchors]
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(config.seed)).tolist()
     n_drawn = config.epochs * len(examples) * config.anchor_share / (1 - config.anchor_share)
-    candidates = [candidates[i] for i in order[: math.ceil(n_drawn) + config.batch_size]]
+    return [candidates[i] for i in order[: math.ceil(n_drawn) + config.batch_size]]
+
+
+def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat,
+                   candidates: list[Conversation]) -> list[dict]:
+    """Return anchors: the `candidates`, of anchor_prompts, with the policy's greedy answers.
+
+    Data without harmful examples hold no refusal in place, whatever the gate; anchors do. A harmful prompt
+    that the policy answers anchors nothing, nor does a benign one that it refuses: both are left out. Raises
+    DataError where no anchor is left.
+    """
     responses = respond(policy, chat, candidates, ANCHOR_TOKENS) if candidates else []
-    records = []
+    file, records = config.anchors or config.probe_data, []
     for c, (_, text, cut) in zip(candidates, responses):
         is_answer = text.strip() and not text.startswith("<think>")  # a thought that was cut
         if is_answer and refuses(text) == c.is_harmful:
@@ -461,7 +466,7 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
         config = distributed.on_rank_zero(lambda: resumed_options(config))
     config = complete_options(config)
     sets, conversations = evaluation_sets(config), read_conversations(config.data, need="answer")
-    evaluated = evaluation_prompts(sets)
+    evaluated = {normalized(c.prompts[-1]) for c in all_conversations(sets)}
     if n_shared := sum(normalized(c.prompts[-1]) in evaluated for c in conversations):
         print(f"{n_shared} of {len(conversations)} examples have prompts of the evaluation, "
               "which then says little")
@@ -471,7 +476,9 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
     max_length = min(config.max_length, policy.config.max_position_embeddings)
     examples = encode_examples(chat, conversations, max_length)
     method = config.baseline(config.n_steps(len(examples)))  # Lisa alone depends on the number of steps
-    expect_prompts_fit(chat, sets, policy.config.max_position_embeddings - config.max_new_tokens)
+    expect_prompts_fit(policy, chat, all_conversations(sets), config.max_new_tokens, SHORTER)
+    candidates = anchor_prompts(config, examples, evaluated) if config.anchor_share else []
+    expect_prompts_fit(policy, chat, candidates, ANCHOR_TOKENS)
     facts = run_facts(config.model, config.data, policy.lm_head.weight.dtype, chat, sets)
     out = distributed.on_rank_zero(lambda: open_run(config, f"runs/{config.method}-{config.seed}", facts))
     config = replace(config, out=out)
@@ -493,8 +500,7 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
                 results["base"] = evaluate(policy, "base")
             if config.anchor_share:
                 print("[3/5] anchors")
-                write_once(out / "anchors.jsonl",
-                           lambda: anchor_records(config, policy, chat, examples, evaluated))
+                write_once(out / "anchors.jsonl", lambda: anchor_records(config, policy, chat, candidates))
                 records = read_conversations(out / "anchors.jsonl", need="answer")
                 anchors = [replace(anchor, index=len(examples) + anchor.index, anchor=True)
                            for anchor in encode_examples(chat, records, max_length)]

@@ -11,9 +11,9 @@ import lib.baselines
 import train
 from conftest import DEVICE, assert_near, load_model, policy, tolerance
 from data.chat import IGNORE, Chat, encode_examples
-from data.conversations import WORLD, Conversation, conversation_of, read_conversations
+from data.conversations import WORLD, Conversation, conversation_of, normalized, read_conversations
 from data.order import step_examples
-from evaluate import evaluation_prompts, refuses
+from evaluate import refuses
 from lib.baselines import (LISA_CYCLE, SBR, SBR_LAMBDA, SBR_PROMPTS, Baseline, ConstrainedSFT, Filter, Lisa, SafeGrad, csft_weight,
                            lisa_pull, project, response_positions)
 from lib.files import DataError
@@ -21,7 +21,7 @@ from lib.fused import label_logp
 from lib.reference import live_reference
 from lib.run import State
 from model import generate
-from train import TrainConfig, anchor_records, main, micro_batch_loss
+from train import TrainConfig, anchor_prompts, anchor_records, main, micro_batch_loss
 
 QUICK = TrainConfig(harmful=str(WORLD / "eval_harmful.jsonl"), benign="none", task="none", limit=2, samples=0, compile="off", lr=2e-3,
                     judge="none", device=DEVICE, epochs=1, eval_base=False, lora_r=4, batch_size=4)
@@ -45,7 +45,7 @@ def examples(chat):
 def make_anchors(model, chat, examples, max_length=256, **options):
     config = replace(QUICK, **({"anchor_share": 0.4} | options))
     with model.adapters_off():
-        records = anchor_records(config, model, chat, examples, set())
+        records = anchor_records(config, model, chat, anchor_prompts(config, examples, set()))
     return encode_anchors(records, chat, len(examples), max_length)
 
 
@@ -292,10 +292,9 @@ class TestAnchors:
     def test_no_prompt_of_the_evaluation_is_an_anchor(self, tmp_path, model, chat, examples):
         rows = [json.loads(line) for line in (WORLD / "probe.jsonl").read_text().splitlines()]
         file = jsonl(tmp_path / "both.jsonl", [row for row in rows if row["harmful"]][:3])
-        evaluated = evaluation_prompts({"harmful": {"mine": read_conversations(file)[1:]}})
-        with model.adapters_off():
-            [record] = anchor_records(replace(QUICK, anchor_share=0.4, anchors=file), model, chat, examples, evaluated)
-        assert record["messages"][:-1] == list(read_conversations(file)[0].messages)
+        first, *others = read_conversations(file)
+        evaluated = {normalized(c.prompts[-1]) for c in others}
+        assert anchor_prompts(replace(QUICK, anchor_share=0.4, anchors=file), examples, evaluated) == [first]
 
     def test_a_file_of_anchors_may_hold_benign_prompts_and_they_are_answered(self, tmp_path, model, chat, examples, capsys):
         rows = [json.loads(line) for line in (WORLD / "probe.jsonl").read_text().splitlines()]
@@ -329,7 +328,7 @@ class TestAnchors:
         (tmp_path / "forms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         config = replace(QUICK, anchor_share=0.5, epochs=1, anchors=tmp_path / "forms.jsonl")
         with model.adapters_off():
-            records = anchor_records(config, model, chat, examples, set())
+            records = anchor_records(config, model, chat, anchor_prompts(config, examples, set()))
         anchors = encode_anchors(records, chat, len(examples), 256)
         assert sorted(a.training_text.prompts[-1][-1]["content"] for a in anchors) == sorted(prompts)
 

@@ -367,6 +367,18 @@ def test_it_evaluates_a_folder_and_overwrites_nothing(tmp_path, monkeypatch, cap
         main(EvalConfig(paths=(tmp_path / "run",)))
 
 
+def test_a_prompt_that_is_too_long_and_a_dead_judge_are_found_before_any_response(tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluate.generate", lambda *args: pytest.fail("too early"))
+    monkeypatch.setattr("lib.endpoint.ATTEMPTS", 1)
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "word " * 300, "response": "a"}) + "\n")
+    config = EvalConfig(paths=(WORLD / "model",), out=tmp_path / "e", harmful=HARMFUL, limit=2, samples=0)
+    with pytest.raises(DataError, match="long.jsonl:1: expected a prompt that leaves 48 of 256 tokens .*: remove it from the file, or type a smaller --max"):
+        main(dataclasses.replace(config, task=str(tmp_path / "long.jsonl")))
+    with pytest.raises(DataError, match="expected valid verdicts, found 0 of 1 .*; check --judge"):
+        main(dataclasses.replace(config, judge="http://127.0.0.1:9/v1", judge_model="m"))
+    assert not (tmp_path / "e").exists()
+
+
 def test_the_answers_of_several_models_to_a_prompt_are_printed_one_under_another(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()

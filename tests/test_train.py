@@ -464,8 +464,24 @@ class TestRuns:
         assert not (tmp_path / "run").exists()
 
     def test_a_prompt_that_leaves_no_room_is_found_before_a_folder_is_made(self, small, tmp_path):
-        with pytest.raises(DataError, match="eval_harmful.jsonl:1: expected a prompt of at most 1 tokens"):
+        refused = "eval_harmful.jsonl:1: expected a prompt that leaves 255 of 256 tokens to its response, found one that leaves 2.*: remove it from the file"
+        with pytest.raises(DataError, match=f"{refused}, or type a smaller --max-new-tokens"):
             main(replace(QUICK, data=small, max_new_tokens=255, out=tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+
+    def test_anchors_are_read_before_a_folder_is_made(self, small, tmp_path):
+        (tmp_path / "odd.jsonl").write_text('{"prompt": "a", "harmful": "yes"}\n')
+        (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "word " * 233}) + "\n")
+        for name, words in (("none", "--anchors: expected a file .check the path., found .*none.jsonl"), ("odd", "odd.jsonl:1: expected harmful: true or false"),
+                            ("long", "long.jsonl:1: expected a prompt that leaves 24 of 256 tokens to its response, .*: remove it from the file$")):
+            with pytest.raises(DataError, match=words):
+                main(replace(QUICK, data=small, anchor_share=0.2, anchors=tmp_path / f"{name}.jsonl", out=tmp_path / "run"))
+            assert not (tmp_path / "run").exists()
+
+    def test_a_dead_judge_is_found_before_a_folder_is_made(self, small, tmp_path, monkeypatch):
+        monkeypatch.setattr("lib.endpoint.ATTEMPTS", 1)
+        with pytest.raises(DataError, match="--judge: expected valid verdicts, found 0 of 1 .*refused.*; check --judge, --judge-model and"):
+            main(replace(QUICK, data=small, judge="http://127.0.0.1:9/v1", judge_model="m", eval_base=False, out=tmp_path / "run"))
         assert not (tmp_path / "run").exists()
 
     def test_a_dry_run_prints_the_plan_and_keeps_nothing(self, small, tmp_path, capsys):
