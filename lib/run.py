@@ -177,8 +177,8 @@ def step_metrics(examples, s, alpha, beta, loss, nll, kl) -> dict:
     """Return a step's row of metrics.jsonl: loss, means of risk, α, β, and NLL and KL per response token.
 
     All (B,): s, alpha, beta of each example, nll and kl summed over its tokens; the sum of `loss` is the
-    step's. KL is of examples with β > 0 alone; "nll_risky", "kl_risky" are of those with s > ½, "kl_other" of
-    the others. A value is None where it is of no example, and "risk" where no example has β > 0.
+    step's. KL is of examples with β > 0 alone; "nll_risky", "kl_risky" are of those with s > ½, "nll_other",
+    "kl_other" of the others. A value is None where it is of no example, "risk" where no example has β > 0.
     """
     n_tokens = torch.tensor([example.n_labels for example in examples])
     every, risky, pulled = torch.ones_like(s, dtype=torch.bool), s > 0.5, beta > 0
@@ -187,8 +187,8 @@ def step_metrics(examples, s, alpha, beta, loss, nll, kl) -> dict:
         return (sums[which].sum() / n_tokens[which].sum()).item() if which.any() else None
 
     return {"loss": loss.sum().item(), "nll": per_token(nll, every), "nll_risky": per_token(nll, risky),
-            "kl": per_token(kl, pulled), "kl_risky": per_token(kl, pulled & risky),
-            "kl_other": per_token(kl, pulled & ~risky),
+            "nll_other": per_token(nll, ~risky), "kl": per_token(kl, pulled),
+            "kl_risky": per_token(kl, pulled & risky), "kl_other": per_token(kl, pulled & ~risky),
             "risk": s.mean().item() if pulled.any() else None,
             "alpha": alpha.mean().item(), "beta": beta.mean().item()}
 

@@ -218,7 +218,7 @@ class TestLoop:
             ids = torch.arange(9, device=DEVICE)[None]
             assert torch.equal(model(ids), original(ids))
         assert [row["step"] for row in rows] == list(range(6)) and rows[0]["kl"] == 0 < rows[-1]["kl"]
-        assert set(rows[0]) == {"step", "loss", "nll", "nll_risky", "kl", "kl_risky", "kl_other", "risk", "alpha", "beta", "lr",
+        assert set(rows[0]) == {"step", "loss", "nll", "nll_risky", "nll_other", "kl", "kl_risky", "kl_other", "risk", "alpha", "beta", "lr",
                                 "grad_norm", "tokens_per_s"}
 
     def test_accumulating_one_by_eight_is_eight_by_one(self, examples, tmp_path):
@@ -321,11 +321,11 @@ def test_metrics_are_means_over_tokens_of_risky_and_of_other_examples():
     """Oracle: the sums by hand. Three examples of 1, 2, 4 tokens; the second is not pulled."""
     examples = [SimpleNamespace(n_labels=n) for n in (1, 2, 4)]
     s, beta = torch.tensor([0.9, 0.0, 0.2]), torch.tensor([0.9, 0.0, 0.2])
-    row = step_metrics(examples, s, 1 - beta, beta, torch.tensor([1.5, 0.0, 0.5]), torch.tensor([3.0, 2.0, 9.0]), torch.tensor([2.0, 0.0, 8.0]))
-    assert row == pytest.approx({"loss": 2, "nll": 2, "nll_risky": 3, "kl": 2, "kl_risky": 2, "kl_other": 2, "risk": 1.1 / 3,
-                                 "alpha": 1.9 / 3, "beta": 1.1 / 3})
+    row = step_metrics(examples, s, 1 - beta, beta, torch.tensor([1.5, 0.0, 0.5]), torch.tensor([3.0, 2.0, 9.0]), torch.tensor([2.0, 7.0, 4.0]))
+    assert row == pytest.approx({"loss": 2, "nll": 14 / 7, "nll_risky": 3 / 1, "nll_other": 11 / 6, "kl": 6 / 5, "kl_risky": 2 / 1,
+                                 "kl_other": 4 / 4, "risk": 1.1 / 3, "alpha": 1.9 / 3, "beta": 1.1 / 3})
     row = step_metrics(examples, 0 * s, 1 - 0 * s, 0 * s, s, s, s)
-    assert row["kl"] is row["kl_risky"] is row["nll_risky"] is row["risk"] is None
+    assert row["kl"] is row["kl_risky"] is row["nll_risky"] is row["risk"] is None and row["nll_other"] == row["nll"]
 
 
 @pytest.mark.parametrize("grad_norm, kl, error", [(math.nan, 0.0, FloatingPointError), (1.0, 0.1, DataError), (1.0, math.nan, DataError)])
