@@ -12,6 +12,7 @@ task           share of answers that match the reference: the final number, the 
 """
 
 import math
+import os
 import re
 import textwrap
 from collections import defaultdict
@@ -376,7 +377,7 @@ def main(config: EvalConfig) -> None:
     alone = len(config.paths) == 1 and not config.compare and config.prompt is None
     if not config.paths:
         raise DataError("expected a run or a checkpoint folder, found none; type python evaluate.py FOLDER")
-    is_folder = config.prompt is not None and Path(config.prompt, "config.json").exists()
+    is_folder = config.prompt is not None and os.path.exists(os.path.join(config.prompt, "config.json"))
     require(config, ("prompt", config.prompt is None or not config.compare, "none with --compare"),
             ("prompt", not is_folder, "the words of a prompt, then folders"),
             ("fluency", config.compare or not config.fluency, "none without --compare"),

@@ -390,6 +390,10 @@ def test_the_answers_of_several_models_to_a_prompt_are_printed_one_under_another
     main(EvalConfig(paths=paths[:1], prompt=request, max_new_tokens=3, temperature=9.0, given=("temperature",)))
     out = capsys.readouterr().out
     assert refusal[:8] not in out and "(cut at --max-new-tokens 3)" in out
+    main(EvalConfig(paths=paths[:1], prompt="Hello! " * 40, max_new_tokens=2))  # longer than a file's name may be
+    assert f"\n{paths[0]}:\n" in capsys.readouterr().out
+    with pytest.raises(DataError, match="--prompt: expected the words of a prompt, then folders"):
+        main(EvalConfig(paths=paths[:1], prompt=str(paths[0])))
     for wrong in (dict(compare=True), dict(out=tmp_path / "o"), dict(max_new_tokens=0)):
         with pytest.raises(DataError, match="expected"):
             main(EvalConfig(paths=paths[:1], prompt=request, **wrong))
