@@ -109,7 +109,8 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
         sets[kind] = {}
         for file in comma_list(getattr(options, kind)):
             name = Path(file).stem.removeprefix("eval_")
-            require(options, (kind, name not in names, f"files of different names (two are {name})"))
+            require(options, (kind, name not in names, f"files of different names (two are {name})"),
+                    (kind, os.path.isfile(file), f"files (check the path {file})"))
             names.add(name)
             if kind == "task":
                 conversations = read_conversations(file, "answer")
@@ -294,7 +295,8 @@ def compare(paths, fluency: tuple | None = None) -> tuple[str, list[dict]]:
         raise DataError("--compare: expected at least one finished run of train.py, found none")
     if different := differences(runs, ("model_sha256", "sets_sha256")):
         why = different + differences(runs, ("model", *KINDS, "limit"))
-        raise DataError("--compare: expected one aligned model and the same prompts, found " + "; ".join(why))
+        raise DataError(f"--compare: expected one aligned model and the same prompts, found {'; '.join(why)}"
+                        f"; compare each kind by itself: python evaluate.py --compare {next(iter(runs))}")
     groups = group_runs(runs)
     rows = [pool(name, "after", group, fluency) for name, group in groups.items()]
     for group in groups.values():

@@ -27,7 +27,7 @@ from data.chat import Chat, batches_by_length, encode_examples, encode_prompts, 
 from data.conversations import (WORLD, Conversation, group_of, is_embedded, read_conversations,
                                 split_by_prompt)
 from lib.checkpoint import fingerprint
-from lib.cli import comma_list, printable, progress_bar, require, run
+from lib.cli import comma_list, printable, progress_bar, run
 from lib.distributed import on_rank_zero
 from lib.files import COUNT, DataError, atomic_write, either, expect, expect_file, parse_json, write_jsonl
 from lib.report import probe_report, risk_metrics
@@ -267,7 +267,9 @@ def score_file(probe: Probe, model: Transformer, chat: Chat, data: Path) -> list
 
 def main(config: ProbeConfig) -> None:
     """Fit, report and save a probe; or rate conversations with one."""
-    require(config, ("score", bool(config.score) == bool(config.probe), "together with --probe"))
+    if bool(config.score) != bool(config.probe):
+        raise DataError(f"expected --probe together with --score, found one of them; type python probe.py "
+                        f"--probe {config.probe or 'PROBE'} --score {config.score or 'DATA'}")
     default = config.score.with_suffix(".risk.jsonl") if config.score else Path("probe.safetensors")
     out = config.out or default
     if out.is_dir() or config.score and out.exists():

@@ -29,7 +29,7 @@ def check_options(config) -> None:
     require(
         config,
         ("out", config.resume or not (config.out and config.out.exists()) or is_unstarted(config.out),
-         "a folder that does not exist (--resume continues an interrupted run)"),
+         f"a folder that does not exist (type --out OTHER, or --resume {config.out} to go on with a run)"),
         ("beta_min", 0 <= config.beta_min <= 1, "0 to 1"),
         ("beta_max", config.beta_min <= config.beta_max <= 1, "beta-min to 1"),
         ("ema", 0 <= config.ema < 1, "0 to under 1"),
@@ -40,7 +40,7 @@ def check_options(config) -> None:
         ("dtype", config.lora_r or config.dtype != "bfloat16", "float32 with --lora-r 0"),
         ("anchor_share", 0 <= share < 1, "0 to under 1"),
         ("anchor_share", share > 0 or not (adds_gradients or config.method == "lisa"),
-         f"above 0 with --method {config.method}"),
+         f"above 0 with --method {config.method} (type --anchor-share 0.5)"),
         ("method", not adds_gradients or config.lora_r and processes == 1,
          f"no {config.method} with --lora-r 0 or several processes"),
         ("anchors", share or not config.anchors, "none without --anchor-share"),
@@ -50,6 +50,9 @@ def check_options(config) -> None:
         ("ref", not config.fsdp or config.ref != "live", "auto or keep with --fsdp"),
         ("device", processes == 1 or config.device in ("cpu", "cuda"), "cpu or cuda for several processes"),
     )
+    for name in ("data", "probe_data", "probe", "anchors", "rubric"):
+        file = getattr(config, name)
+        require(config, (name, file is None or file.is_file(), "a file (check the path)"))
 
 
 def leak_line(config) -> str:

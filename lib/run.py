@@ -58,7 +58,8 @@ def resumed_options(config):
         raise DataError(f"--resume: expected an unfinished run, found {run / 'results.json'}")
     options = stored_options(config, run / "config.json", {"out", "resume"})
     if config.judge not in (None, options.judge):
-        raise DataError(f"--resume: expected --judge {options.judge}, as the run had, found {config.judge}")
+        raise DataError(f"--resume: expected --judge {options.judge}, as the run had, found {config.judge}; "
+                        "leave --judge out, or start anew with another judge: --out OTHER")
     return replace(options, out=run)
 
 
@@ -100,17 +101,17 @@ def open_run(config, default: str, facts: dict) -> Path:
 
 @contextmanager
 def running(out: Path, resumed: bool, keep: bool = True):
-    """Lock the run's folder. An interrupt, a full disk or a lack of memory says how to resume.
+    """Lock the run's folder. An interrupt and most errors say how to resume.
 
     A new run that stored nothing is removed, and with keep=False any run at its end. Raises DataError where
     another process runs in the folder.
     """
     with open(out / "config.json") as lock:
+        on_rank_zero(lambda: lock_file(lock))
         try:
-            on_rank_zero(lambda: lock_file(lock))
             with nullcontext() if resumed else remove_if_unused(out):
                 yield
-        except (KeyboardInterrupt, OSError, RuntimeError) as error:
+        except (KeyboardInterrupt, DataError, OSError, RuntimeError) as error:
             if keep and (out / "config.json").exists():
                 error.add_note(f"to go on: python train.py --resume {shlex.quote(str(out))}")
             raise

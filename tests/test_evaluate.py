@@ -468,7 +468,7 @@ def test_a_run_that_solves_no_task_better_than_before_is_no_evidence_of_safety()
 def test_another_aligned_model_other_prompts_and_damaged_folders_are_refused(tmp_path):
     first = write_run(tmp_path / "a-0")
     for i, key in enumerate(("model_sha256", "sets_sha256")):
-        with pytest.raises(DataError, match=f"expected one aligned model and the same prompts, found {key}: . .*a-0.*, other .*a-1"):
+        with pytest.raises(DataError, match=f"expected one aligned model and the same prompts, found {key}: . .*a-0.*, other .*a-1.*; compare each kind .* --compare {first}"):
             compare([first, write_run(tmp_path / str(i) / "a-1", 1, **{key: "other"})])
         with pytest.raises(DataError, match=f"{key}: expected str, found None"):  # nothing says that they are alike
             compare([write_run(tmp_path / str(i) / "b-1", 1, **{key: None})])

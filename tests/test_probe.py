@@ -192,5 +192,6 @@ def test_data_are_scored_before_training_and_train_takes_the_file(tmp_path, caps
     assert read_risk(tmp_path / "data.risk.jsonl", examples) == pytest.approx(expected.tolist(), abs=1e-6)
     with pytest.raises(DataError, match="--out: expected a new file"):
         main(ProbeConfig(probe=tmp_path / "p.safetensors", score=tmp_path / "data.jsonl", device=DEVICE))
-    with pytest.raises(DataError, match="--score: expected together with --probe"):
-        main(ProbeConfig(score=tmp_path / "data.jsonl"))
+    for one, typed in ((dict(score="d.jsonl"), "--probe PROBE --score d.jsonl"), (dict(probe="p"), "--probe p --score DATA")):
+        with pytest.raises(DataError, match=f"expected --probe together with --score, .*; type python probe.py {typed}"):
+            main(ProbeConfig(**one))

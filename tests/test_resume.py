@@ -215,7 +215,7 @@ def test_a_run_of_which_something_has_changed_is_refused(folder, undisturbed, mo
         return {"change": lambda text: text.replace(old, new, 1)}
 
     refused("--resume: expected no option beside it, since the run has its own, found --lr", "--lr", "1")
-    refused("--resume: expected --judge none, as the run had, found x", "--judge", "x")
+    refused("--resume: expected --judge none, as the run had, found x; leave --judge out, or start anew with another judge: --out OTHER", "--judge", "x")
     refused("config.json: judged by http://127.0.0.1:9/v1; to ask this server again, type --judge http://127.0.0.1:9/v1",
             **replaced('"judge": "none"', '"judge": "http://127.0.0.1:9/v1"'))
     refused("config.json: lr: expected float or NoneType, found 'high'", **replaced('"lr": 0.002', '"lr": "high"'))
@@ -230,7 +230,7 @@ def test_a_run_of_which_something_has_changed_is_refused(folder, undisturbed, mo
     for fact in ("model_sha256", "template_sha256", "sets_sha256"):
         refused(f"expected {fact} as .*odd was started with, 0, found .* it has changed since",
                 change=lambda text: json.dumps(json.loads(text) | {fact: "0"}))
-    refused("risk.jsonl: expected a risk for each conversation, found none", file=run / "risk.jsonl",
+    refused("risk.jsonl: expected a risk for each conversation, found none[^$]*to go on: python train.py --resume", file=run / "risk.jsonl",
             change=lambda text: "".join(text.splitlines(keepends=True)[1:]))
     refused("metrics.jsonl: expected 3 lines, found 1", file=run / "metrics.jsonl", change=lambda text: text[:40])
     with pytest.raises(ValueError, match="none_such/config.json: not found"):

@@ -19,7 +19,7 @@ from data.build import BuildConfig
 from data.chat import IGNORE, Chat, Example, encode_examples
 from data.conversations import WORLD, read_conversations
 from data.order import draw, step_examples
-from evaluate import EvalConfig
+from evaluate import EvalConfig, evaluation_sets
 from grid import GridConfig
 from lib import fused
 from lib.baselines import Baseline
@@ -445,17 +445,19 @@ class TestRuns:
         (dict(dtype="bfloat16", lora_r=0), "--dtype: expected float32 with --lora-r 0"),
         (dict(batch_size=0), "--batch-size: expected at least 1, found 0"),
         (dict(method="csft", risk="max"), "--risk: expected none without --method adaptive or filter"),
-        (dict(out=WORLD), "--out"),
+        (dict(out=WORLD), f"--out: expected a folder that does not exist .type --out OTHER, or --resume {WORLD} to go on with a run., found"),
+        (dict(probe_data=Path("no")), "--probe-data: expected a file .check the path., found no"),
+        (dict(task="no.jsonl"), "--task: expected files .check the path no.jsonl., found no.jsonl"),
         (dict(method="sft", beta_max=1.0), "--beta-max"),
         (dict(epochs=0), "--epochs"),
         (dict(lr=0.0), "--lr"),
         (dict(ref="live", method="sft"), "--ref: expected none without --method adaptive"),
         (dict(anchor_share=1.0), "--anchor-share: expected 0 to under 1"),
-        (dict(method="lisa"), "--anchor-share: expected above 0 with --method lisa"),
+        (dict(method="lisa"), "--anchor-share: expected above 0 with --method lisa .type --anchor-share 0.5., found 0.0"),
         (dict(anchors=WORLD / "probe.jsonl"), "--anchors: expected none without")])
     def test_wrong_options_fail_at_once(self, wrong, words):
         with pytest.raises(DataError, match=words):
-            complete_options(replace(QUICK, **wrong))
+            evaluation_sets(complete_options(replace(QUICK, **wrong)))
 
     def test_a_bad_risk_file_leaves_nothing_behind(self, small, tmp_path):
         (tmp_path / "risk.jsonl").write_text('{"risk": 1}\n')
