@@ -433,12 +433,14 @@ def print_plan(config: TrainConfig, policy: Transformer, method: Baseline, examp
 
     The time is that of a batch of the longest examples, without the reference.
     """
-    n_data, n_input = sum(not e.anchor for e in examples), sum(len(e.input_ids) for e in examples)
-    n_steps, n_labels = config.n_steps(n_data), sum(e.n_labels for e in examples)
+    n_data, n_labels = sum(not e.anchor for e in examples), sum(e.n_labels for e in examples)
+    n_steps = config.n_steps(n_data)
     if not examples:
         print("nothing is left to train on")
         return
-    batch = sorted(examples, key=lambda e: len(e.input_ids))[-config.batch_size :]
+    examples = sorted(examples, key=lambda e: len(e.input_ids))
+    lengths = [len(e.input_ids) for e in examples]
+    n_input, batch = sum(lengths), examples[-config.batch_size :]
     alpha = torch.ones(len(batch))
     for _ in range(2):  # the first one warms up
         started = time.perf_counter()
@@ -451,6 +453,7 @@ def print_plan(config: TrainConfig, policy: Transformer, method: Baseline, examp
     n_drawn = method.anchors_before(n_steps)
     anchors = f", {len(examples) - n_data} anchors (drawn {n_drawn} times)" if n_data < len(examples) else ""
     print(f"{n_data} examples{anchors}: {n_input} tokens, {n_labels} of them in responses\n"
+          f"lengths: median {lengths[len(lengths) // 2]} tokens, longest {lengths[-1]}\n"
           f"{n_steps} steps of {config.per_step} examples; {describe_trainable(policy)}\n"
           f"to expect: about {minutes:.1f} minutes of training, {n_bytes / 1e9:.2f} GB for weights, "
           f"gradients and AdamW's state, and the activations of a batch\n--dry-run: nothing is kept")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 import shutil
 import sys
@@ -489,7 +490,7 @@ class TestRuns:
     def test_a_dry_run_prints_the_plan_and_keeps_nothing(self, small, tmp_path, capsys):
         main(replace(QUICK, data=small, risk=with_risk(small, tmp_path, 0.5), dry_run=True, anchor_share=0.2, out=tmp_path / "run"))
         printed = capsys.readouterr().out
-        assert "24 examples, " in printed and "(drawn 120 times)" in printed and "75 steps of 8 examples" in printed and "to expect: about" in printed and not (tmp_path / "run").exists()
+        assert "24 examples, " in printed and "(drawn 120 times)" in printed and "75 steps of 8 examples" in printed and re.search(r"\nlengths: median \d+ tokens, longest \d+\n", printed) and "to expect: about" in printed and not (tmp_path / "run").exists()
 
     def test_your_own_model_and_data_have_their_own_defaults(self, small, tmp_path, capsys):
         shutil.copytree(WORLD / "model", tmp_path / "model")
