@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -704,6 +705,8 @@ class TestScript:
         config = CriticConfig(**vars(options()), data=tmp_path / "data.jsonl", out=tmp_path / "out.jsonl")
         with pytest.raises(DataError, match="--judge: expected a checkpoint folder or a URL"):
             main(CriticConfig(data=config.data))
+        main(replace(config, out=None))
+        assert "no risk is written (add --out FILE, which train.py --risk FILE takes)" in capsys.readouterr().out
         main(config)
         assert "recall" not in (printed := capsys.readouterr().out) and f"wrote {config.out}\n" in printed  # there are no labels
         written = [json.loads(line) for line in config.out.read_text().splitlines()]

@@ -211,6 +211,18 @@ def test_responses_keep_the_prompts_order_and_samples_depend_on_seed_and_prompt_
         respond(model, chat, [ask("word " * 300, "mine.txt:4")], 48)
 
 
+def test_a_response_ends_where_the_template_ends_a_turn_whatever_config_json_says(world, tmp_path):
+    for file in (WORLD / "model").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"eos_token_id": 1000}  # some other token
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    other = load_model(tmp_path, dtype=torch.float32)
+    assert not {*other.config.eos_token_ids} & {*world[1].end_token_ids}
+    assert respond(other, world[1], [ask("Hello!")], 48) == respond(*world, [ask("Hello!")], 48)
+
+
 def test_reasoning_is_not_part_of_the_response(world, monkeypatch):
     monkeypatch.setattr("evaluate.generate", lambda model, prompts, *args, **kwargs: prompts)
     monkeypatch.setattr("evaluate.encode_prompts", lambda *args: [[1] * 9])
