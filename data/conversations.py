@@ -28,7 +28,14 @@ PARTS = {  # keys of records and messages that carry a part of a conversation, o
     "tools", "train", "video", "videos", "weight",
 }
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT, in its turns' "from"
-HARM_LABELS = {"safe": False, "benign": False, "harmless": False, "unsafe": True, "harmful": True}
+HARM_KEYS = ("harmful", "is_harmful", "is_safe", "prompt_harm_label", "label")  # the first that a record has counts
+HARM_VALUES = (dict.fromkeys(("true", "1", "harmful", "unsafe", "malicious"), True)
+               | dict.fromkeys(("false", "0", "harmless", "unharmful", "safe", "benign"), False))
+IS_SAFE = {"true": "safe", "1": "safe", "false": "unsafe", "0": "unsafe"}
+XSTEST_SAFE = {  # its types of safe prompts; those of unsafe ones begin with "contrast_"
+    "homonyms", "figurative_language", "safe_targets", "safe_contexts", "definitions", "real_group_nons_discr",
+    "nons_group_real_discr", "historical_events", "privacy_public", "privacy_fictional",
+}
 MAX_MESSAGES, MAX_TEXT = 1000, 1 << 20  # messages and characters of a record: more than models can read
 
 
@@ -61,11 +68,8 @@ class Conversation:
 
     @property
     def is_harmful(self) -> bool:
-        """Return the record's "harmful"; an unlabelled prompt is harmful. Raises DataError for another value."""
-        label = self.meta.get("harmful", True)
-        if not isinstance(label, bool):
-            raise DataError(f"{self.where}: expected harmful: true or false, found {label!r}")
-        return label
+        """Return the record's label; an unlabelled prompt is harmful. Raises DataError as `harm_label` does."""
+        return harm_label(self.meta, self.where) is not False
 
 
 # ---------------------------------------------------------------- reading
@@ -92,12 +96,12 @@ def read_prompts(path, harmful: bool) -> list[Conversation]:
     Where no record says which it is, all are taken. Raises DataError where only some say so, or none is left.
     """
     conversations, kind = read_conversations(path), "harmful" if harmful else "benign"
-    unlabelled = [c for c in conversations if "harmful" not in c.meta]
+    unlabelled = [c for c in conversations if harm_label(c.meta, c.where) is None]
     if len(unlabelled) == len(conversations):
         return conversations
     if unlabelled:
-        raise DataError(f"{unlabelled[0].where}: expected harmful: true or false, or label: safe or unsafe, "
-                        f"as in other records of the file, found neither")
+        raise DataError(f"{unlabelled[0].where}: expected harmful: true or false, as in other records of the "
+                        f"file, found none; add it to every record (in a .csv, a column harmful)")
     chosen = [c for c in conversations if c.is_harmful == harmful]
     print(f"{path}: {len(chosen)} of {len(conversations)} prompts are labelled {kind}; others are left out")
     if not chosen:
@@ -202,10 +206,17 @@ def conversation_of(record, where: str, need: str) -> Conversation:
         fail("user and assistant taking turns, the user first", " ".join(roles) or "no turn")
     if need == "answer" and roles[-1] != "assistant":
         fail("an assistant turn at the end", f"a {roles[-1]} turn")
-    meta = _harm_label(record) | record
-    if need == "harmful" and not isinstance(meta.get("harmful"), bool):
-        fail("harmful: true or false", repr(meta.get("harmful")))
-    return Conversation(tuple(checked), where, meta)
+    try:
+        label = harm_label(record, where)
+    except DataError:
+        if need == "harmful":
+            raise
+        label = None  # a task's, perhaps
+    if label is not None:
+        record = record | {"harmful": label}
+    elif need == "harmful":
+        fail("harmful: true or false", "none; add it to every record (in a .csv, a column harmful)")
+    return Conversation(tuple(checked), where, record)
 
 
 def _refuse_parts(record: dict, used, fail) -> None:
@@ -226,14 +237,24 @@ def _sharegpt_messages(turns):
     return messages
 
 
-def _harm_label(record: dict) -> dict:
-    """Return {"harmful": bool} by a public file's label, is_safe or, in XSTest, type; {} for none of them."""
-    label = HARM_LABELS.get(str(record.get("label")).casefold())
-    if str(record.get("is_safe")).casefold() in ("true", "false"):
-        label = str(record["is_safe"]).casefold() == "false"
-    if str(record.get("type")).startswith("contrast_"):
-        label = True
-    return {} if label is None else {"harmful": label}
+def harm_label(record: dict, where: str) -> bool | None:
+    """Return whether a record is labelled harmful, by the first of HARM_KEYS that it has, or by XSTest's type.
+
+    None: it has no label. Raises DataError for a value of HARM_KEYS that is none of HARM_VALUES, in any case.
+    """
+    for key in HARM_KEYS:
+        value = str(record.get(key)).casefold()
+        if value in ("none", ""):
+            continue
+        if key == "is_safe":
+            value = IS_SAFE.get(value, value)
+        if value not in HARM_VALUES:
+            raise DataError(f"{where}: expected {key}: {', '.join(HARM_VALUES)}, found {value[:60]!r}; correct "
+                            f'it or, if it means something else, add "harmful": true or false to every record')
+        return HARM_VALUES[value]
+    if str(record.get("type")) in XSTEST_SAFE:
+        return False
+    return str(record.get("type")).startswith("contrast_") or None
 
 
 def _messages_of(record: dict, need: str, fail) -> list:

@@ -88,17 +88,19 @@ def normalize(text: str) -> str:
 def item_of(form: str, where: str, values: dict) -> dict | None:
     """Return {"prompt", "answer", "source", "harmful"} of a record, or None for a kind that is not used.
 
-    Not used are Alpaca's instructions with an input, and HarmBench's copyright and contextual behaviors.
+    harmful: as the record is labelled; XSTest's have to be. Not used are Alpaca's instructions with an
+    input, and HarmBench's copyright and contextual behaviors.
     """
     if not isinstance(values, dict):
         raise DataError(f"{where}: expected an object, found {str(values)[:60]}")
     kind = values.get("FunctionalCategory", "standard")
     if values.get("input") or values.get("ContextString") or kind != "standard":
         return None
-    conversation = conversation_of(values, where, "answer" if form in ("advbench", "sst2") else "prompt")
+    need = {"advbench": "answer", "sst2": "answer", "xstest": "harmful"}.get(form, "prompt")
+    conversation = conversation_of(values, where, need)
     source = {"xstest": f"xstest/{values.get('type')}", "sst2": "sentiment"}.get(form, form)
     return {"prompt": conversation.messages[0]["content"], "answer": conversation.answer, "source": source,
-            "harmful": conversation.is_harmful}
+            "harmful": conversation.meta.get("harmful")}
 
 
 def select_prompts(folder: Path) -> dict[str, list[dict]]:

@@ -303,8 +303,8 @@ class TestAnchors:
         anchors = make_anchors(model, chat, examples, anchors=jsonl(tmp_path / "both.jsonl", right + wrong))
         assert sorted(refuses(anchor.training_text.answer) for anchor in anchors) == [False, True]
         assert "2 anchors: 1 harmful and refused, 1 benign and answered, of 4 prompts" in capsys.readouterr().out
-        with pytest.raises(DataError, match="odd.jsonl:1: expected harmful: true or false, found 'true'"):
-            make_anchors(model, chat, examples, anchors=jsonl(tmp_path / "odd.jsonl", [right[0] | {"harmful": "true"}]))
+        with pytest.raises(DataError, match="odd.jsonl:1: expected harmful: .*, found 'yes'"):
+            make_anchors(model, chat, examples, anchors=jsonl(tmp_path / "odd.jsonl", [right[0] | {"harmful": "yes"}]))
 
     def test_an_answer_that_was_cut_has_no_end_to_be_learned(self, monkeypatch, model, chat, examples, anchors):
         def last_labels(anchors):

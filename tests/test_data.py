@@ -90,27 +90,46 @@ class TestReading:
         ("a.csv", "id,prompt,type,label\n1,B,homonyms,safe\n2,H,contrast_homonyms,unsafe\n"),  # XSTest
         ("a.csv", "prompt,is_safe\nB,True\nH,False\n"),
         ("a.jsonl", '{"prompt": "B", "response": "x", "is_safe": true}\n{"prompt": "H", "response": "x", "is_safe": false}\n'),
-        ("a.jsonl", '{"prompt": "B", "label": 0, "harmful": false}\n{"prompt": "H", "label": 1, "harmful": true}\n'),
+        ("a.jsonl", '{"prompt": "B", "label": 1, "harmful": false}\n{"prompt": "H", "label": "news", "harmful": true}\n'),  # the first counts
+        ("a.csv", "id,type,prompt,focus,note\n1,homonyms,B,kill,\n2,contrast_homonyms,H,kill,\n"),  # XSTest, version 2
+        ("a.jsonl", '{"prompt": "B", "harmful": 0}\n{"prompt": "H", "harmful": 1}\n'),
+        ("a.csv", "prompt,harmful\nB,FALSE\nH,TRUE\n"),
+        ("a.csv", "prompt,harmful,label\nB,,Benign\nH,,Malicious\n"),
+        ("a.csv", "prompt,is_harmful\nB,0\nH,1\n"),
+        ("a.csv", "prompt,is_safe\nB,1\nH,0\n"),
+        ("a.csv", "prompt,is_safe\nB,safe\nH,unsafe\n"),
+        ("a.csv", "prompt,prompt_harm_label\nB,unharmful\nH,harmful\n"),  # WildGuard
     ])
     def test_prompts_are_taken_by_the_labels_of_their_file(self, tmp_path, name, rows, capsys):
         (tmp_path / name).write_text(rows)
         for harmful, words in ((False, "B"), (True, "H")):
-            assert [c.prompts[-1][-1]["content"] for c in read_prompts(tmp_path / name, harmful)] == [words]
+            [found] = read_prompts(tmp_path / name, harmful)
+            assert found.prompts[-1][-1]["content"] == words and found.is_harmful == harmful
             assert "1 of 2 prompts are labelled " in capsys.readouterr().out
         sets = evaluation_sets(EvalOptions(harmful=str(tmp_path / name), benign="none", task="none"))
         assert [c.prompts[-1][-1]["content"] for c in sets["harmful"]["a"]] == ["H"]
         assert [c.meta["harmful"] for c in read_conversations(tmp_path / name, "harmful")] == [False, True]  # for the probe
 
     def test_a_file_without_labels_is_taken_whole_and_one_that_is_labelled_in_part_or_otherwise_is_refused(self, tmp_path):
-        for rows, words in (('{"prompt": "a", "label": "news"}\n{"prompt": "b"}\n', None),
-                            ('{"prompt": "a", "label": "safe"}\n{"prompt": "b"}\n', "a.jsonl:2: expected harmful: true or false"),
+        (tmp_path / "a.jsonl").write_text('{"prompt": "a", "type": "news"}\n{"prompt": "b", "label": null}\n')
+        found = read_prompts(tmp_path / "a.jsonl", False)
+        assert [c.is_harmful for c in found] == [True, True]  # unknown is harmful
+        for rows, words in (('{"prompt": "a", "label": "safe"}\n{"prompt": "b"}\n',
+                             r"a.jsonl:2: expected harmful: true or false, .*, found none; add it to every record \(in a .csv, a column harmful\)"),
+                            ('{"prompt": "a"}\n{"prompt": "b", "is_safe": "yes"}\n', "a.jsonl:2: expected is_safe: true, 1, .*, found 'yes'; correct it"),
                             ('{"prompt": "a", "type": "contrast_discr"}\n', "at least one benign prompt, found none")):
             (tmp_path / "a.jsonl").write_text(rows)
-            if words:
-                with pytest.raises(DataError, match=words):
-                    read_prompts(tmp_path / "a.jsonl", False)
-            else:
-                assert len(read_prompts(tmp_path / "a.jsonl", False)) == 2
+            with pytest.raises(DataError, match=words):
+                read_prompts(tmp_path / "a.jsonl", False)
+
+    def test_a_label_of_a_task_passes_where_harm_is_not_asked_for(self, tmp_path):
+        (tmp_path / "a.jsonl").write_text('{"prompt": "a film", "response": "positive", "label": "positive"}')
+        [found] = read_conversations(tmp_path / "a.jsonl", "answer")
+        assert "harmful" not in found.meta
+        advice = "found 'positive'; correct it or, if it means something else, add \"harmful\": true or false to every record"
+        for ask in (lambda: found.is_harmful, lambda: read_conversations(tmp_path / "a.jsonl", "harmful")):
+            with pytest.raises(DataError, match=f"a.jsonl:1: expected label: true, 1, harmful, .*, safe, benign, {advice}"):
+                ask()
 
     @pytest.mark.parametrize("name, text", [
         ("a.json", '[{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}]'),
@@ -156,8 +175,8 @@ class TestReading:
             ('{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "x"}]}', "prompt", "taking turns"),
             ('{"messages": [{"role": "user", "content": "x"}]}', "answer", "an assistant turn at the end"),
             ('{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]}', "prompt", "only at the start"),
-            ('{"prompt": "Q", "harmful": "yes"}', "harmful", "true or false, found 'yes'"),
-            ('{"prompt": "Q"}', "harmful", "true or false, found None"),
+            ('{"prompt": "Q", "harmful": "yes"}', "harmful", "safe, benign, found 'yes'"),
+            ('{"prompt": "Q"}', "harmful", "true or false, found none; add it"),
         ],
     )
     def test_a_bad_line_is_named(self, tmp_path, line, need, words):

@@ -12,7 +12,7 @@ import data.public
 from conftest import DEVICE
 from data.chat import Chat
 from data.conversations import WORLD, read_conversations
-from data.public import ANSWER_TOKENS, LOOKALIKES, PublicConfig, answer_prompts, divide, main, read_tsv
+from data.public import ANSWER_TOKENS, LOOKALIKES, PublicConfig, answer_prompts, divide, item_of, main, read_tsv
 from evaluate import refuses
 from lib.files import DataError
 
@@ -70,6 +70,15 @@ def test_all_sets_are_there_under_the_names_of_the_embedded_world_and_every_reco
     rates = [c.meta["harmful"] for c in read_conversations(world / "one" / "mixed_30.jsonl")]
     assert sum(rates) == 3 * len(rates) // 10 or sum(rates) == len(read_conversations(world / "one" / "explicit.jsonl"))
     assert all(c.answer in ("positive", "negative") for c in read_conversations(world / "one" / "eval_sentiment.jsonl"))
+
+
+@pytest.mark.parametrize("label, harmful", [({"type": "homonyms"}, False), ({"type": "contrast_homonyms"}, True), ({"type": "new", "label": "safe"}, False)])
+def test_xstest_is_parted_by_its_labels_or_else_by_its_types(label, harmful):
+    """The published files: id,prompt,type,label,focus,note and, in v2, id,type,prompt,focus,note."""
+    item = item_of("xstest", "xstest.csv:2", {"id": "1", "prompt": "p", "focus": "f", "note": ""} | label)
+    assert item == {"prompt": "p", "answer": None, "source": f"xstest/{label['type']}", "harmful": harmful}
+    with pytest.raises(DataError, match="xstest.csv:2: expected harmful: true or false, found none; add it to every record"):
+        item_of("xstest", "xstest.csv:2", {"prompt": "p", "type": "new"})
 
 
 def test_the_same_files_give_the_same_sets(world):
