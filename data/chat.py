@@ -304,7 +304,9 @@ class Chat:
             raise DataError(f"{where}: expected the tokens of the prompt as a prefix of the whole "
                             f"conversation's, found others: either the response begins with white space "
                             f"that merges with the prompt (strip it), or the template rewrites earlier "
-                            f"turns (make each record end with its only assistant turn)")
+                            f"turns, as Qwen3's does (make each record end with its only assistant turn), or "
+                            f"it opens a thought that turns lack, as DeepSeek-R1's does (remove <think> from "
+                            f"its generation prompt, in chat_template.jinja)")
         return start, end
 
 
