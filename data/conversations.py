@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
+from lib.cli import printable
 from lib.files import DataError, json_lines, parse_json, read_text
 
 WORLD = Path(__file__).parent / "world"  # the embedded model and its data sets, made by build.py
@@ -21,21 +22,24 @@ EXTRAS = (  # key of the user's words, of further words of theirs, and how the t
     ("instruction", "input", "{0}\n\n{1}"), ("instruction", "context", "{0}\n\n{1}"),
     ("Behavior", "ContextString", "{1}\n\n---\n\n{0}"),
 )
-PARTS = {  # keys of records and messages that carry a part of a conversation, or say which part counts
-    "ContextString", "audio", "audios", "context", "document", "documents", "function_call", "functions",
-    "history", "image", "images", "input", "instruction", "mask", "passage", "reasoning",
-    "reasoning_content", "system", "system_prompt", "thinking", "thought", "tool_call_id", "tool_calls",
-    "tools", "train", "video", "videos", "weight",
-}
+PARTS = set(  # keys of records and messages that carry a part of a conversation, or say which part counts
+    "article audio audios background chat_history choices complex_cot context contextstring cot document "
+    "documents few_shot function_call functions history image images input instruction loss_weight mask "
+    "messages_mask options passage prompt rationale reasoning reasoning_content response system "
+    "system_message system_prompt thinking thought tool_call_id tool_calls tools train train_on_turn "
+    "video videos weight".split()
+)
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT, in its turns' "from"
-HARM_KEYS = ("harmful", "is_harmful", "is_safe", "prompt_harm_label", "label")  # the first that a record has counts
-HARM_VALUES = (dict.fromkeys(("true", "1", "harmful", "unsafe", "malicious"), True)
-               | dict.fromkeys(("false", "0", "harmless", "unharmful", "safe", "benign"), False))
-IS_SAFE = {"true": "safe", "1": "safe", "false": "unsafe", "0": "unsafe"}
-XSTEST_SAFE = {  # its types of safe prompts; those of unsafe ones begin with "contrast_"
-    "homonyms", "figurative_language", "safe_targets", "safe_contexts", "definitions", "real_group_nons_discr",
-    "nons_group_real_discr", "historical_events", "privacy_public", "privacy_fictional",
-}
+HARM_KEYS = ["harmful", "is_harmful", "is_safe", "prompt_harm_label", "label"]  # the first in a record counts
+HARMFUL = ["true", "1", "harmful", "unsafe", "malicious"]
+HARMLESS = ["false", "0", "harmless", "unharmful", "safe", "benign"]
+XSTEST_SAFE = (  # its types of safe prompts; those of unsafe ones begin with "contrast_"
+    "homonyms figurative_language safe_targets safe_contexts definitions real_group_nons_discr "
+    "nons_group_real_discr historical_events privacy_public privacy_fictional".split()
+)
+LABELS = {*HARM_KEYS, *"type category cut group hash id index metric risk score source valid".split(), ""}
+CONVERTERS = {".parquet": "pandas.read_parquet", ".tsv": "pandas.read_table", ".xlsx": "pandas.read_excel",
+              ".arrow": "datasets.Dataset.from_file"}
 MAX_MESSAGES, MAX_TEXT = 1000, 1 << 20  # messages and characters of a record: more than models can read
 
 
@@ -46,6 +50,7 @@ class Conversation:
     messages: tuple
     where: str = "?"  # "file:line", for errors
     meta: dict = field(default_factory=dict)  # the record as it was read: harmful, source, …
+    unread: frozenset = frozenset()  # the record's keys that are neither used nor LABELS
 
     @property
     def prompts(self) -> list[list[dict]]:
@@ -68,7 +73,7 @@ class Conversation:
 
     @property
     def is_harmful(self) -> bool:
-        """Return the record's label; an unlabelled prompt is harmful. Raises DataError as `harm_label` does."""
+        """Return the record's label; an unlabelled prompt is harmful. Raises DataError as harm_label."""
         return harm_label(self.meta, self.where) is not False
 
 
@@ -84,10 +89,14 @@ def read_conversations(path, need: str = "prompt") -> list[Conversation]:
     """Read a file. `need`: "prompt", "answer" (an assistant turn at the end) or "harmful" (true or false).
 
     .jsonl: an object a line; .json: a list of objects (both: `messages`, or a pair of FORMATS' keys); .csv: a
-    header with such a pair; .txt: a prompt a line. Raises DataError at the first bad line, and for an empty
-    file.
+    header with such a pair; .txt: a prompt a line. Prints the keys that are not read. Raises DataError at the
+    first bad line, and for an empty file.
     """
-    return [conversation_of(record, where, need) for where, record in read_records(path)]
+    conversations = [conversation_of(record, where, need) for where, record in read_records(path)]
+    unread = sorted(frozenset().union(*(c.unread for c in conversations)))
+    if unread:
+        print(f"{path}: not read: {printable(', '.join(unread))[:200]}")
+    return conversations
 
 
 def read_prompts(path, harmful: bool) -> list[Conversation]:
@@ -114,10 +123,13 @@ def read_records(path) -> list[tuple[str, dict]]:
     path = Path(path)
     readers = {".jsonl": json_lines, ".json": _json_list, ".csv": _csv_rows, ".txt": _lines}
     if path.suffix not in readers:
-        hint = (f"; to convert it, in Python:\n  import pandas; rows = pandas.read_parquet({str(path)!r})\n"
-                f"  rows.to_json({str(path.with_suffix('.jsonl'))!r}, orient='records', lines=True)")
+        hint = "convert it to .jsonl, an object a line (.gz: type gunzip FILE)"
+        if reader := CONVERTERS.get(path.suffix):
+            hint = (f"to convert it, in Python:\n  import {reader.partition('.')[0]}\n"
+                    f"  {reader}({str(path)!r}).to_json({str(path.with_suffix('.jsonl'))!r}, "
+                    "orient='records', lines=True)")
         raise DataError(f"{path}: expected a file ending in {', '.join(readers)}, "
-                        f"found {path.suffix or 'no ending'}{hint if path.suffix == '.parquet' else ''}")
+                        f"found {path.suffix or 'no ending'}; {hint}")
     text = read_text(path)
     records = [(f"{path}:{line}", record) for line, record in readers[path.suffix](text, path)]
     if not records:
@@ -132,7 +144,9 @@ def _json_list(text, path):
         raise DataError(f"{path}: expected a JSON list of objects: {error}; a file with one object a line "
                         f"has to end in .jsonl") from None
     if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a JSON list of conversations, found {type(rows).__name__}")
+        raise DataError(f"{path}: expected a JSON list of conversations, found {str(rows)[:60]}; if a KEY "
+                        "has the list, write that to a file, in Python:\n  import json\n"
+                        f"  json.dump(json.load(open({str(path)!r}))['KEY'], open('list.json', 'w'))")
     return enumerate(rows, 1)
 
 
@@ -161,8 +175,8 @@ def _lines(text, path):
 def conversation_of(record, where: str, need: str) -> Conversation:
     """Check a record and return it as a conversation; `need` as in read_conversations. Raises DataError."""
 
-    def fail(expected, found):
-        raise DataError(f"{where}: expected {expected}, found {str(found)[:200]}")
+    def fail(expected, found, hint=""):
+        raise DataError(f"{where}: expected {expected}, found {str(found)[:200]}{hint}")
 
     if isinstance(record, list):
         record = {"messages": record}
@@ -171,10 +185,10 @@ def conversation_of(record, where: str, need: str) -> Conversation:
     if "conversations" in record and "messages" not in record:
         record = record | {"messages": _sharegpt_messages(record["conversations"])}
     if "messages" in record:
-        messages = record["messages"]
-        _refuse_parts(record, (), fail)
+        messages, used = record["messages"], {"messages", "conversations"}
     else:
-        messages = _messages_of(record, need, fail)
+        messages, used = _messages_of(record, need, fail)
+    unread = _unread_keys(record, used, fail)
     if not isinstance(messages, list) or not messages:
         fail("messages: a list of {role, content}", repr(messages)[:60])
     if len(messages) > MAX_MESSAGES:
@@ -184,11 +198,13 @@ def conversation_of(record, where: str, need: str) -> Conversation:
         number = f"message {i + 1}"
         fields = (message.get("role"), message.get("content")) if isinstance(message, dict) else ()
         if [type(text) for text in fields] != [str, str]:
-            fail(f"{number} as {{role, content}}, both text", repr(message)[:60])
+            fail(f"{number} as {{role, content}}, both text", repr(message)[:60],
+                 "; write a prompt and its response both as text, or both as lists of such messages")
         role, content = fields
-        _refuse_parts(message, (), fail)
+        unread |= _unread_keys(message, {"role", "content", "from", "value"}, fail)
         if role not in ("system", "user", "assistant"):
-            fail(f"{number} with role system, user or assistant", repr(role))
+            fail(f"{number} with role system, user or assistant", repr(role),
+                 "; rename it or, if it is a tool's (which are not supported), remove the record")
         if role == "system" and i > 0:
             fail("a system message only at the start", f"one as {number}")
         if role != "system":
@@ -205,7 +221,8 @@ def conversation_of(record, where: str, need: str) -> Conversation:
     if roles != alternating or not roles:
         fail("user and assistant taking turns, the user first", " ".join(roles) or "no turn")
     if need == "answer" and roles[-1] != "assistant":
-        fail("an assistant turn at the end", f"a {roles[-1]} turn")
+        fail("an assistant turn at the end", "a user turn",
+             "; if the file holds prompts alone, add a response to each record")
     try:
         label = harm_label(record, where)
     except DataError:
@@ -215,15 +232,20 @@ def conversation_of(record, where: str, need: str) -> Conversation:
     if label is not None:
         record = record | {"harmful": label}
     elif need == "harmful":
-        fail("harmful: true or false", "none; add it to every record (in a .csv, a column harmful)")
-    return Conversation(tuple(checked), where, record)
+        fail("harmful: true or false", "none", "; add it to every record (in a .csv, a column harmful)")
+    return Conversation(tuple(checked), where, record, frozenset(unread))
 
 
-def _refuse_parts(record: dict, used, fail) -> None:
-    """Refuse a field of PARTS that is not among those `used`. A weight of 1 says what holds for all turns."""
-    for key in sorted(PARTS & record.keys() - set(used)):
-        if record[key] not in (None, "", [], {}, 1):
+def _unread_keys(record: dict, used: set, fail) -> set:
+    """Return the keys of a record or message that are neither `used` nor LABELS. Refuses those of PARTS.
+
+    Empty values are passed over, and so is a weight of 1, which says what holds for all turns.
+    """
+    unread = {key for key in record.keys() - used if record[key] not in (None, "", [], {})}
+    for key in sorted(unread):
+        if key.casefold() in PARTS and record[key] != 1:
             fail(f"no {key} (write it into the message it belongs to, or remove it)", repr(record[key])[:60])
+    return {key for key in unread if key.casefold() not in LABELS | PARTS}
 
 
 def _sharegpt_messages(turns):
@@ -238,40 +260,42 @@ def _sharegpt_messages(turns):
 
 
 def harm_label(record: dict, where: str) -> bool | None:
-    """Return whether a record is labelled harmful, by the first of HARM_KEYS that it has, or by XSTest's type.
+    """Return whether a record is labelled harmful, by the first of HARM_KEYS it has, or by XSTest's type.
 
-    None: it has no label. Raises DataError for a value of HARM_KEYS that is none of HARM_VALUES, in any case.
+    None: it has no label. Raises DataError for one that is neither in HARMFUL nor in HARMLESS, in any case.
     """
     for key in HARM_KEYS:
         value = str(record.get(key)).casefold()
         if value in ("none", ""):
             continue
-        if key == "is_safe":
-            value = IS_SAFE.get(value, value)
-        if value not in HARM_VALUES:
-            raise DataError(f"{where}: expected {key}: {', '.join(HARM_VALUES)}, found {value[:60]!r}; correct "
-                            f'it or, if it means something else, add "harmful": true or false to every record')
-        return HARM_VALUES[value]
-    if str(record.get("type")) in XSTEST_SAFE:
+        if value not in HARMFUL + HARMLESS:
+            raise DataError(f"{where}: expected {key}: {', '.join(HARMFUL + HARMLESS)}, found "
+                            f'{value[:60]!r}; correct it or, if it is no label of harm, add "harmful": true '
+                            f"or false to every record")
+        negated = key == "is_safe" and value in ("true", "1", "false", "0")
+        return (value in HARMFUL) != negated
+    kind = str(record.get("type"))
+    if kind in XSTEST_SAFE:
         return False
-    return str(record.get("type")).startswith("contrast_") or None
+    return kind.startswith("contrast_") or None
 
 
-def _messages_of(record: dict, need: str, fail) -> list:
-    """Return the messages of a record that has one of FORMATS, unchecked."""
+def _messages_of(record: dict, need: str, fail) -> tuple[list, set]:
+    """Return the messages of a record that has one of FORMATS, unchecked, and the keys that they are of."""
     pairs = [pair for pair in FORMATS if pair[0] in record and (pair[1] in record or need != "answer")]
     if not pairs:
         names = ", ".join("/".join(filter(None, pair)) for pair in FORMATS)
-        fail(f"messages, or one of {names}", f"keys {sorted(record)}")
+        fail(f"messages, or one of {names}", f"keys {sorted(record)}",
+             "; rename the keys of the prompt and of its response to prompt and response")
     user, assistant = min(pairs, key=lambda pair: pair[1] not in record)  # with an answer, if one has it
     extras = {key: form for words, key, form in EXTRAS if words == user}
-    _refuse_parts(record, {user, "system", *extras}, fail)
+    used = {user, assistant, "system", *extras}
     prompt, completion = record[user], record.get(assistant) or []
     if isinstance(prompt, list) and isinstance(completion, list) and "system" not in record:
         # TRL's conversational form, of which the completion alone is trained on
         if need == "answer" and any(isinstance(m, dict) and m.get("role") == "assistant" for m in prompt):
             fail("a prompt without assistant turns, which would be trained on, too", "one with them")
-        return prompt + completion
+        return prompt + completion, used
     messages = [{"role": "user", "content": record[user]}]
     for key, form in extras.items():
         if record.get(key) not in (None, ""):
@@ -282,7 +306,7 @@ def _messages_of(record: dict, need: str, fail) -> list:
         messages.insert(0, {"role": "system", "content": record["system"]})
     if record.get(assistant) is not None:
         messages.append({"role": "assistant", "content": record[assistant]})
-    return messages
+    return messages, used
 
 
 # ---------------------------------------------------------------- splitting

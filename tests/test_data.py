@@ -69,7 +69,7 @@ class TestReading:
 
     @pytest.mark.parametrize("extra", [
         {"context": "c"}, {"input": "i"}, {"tools": [{"name": "f"}]}, {"reasoning_content": "r"}, {"system_prompt": "s"}, {"weight": 0},
-        {"history": [["a", "b"]]},
+        {"history": [["a", "b"]]}, {"choices": ["a", "b"]}, {"Context": "c"}, {"few_shot": "f"}, {"Complex_CoT": "r"}, {"train_on_turn": False},
     ])
     def test_a_field_that_carries_a_part_of_the_conversation_is_refused_by_its_name(self, tmp_path, extra):
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
@@ -78,6 +78,26 @@ class TestReading:
             (tmp_path / "a.jsonl").write_text(json.dumps(record))
             with pytest.raises(DataError, match=f"a.jsonl:1: expected no {[*extra][0]} "):
                 read_conversations(tmp_path / "a.jsonl")
+
+    def test_two_prompts_or_two_responses_are_refused(self, tmp_path):
+        turns = list(conversation("Q", "A").messages)
+        for record, key in (({"messages": turns, "prompt": "Q"}, "prompt"), ({"messages": turns, "response": "B"}, "response"),
+                            ({"question": "Q", "answer": "A", "response": "B"}, "response"), ({"instruction": "Q", "output": "A", "Prompt": "P"}, "Prompt")):
+            (tmp_path / "a.jsonl").write_text(json.dumps(record))
+            with pytest.raises(DataError, match=f"a.jsonl:1: expected no {key} .write it into the message it belongs to, or remove it., found "):
+                read_conversations(tmp_path / "a.jsonl")
+
+    def test_other_keys_that_are_not_read_are_named_in_one_line_a_file(self, tmp_path, capsys):
+        turns = [{"role": "user", "content": "Q", "name": "Ann"}, {"role": "assistant", "content": "A", "id": 3, "weight": 1}]
+        labels = {"": 0, "id": 1, "Category": "c", "source": "s", "group": "g", "harmful": True, "label": 1, "metric": "exact", "empty": None}
+        rows = [{"prompt": "Q", "response": "A", "hint": "h"} | labels, {"question": "Q", "answer": "A", "goal": "x", "hint": "h", "lang\x1b": "en"},
+                {"messages": turns}]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        read_conversations(tmp_path / "a.jsonl")
+        assert capsys.readouterr().out == f"{tmp_path / 'a.jsonl'}: not read: goal, hint, lang\ufffd, name\n"
+        for file in sorted(WORLD.glob("*.jsonl")):
+            read_conversations(file)
+        assert capsys.readouterr().out == ""
 
     def test_turns_that_trl_does_not_train_on_are_refused(self, tmp_path):
         turns = conversation("Q", "A", "R", "B").messages
@@ -126,7 +146,7 @@ class TestReading:
         (tmp_path / "a.jsonl").write_text('{"prompt": "a film", "response": "positive", "label": "positive"}')
         [found] = read_conversations(tmp_path / "a.jsonl", "answer")
         assert "harmful" not in found.meta
-        advice = "found 'positive'; correct it or, if it means something else, add \"harmful\": true or false to every record"
+        advice = "found 'positive'; correct it or, if it is no label of harm, add \"harmful\": true or false to every record"
         for ask in (lambda: found.is_harmful, lambda: read_conversations(tmp_path / "a.jsonl", "harmful")):
             with pytest.raises(DataError, match=f"a.jsonl:1: expected label: true, 1, harmful, .*, safe, benign, {advice}"):
                 ask()
@@ -165,15 +185,17 @@ class TestReading:
         [
             ("{", "prompt", "expected a JSON object"),
             ("[1]", "prompt", "message 1 as {role, content}"),
-            ('{"text": "Q"}', "prompt", "found keys ['text']"),
+            ('{"text": "Q"}', "prompt", "found keys ['text']; rename the keys of the prompt and of its response to prompt and response"),
             ('{"prompt": "Q"}', "answer", "expected messages, or one of"),
             ('{"prompt": "", "response": "A"}', "prompt", "expected text in message 1"),
             ('{"prompt": 3, "response": "A"}', "prompt", "both text"),
             ('{"messages": []}', "prompt", "a list of"),
-            ('{"messages": [{"role": "tool", "content": "x"}]}', "prompt", "found 'tool'"),
+            ('{"messages": [{"role": "tool", "content": "x"}]}', "prompt", "found 'tool'; rename it or, if it is a tool's"),
+            ('{"prompt": "Q", "completion": [{"role": "assistant", "content": "A"}]}', "prompt", "both as text, or both as lists"),
             ('{"messages": [{"role": "assistant", "content": "x"}]}', "prompt", "the user first"),
             ('{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "x"}]}', "prompt", "taking turns"),
-            ('{"messages": [{"role": "user", "content": "x"}]}', "answer", "an assistant turn at the end"),
+            ('{"messages": [{"role": "user", "content": "x"}]}', "answer",
+             "an assistant turn at the end, found a user turn; if the file holds prompts alone, add a response to each record"),
             ('{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]}', "prompt", "only at the start"),
             ('{"prompt": "Q", "harmful": "yes"}', "harmful", "safe, benign, found 'yes'"),
             ('{"prompt": "Q"}', "harmful", "true or false, found none; add it"),
@@ -189,9 +211,14 @@ class TestReading:
         "name, text, words",
         [
             ("a.jsonl", b"", "at least one conversation"),
-            ("a.parquet", b"\xffx", r"ending in .jsonl(?s:.*)read_parquet\('.*a.parquet'\)\n  rows.to_json\('.*a.jsonl', orient='records'"),
+            ("a.parquet", b"\xffx", r"ending in .jsonl(?s:.*)import pandas\n  pandas.read_parquet\('.*a.parquet'\).to_json\('.*a.jsonl', orient='records'"),
+            ("a.tsv", b"\xffx", r"to convert it, in Python:\n  import pandas\n  pandas.read_table\('.*a.tsv'\).to_json\('.*a.jsonl', orient='records'"),
+            ("a.arrow", b"\xffx", r"import datasets\n  datasets.Dataset.from_file\('.*a.arrow'\).to_json\('.*a.jsonl', orient='records', lines=True\)"),
+            ("a.jsonl.gz", b"\xffx", r"found .gz; convert it to .jsonl, an object a line \(.gz: type gunzip FILE\)"),
+            ("a.md", b"x", "found .md; convert it to .jsonl, an object a line"),
             ("a.json", b'{"prompt": "a"}\n{"prompt": "b"}\n', "has to end in .jsonl"),
-            ("a.json", b"{}", "list of conversations, found dict"),
+            ("a.json", b'{"conversations": [{}]}', r"list of conversations, found \{'conversations': \[\{\}\]\}; if a KEY has the list(?s:.*)"
+             r"json.dump\(json.load\(open\('.*a.json'\)\)\['KEY'\], open\('list.json', 'w'\)\)"),
             ("a.csv", b"goal,target\nonly one\n", "a.csv:2: expected 2 columns"),
             ("a.csv", b"goal,target\n" + b"x" * 200000 + b",y\n", "ordinary size"),
             ("a.jsonl", b'{"prompt": "a \\ud83d"}', "a.jsonl:1: expected valid Unicode"),
@@ -317,6 +344,8 @@ class TestMasks:
             labels = [t for t in example.labels if t != IGNORE]
             assert chat.tokenizer.decode(labels, skip_special_tokens=False) == answer + "<|end|>"
             assert example.prompts == [chat.encode(prompt)]
+        with pytest.raises(DataError, match="as Qwen3's does .make each record end with its only assistant turn"):
+            chat.encode_example(conversation("a", "Yes.", "b", "No."), 0, 999)  # the first turn has no thought any more
         assert chat.decode(chat.encode_prompt(conversation("a").messages)).endswith("</think>")  # the probe's and the evaluation's
         assert capsys.readouterr().out == ""
 
@@ -335,8 +364,20 @@ class TestMasks:
 
     def test_a_template_that_rewrites_earlier_turns_is_refused(self, tmp_path):
         chat = chat_with(tmp_path, "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
-        with pytest.raises(DataError, match="rewrites earlier turns"):
+        with pytest.raises(DataError, match="rewrites earlier turns, as Qwen3's does .make each record end with its only assistant turn"):
             chat.encode_example(conversation("a", "b"), 0, 999)
+
+    def test_a_template_that_opens_a_thought_which_its_turns_lack_is_refused(self, tmp_path):
+        """DeepSeek-R1's way: the prompt ends in <think>, and a turn has no thought, nor its end."""
+        form = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}<|end|>{% endfor %}"
+                "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}")
+        chat = chat_with(tmp_path, form)
+        for answer in ("Yes.", "<think>\nm\n</think>\n\nYes."):
+            with pytest.raises(DataError, match="DeepSeek-R1's does .remove <think> from its generation prompt, in chat_template.jinja"):
+                chat.encode_example(conversation("a", answer), 0, 999)
+        (chat.path / "chat_template.jinja").write_text(form.replace("<think>\n", ""))  # as the message says
+        labels = Chat(chat.path).encode_example(conversation("a", "Yes."), 0, 999).labels
+        assert chat.tokenizer.decode([t for t in labels if t != IGNORE], skip_special_tokens=False) == "Yes.<|end|>"
 
     def test_a_response_that_merges_with_the_prompt_is_refused_and_named(self, tmp_path):
         """ "ab" is one token: the prompt that ends in "a" is not a prefix of the whole, though its text is."""
