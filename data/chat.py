@@ -346,8 +346,7 @@ def encode_prompts(chat: Chat, conversations: list[Conversation], longest: int) 
         prompt = chat.encode_prompt(conversation.prompts[-1], conversation.where)
         if len(prompt) > longest:
             raise DataError(f"{conversation.where}: expected a prompt of at most {max(0, longest)} tokens "
-                            f"(the model's context, less a response), found {len(prompt)}: leave it out, or "
-                            f"ask for shorter responses")
+                            f"(the model's context, less a response), found {len(prompt)}: remove it from the file")
         prompts.append(prompt)
     return prompts
 

@@ -31,7 +31,8 @@ def read_text(path) -> str:
     try:
         return expect_file(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text, found {error}") from None
+        raise DataError(f"{path}: expected UTF-8 text, found {error}; if it is text, save it as "
+                        f"UTF-8: iconv -f LATIN1 -t UTF-8 OLD > NEW") from None
 
 
 def unique_keys(pairs: list) -> dict:

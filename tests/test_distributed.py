@@ -121,7 +121,7 @@ def runs(tmp_path_factory):
                ROOT, json.dumps([options(case, 2) for case in CASES]), folder / "bfloat16-2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert "all done" in done.stdout, done.stderr[-3000:]
-    assert done.returncode != 0 and done.stderr.count("error: nowhere.jsonl: expected a file") == 2  # both processes end with it
+    assert done.returncode != 0 and done.stderr.count("error: --data: expected a file") == 2  # both processes end with it
     assert done.stdout.count("per cent with 95 % intervals") == len(CASES) + 1  # the second process prints nothing
     assert f"to go on: python train.py --resume '{folder / STOPPED}-2 stopped'" in done.stdout
     return folder
