@@ -187,6 +187,21 @@ PHI3_CHAT = """{% for m in messages %}{{ '<|' + m.role + '|>\n' }}
 {% if loop.last and not add_generation_prompt %}{{ eos_token }}{% endif %}{% endgeneration %}
 {% else %}{{ m.content + '<|end|>\n' }}{% endif %}{% endfor %}
 {% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
+LLAMA2_CHAT = """{% set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' if messages[0].role == 'system' else '' %}
+{% for m in messages %}
+{% if m.role == 'user' %}{{ bos_token + '[INST] ' + (system if loop.index <= 2 else '') + m.content + ' [/INST]' }}
+{% elif m.role == 'assistant' %}{% generation %}{{ ' ' + m.content + ' ' + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
+QWEN3_CHAT = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
+{% if m.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' if loop.last else '' }}
+{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}
+{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}
+{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"""
+PHI4_CHAT = """{% for m in messages %}{{ '<|' + m.role + '|>' }}
+{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|end|>' }}
+{% if loop.last and not add_generation_prompt %}{{ eos_token }}{% endif %}{% endgeneration %}
+{% else %}{{ m.content + '<|end|>' }}{% endif %}{% endfor %}
+{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
 CHATS = {  # family: (template with a line break where it is split, control tokens, special tokens, SentencePiece's kind)
     "qwen2": (CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], {"eos_token": "<|im_end|>"}, False),
     "llama3": (LLAMA3_CHAT, ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
@@ -194,6 +209,10 @@ CHATS = {  # family: (template with a line break where it is split, control toke
     "mistral": (MISTRAL_CHAT, ["<s>", "</s>"], {"bos_token": "<s>", "eos_token": "</s>"}, True),
     "phi3": (PHI3_CHAT, ["<s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
              {"bos_token": "<s>", "eos_token": "<|endoftext|>"}, True),
+    "llama2": (LLAMA2_CHAT, ["<s>", "</s>"], {"bos_token": "<s>", "eos_token": "</s>"}, True),
+    "qwen3": (QWEN3_CHAT, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"], {"eos_token": "<|im_end|>"}, False),
+    "phi4_mini": (PHI4_CHAT, ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+                  {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}, False),
 }
 CONVERSATIONS = [[("user", "What is 3 + 4?"), ("assistant", "It is 7.")],
                  [("system", "Be brief."), ("user", "Where is the river?"), ("assistant", "In the north."),
@@ -233,15 +252,17 @@ def chat(family: str):
     tiny_tokenizer(control, sentencepiece).save(str(folder / "tokenizer.json"), pretty=False)
     (folder / "tokenizer_config.json").write_text(json.dumps(special | {"chat_template": template}, indent=1))
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), chat_template=template, **special)
-    vectors = []
+    vectors, as_prompt = [], {"add_generation_prompt": True, "enable_thinking": False}
     for conversation in CONVERSATIONS:
+        if family == "qwen3":  # which has one answer a conversation
+            conversation = conversation[:3]
         messages = [{"role": role, "content": content} for role, content in conversation]
         encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         ids, mask = encoded["input_ids"], encoded["assistant_masks"]
         vectors.append({"messages": messages, "text": tokenizer.apply_chat_template(messages, tokenize=False), "input_ids": ids,
                         "labels": [i if trained else -100 for i, trained in zip(ids, mask)],
-                        "prompt": tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True),
-                        "prompt_ids": tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]})
+                        "prompt": tokenizer.apply_chat_template(messages[:-1], tokenize=False, **as_prompt),
+                        "prompt_ids": tokenizer.apply_chat_template(messages[:-1], **as_prompt)["input_ids"]})
     (folder / "vectors.json").write_text("[" + ",\n".join(json.dumps(vector, ensure_ascii=False) for vector in vectors) + "]\n")
     print(f"chat/{family}: {len(vectors)} conversations, {tokenizer.vocab_size} tokens")
 

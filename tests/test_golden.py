@@ -272,7 +272,12 @@ def test_training_takes_the_steps_of_transformers_and_peft(tmp_path, ref):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for key, expected in {key: STEPS[key] for key in ("loss", "grad_norm", "lr")}.items():
         near([row[key] for row in rows], expected, NEAR[torch.float32])
-    near([row["beta"] for row in rows], STEPS["beta"].mean(1), NEAR[torch.float32])
+    n_tokens = (STEPS["labels"] != -100).sum(1)[STEPS["order"]]  # of each example drawn
+    pulled = STEPS["beta"] > 0  # the log's KL is of these alone
+    expected = {"alpha": STEPS["alpha"].mean(1), "beta": STEPS["beta"].mean(1), "nll": STEPS["nll"].sum(1) / STEPS["n_tokens"],
+                "kl": (STEPS["kl"] * pulled).sum(1) / (n_tokens * pulled).sum(1)}
+    for key, values in expected.items():
+        near([row[key] for row in rows], values, NEAR[torch.float32])
     for name in adapters:
         near(torch.stack([values[name] for values in after]), STEPS[name][1:], NEAR[torch.float32])
 
