@@ -475,7 +475,7 @@ class TestRuns:
     def test_anchors_are_read_before_a_folder_is_made(self, small, tmp_path):
         (tmp_path / "odd.jsonl").write_text('{"prompt": "a", "harmful": "yes"}\n')
         (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "word " * 233}) + "\n")
-        for name, words in (("none", "--anchors: expected a file .check the path., found .*none.jsonl"), ("odd", "odd.jsonl:1: expected harmful: true or false"),
+        for name, words in (("none", "--anchors: expected a file .check the path., found .*none.jsonl"), ("odd", "odd.jsonl:1: expected harmful: true, 1, "),
                             ("long", "long.jsonl:1: expected a prompt that leaves 24 of 256 tokens to its response, .*: remove it from the file$")):
             with pytest.raises(DataError, match=words):
                 main(replace(QUICK, data=small, anchor_share=0.2, anchors=tmp_path / f"{name}.jsonl", out=tmp_path / "run"))
