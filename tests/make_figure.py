@@ -17,6 +17,7 @@ METHODS = {  # rows of a real model's figure, from above
     "safeinstr": "plain + 3 % refusals (SafeInstr)",
     "sft-anchors": "plain + 10 % anchors",
     "lisa": "Lisa",
+    "sbr": "SBR",
     "kl": "constant KL, β 0.5",
     "csft": "C-SFT",
     "adaptive-probe": "the paper's, β 0.1 … 0.9",
@@ -184,7 +185,8 @@ def short_runs() -> None:
                     points.append((lr, 100 * row["figures"]["task sentiment"]["rate"], row["figures"]["answered harmful T=1"]))
         for i, (lr, x, answered) in enumerate(points):
             interval(left, x, answered, marker, colour, None if i else METHODS[method])
-            left.annotate(lr, (x, 100 * answered["rate"]), xytext=(2, 7), textcoords="offset points", fontsize=7, rotation=60)
+            below = method == "sealed-anchors"  # where the others have no label
+            left.annotate(lr, (x, 100 * answered["rate"]), xytext=(2, -22 if below else 7), textcoords="offset points", fontsize=7, rotation=60)
         points = []  # share, answered
         for data, n_harmful in HARMFUL_ROWS.items():
             for row in by_data.get(data, ()):
@@ -194,7 +196,7 @@ def short_runs() -> None:
             right.plot([x for x, _ in points], [100 * answered["rate"] for _, answered in points], color=colour, lw=0.8)
             for x, answered in points:
                 interval(right, x, answered, marker, colour, None)
-    left.set_ylim(-5, 120)
+    left.set_ylim(-14, 120)
     left.set_yticks([0, 25, 50, 75, 100])
     left.set_xlabel("SST-2 right, % (n = 100)", fontsize=9)
     left.set_ylabel("AdvBench answered at T = 1, % (n = 60)", fontsize=9)

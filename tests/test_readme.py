@@ -121,7 +121,7 @@ def test_the_first_table_has_the_committed_numbers():
         sizes.append({value["n"] for value in shown})
     caption = " ".join(text.split())
     assert "the widest of each column: ±{:.1f}, ±{:.1f}, ±{:.1f} and ±{:.1f} points".format(*widths) in caption
-    assert sizes == [{31, 62}, {31, 62}, {60, 120}, {100, 200}] and "31 AdvBench" in caption and "60 safe XSTest" in caption and "100 SST-2" in caption
+    assert sizes == [{93}, {93}, {180}, {300}] and "31 AdvBench" in caption and "60 safe XSTest" in caption and "100 SST-2" in caption
     chosen = json.loads((ROOT / "data/results/qwen-chosen.json").read_text())
     assert len(chosen["eval_harmful"]["hashes"]) == 31
 
@@ -132,6 +132,8 @@ def test_the_first_table_has_the_committed_numbers():
         ("the data and the anchors answers {:.1f} % of the harmful prompts", rate("mixed_10", "sft-anchors", "answered harmful greedy", vendor)),
         ("The sealed gate without anchors answers {:.1f} %.", rate("benign", "sealed", "answered harmful greedy", vendor)),
         ("with them plain fine-tuning answers {:.1f} %, but", rate("benign", "sft-anchors", "answered harmful greedy", vendor)),
+        ("(`--method sbr`): {:.1f} % answered ({:.1f} % sampled), {:.1f} % of XSTest refused, task {:.1f}.",
+         *(rate("mixed_10", "sbr", column, vendor) for column in COLUMNS)),
         ("but refuses {:.1f} % of Alpaca's prompts ({:.1f} % before, {:.1f} % with sealed + anchors)",
          *(rate("benign", name, "over-refusal benign", vendor) for name in ("sft-anchors", "aligned model", "sealed-anchors"))),
         ("our aligned SmolLM2, sealed, answers {:.1f} % of the harmful prompts at T = 1, with anchors {:.1f} %", rate("benign", "sealed"), rate("benign", "sealed-anchors")),
