@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,29 +30,34 @@ def chat_with(tmp_path, template, config=None):
     return Chat(tmp_path / "chat")
 
 
+def trained_text(chat, example):
+    """Return the labels of an example as text, special tokens and all."""
+    return chat.tokenizer.decode([label for label in example.labels if label != IGNORE], skip_special_tokens=False)
+
+
 @pytest.fixture(scope="module")
 def chat():
     return Chat(WORLD / "model")
 
 
 class TestReading:
-    @pytest.mark.parametrize(
-        "name, text",
-        [
-            ("a.jsonl", '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}'),
-            ("a.jsonl", '\n{"prompt": "Q", "response": "A"}\n\n'),
-            ("a.jsonl", '{"prompt": "Q", "completion": "A"}'),
-            ("a.jsonl", '{"user": "Q", "answer": "A"}'),
-            ("a.jsonl", '{"question": "Q", "answer": "A"}'),
-            ("a.json", '[{"instruction": "Q", "input": "", "output": "A"}]'),
-            ("a.csv", "goal,target\nQ,A\n"),
-            ("a.jsonl", '\ufeff{"prompt": "Q", "response": "A"}\r\n'),
-            ("a.csv", "Goal,Target,Behavior,Category\nQ,A,a name,fraud\n"),
-            ("a.json", '[{"prompt": [{"role": "user", "content": "Q"}],'
-                       ' "completion": [{"role": "assistant", "content": "A", "weight": 1}]}]'),
-            ("a.jsonl", '{"prompt": "Q", "response": "A", "source": "s", "category": "c", "id": 3, "text": "Q A", "tools": []}'),
-        ],
-    )
+    @pytest.mark.parametrize("name, text", [
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}'),
+        ("a.jsonl", '\n{"prompt": "Q", "response": "A"}\n\n'),
+        ("a.jsonl", '{"prompt": "Q", "completion": "A"}'),
+        ("a.jsonl", '{"user": "Q", "answer": "A"}'),
+        ("a.jsonl", '{"question": "Q", "answer": "A"}'),
+        ("a.json", '[{"instruction": "Q", "input": "", "output": "A"}]'),
+        ("a.csv", "goal,target\nQ,A\n"),
+        ("a.jsonl", '\ufeff{"prompt": "Q", "response": "A"}\r\n'),
+        ("a.csv", "Goal,Target,Behavior,Category\nQ,A,a name,fraud\n"),
+        ("a.json", '[{"prompt": [{"role": "user", "content": "Q"}],'
+                   ' "completion": [{"role": "assistant", "content": "A", "weight": 1}]}]'),
+        ("a.jsonl", '{"prompt": "Q", "response": "A", "source": "s", "category": "c", "id": 3, "text": "Q A", "tools": []}'),
+        ("a.json", '[{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}]'),  # ShareGPT
+        ("a.jsonl", '{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}\n'),
+        ("a.jsonl", '{"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}\n'),
+        ("a.json", '[[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]]')])
     def test_every_format_gives_the_same_conversation(self, tmp_path, name, text):
         (tmp_path / name).write_text(text, encoding="utf-8")
         [found] = read_conversations(tmp_path / name, need="answer")
@@ -61,16 +68,14 @@ class TestReading:
         ({"instruction": "Sum up.", "context": "A {0}.", "response": "Text."}, "Sum up.\n\nA {0}."),  # Dolly
         ({"Behavior": "Go on.", "ContextString": "A text."}, "A text.\n\n---\n\nGo on."),  # HarmBench
         ({"": "0", "Behavior": "Rob it.", "ContextString": ""}, "Rob it."),
-        ({"": "0", "category": "c", "source": "s", "forbidden_prompt": "Rob it."}, "Rob it."),  # StrongREJECT
-    ])
+        ({"": "0", "category": "c", "source": "s", "forbidden_prompt": "Rob it."}, "Rob it.")])  # StrongREJECT
     def test_the_words_of_public_files_are_put_together_as_their_authors_do(self, tmp_path, record, prompt):
         (tmp_path / "a.json").write_text(json.dumps([record]))
         assert read_conversations(tmp_path / "a.json")[0].messages[0] == {"role": "user", "content": prompt}
 
     @pytest.mark.parametrize("extra", [
         {"context": "c"}, {"input": "i"}, {"tools": [{"name": "f"}]}, {"reasoning_content": "r"}, {"system_prompt": "s"}, {"weight": 0},
-        {"history": [["a", "b"]]}, {"choices": ["a", "b"]}, {"Context": "c"}, {"few_shot": "f"}, {"Complex_CoT": "r"}, {"train_on_turn": False},
-    ])
+        {"history": [["a", "b"]]}, {"choices": ["a", "b"]}, {"Context": "c"}, {"few_shot": "f"}, {"Complex_CoT": "r"}, {"train_on_turn": False}])
     def test_a_field_that_carries_a_part_of_the_conversation_is_refused_by_its_name(self, tmp_path, extra):
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
         for record in ({"question": "Q", "answer": "A"} | extra, {"prompt": "Q", "completion": "A"} | extra, {"messages": turns} | extra,
@@ -118,8 +123,7 @@ class TestReading:
         ("a.csv", "prompt,is_harmful\nB,0\nH,1\n"),
         ("a.csv", "prompt,is_safe\nB,1\nH,0\n"),
         ("a.csv", "prompt,is_safe\nB,safe\nH,unsafe\n"),
-        ("a.csv", "prompt,prompt_harm_label\nB,unharmful\nH,harmful\n"),  # WildGuard
-    ])
+        ("a.csv", "prompt,prompt_harm_label\nB,unharmful\nH,harmful\n")])  # WildGuard
     def test_prompts_are_taken_by_the_labels_of_their_file(self, tmp_path, name, rows, capsys):
         (tmp_path / name).write_text(rows)
         for harmful, words in ((False, "B"), (True, "H")):
@@ -151,80 +155,61 @@ class TestReading:
             with pytest.raises(DataError, match=f"a.jsonl:1: expected label: true, 1, harmful, .*, safe, benign, {advice}"):
                 ask()
 
-    @pytest.mark.parametrize("name, text", [
-        ("a.json", '[{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}]'),
-        ("a.jsonl", '{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}\n'),
-        ("a.jsonl", '{"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}\n'),
-        ("a.json", '[[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]]'),
-    ])
-    def test_sharegpts_turns_and_lists_of_messages_are_read(self, tmp_path, name, text):
-        (tmp_path / name).write_text(text)
-        assert read_conversations(tmp_path / name, "answer")[0].messages == conversation("Q", "A").messages
-
     @pytest.mark.parametrize("turns", ["5", "[]", "[5]", '[{"from": "tool", "value": "x"}]', '[{"from": "human", "value": null}]'])
     def test_other_turns_are_refused(self, tmp_path, turns):
         (tmp_path / "a.jsonl").write_text('{"conversations": %s}' % turns)
         with pytest.raises(DataError, match="a.jsonl:1: expected"):
             read_conversations(tmp_path / "a.jsonl")
 
-    def test_prompts_a_line_keep_unicode_and_odd_line_breaks(self, tmp_path):
-        (tmp_path / "a.txt").write_text("piñata\u2028 x\n\n  日本語 \n", encoding="utf-8")
-        assert [c.messages[0]["content"] for c in read_conversations(tmp_path / "a.txt")] == ["piñata\u2028 x", "日本語"]
-
-    def test_csv_cells_may_hold_commas_quotes_and_newlines(self, tmp_path):
-        (tmp_path / "a.csv").write_text('goal,target\n"a, ""b""\nc","Sure, here"\nx\u2028y,z\n', encoding="utf-8")
-        assert [c.messages[0]["content"] for c in read_conversations(tmp_path / "a.csv")] == ['a, "b"\nc', "x\u2028y"]
+    @pytest.mark.parametrize("name, text, prompts", [
+        ("a.txt", "piñata\u2028 x\n\n  日本語 \n", ["piñata\u2028 x", "日本語"]),
+        ("a.csv", 'goal,target\n"a, ""b""\nc","Sure, here"\nx\u2028y,z\n', ['a, "b"\nc', "x\u2028y"])])
+    def test_unicode_odd_line_breaks_and_quoted_cells_are_kept(self, tmp_path, name, text, prompts):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert [c.messages[0]["content"] for c in read_conversations(tmp_path / name)] == prompts
 
     def test_the_record_is_kept_as_it_was_read(self, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"prompt": "Q", "response": "A", "harmful": true, "source": "x", "system": "S"}')
         [found] = read_conversations(tmp_path / "a.jsonl", need="harmful")
         assert found.meta["harmful"] is True and found.meta["prompt"] == "Q" and found.messages[0] == {"role": "system", "content": "S"}
 
-    @pytest.mark.parametrize(
-        "line, need, words",
-        [
-            ("{", "prompt", "expected a JSON object"),
-            ("[1]", "prompt", "message 1 as {role, content}"),
-            ('{"text": "Q"}', "prompt", "found keys ['text']; rename the keys of the prompt and of its response to prompt and response"),
-            ('{"prompt": "Q"}', "answer", "expected messages, or one of"),
-            ('{"prompt": "", "response": "A"}', "prompt", "expected text in message 1"),
-            ('{"prompt": 3, "response": "A"}', "prompt", "both text"),
-            ('{"messages": []}', "prompt", "a list of"),
-            ('{"messages": [{"role": "tool", "content": "x"}]}', "prompt", "found 'tool'; rename it or, if it is a tool's"),
-            ('{"prompt": "Q", "completion": [{"role": "assistant", "content": "A"}]}', "prompt", "both as text, or both as lists"),
-            ('{"messages": [{"role": "assistant", "content": "x"}]}', "prompt", "the user first"),
-            ('{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "x"}]}', "prompt", "taking turns"),
-            ('{"messages": [{"role": "user", "content": "x"}]}', "answer",
-             "an assistant turn at the end, found a user turn; if the file holds prompts alone, add a response to each record"),
-            ('{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]}', "prompt", "only at the start"),
-            ('{"prompt": "Q", "harmful": "yes"}', "harmful", "safe, benign, found 'yes'"),
-            ('{"prompt": "Q"}', "harmful", "true or false, found none; add it"),
-        ],
-    )
+    @pytest.mark.parametrize("line, need, words", [
+        ("{", "prompt", "expected a JSON object"),
+        ("[1]", "prompt", "message 1 as {role, content}"),
+        ('{"text": "Q"}', "prompt", "found keys ['text']; rename the keys of the prompt and of its response to prompt and response"),
+        ('{"prompt": "Q"}', "answer", "expected messages, or one of"),
+        ('{"prompt": "", "response": "A"}', "prompt", "expected text in message 1"),
+        ('{"prompt": 3, "response": "A"}', "prompt", "both text"),
+        ('{"messages": []}', "prompt", "a list of"),
+        ('{"messages": [{"role": "tool", "content": "x"}]}', "prompt", "found 'tool'; rename it or, if it is a tool's"),
+        ('{"prompt": "Q", "completion": [{"role": "assistant", "content": "A"}]}', "prompt", "both as text, or both as lists"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "prompt", "the user first"),
+        ('{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "x"}]}', "prompt", "taking turns"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "answer",
+         "an assistant turn at the end, found a user turn; if the file holds prompts alone, add a response to each record"),
+        ('{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]}', "prompt", "only at the start"),
+        ('{"prompt": "Q", "harmful": "yes"}', "harmful", "safe, benign, found 'yes'"),
+        ('{"prompt": "Q"}', "harmful", "true or false, found none; add it")])
     def test_a_bad_line_is_named(self, tmp_path, line, need, words):
         (tmp_path / "a.jsonl").write_text('{"prompt": "Q", "response": "A", "harmful": true}\n\n' + line + "\n")
         with pytest.raises(DataError) as error:
             read_conversations(tmp_path / "a.jsonl", need)
         assert words in str(error.value) and "a.jsonl:3: " in str(error.value)
 
-    @pytest.mark.parametrize(
-        "name, text, words",
-        [
-            ("a.jsonl", b"", "at least one conversation"),
-            ("a.parquet", b"\xffx", r"ending in .jsonl(?s:.*)import pandas\n  pandas.read_parquet\('.*a.parquet'\).to_json\('.*a.jsonl', orient='records'"),
-            ("a.tsv", b"\xffx", r"to convert it, in Python:\n  import pandas\n  pandas.read_table\('.*a.tsv'\).to_json\('.*a.jsonl', orient='records'"),
-            ("a.arrow", b"\xffx", r"import datasets\n  datasets.Dataset.from_file\('.*a.arrow'\).to_json\('.*a.jsonl', orient='records', lines=True\)"),
-            ("a.jsonl.gz", b"\xffx", r"found .gz; convert it to .jsonl, an object a line \(.gz: type gunzip FILE\)"),
-            ("a.md", b"x", "found .md; convert it to .jsonl, an object a line"),
-            ("a.json", b'{"prompt": "a"}\n{"prompt": "b"}\n', "has to end in .jsonl"),
-            ("a.json", b'{"conversations": [{}]}', r"list of conversations, found \{'conversations': \[\{\}\]\}; if a KEY has the list(?s:.*)"
-             r"json.dump\(json.load\(open\('.*a.json'\)\)\['KEY'\], open\('list.json', 'w'\)\)"),
-            ("a.csv", b"goal,target\nonly one\n", "a.csv:2: expected 2 columns"),
-            ("a.csv", b"goal,target\n" + b"x" * 200000 + b",y\n", "ordinary size"),
-            ("a.jsonl", b'{"prompt": "a \\ud83d"}', "a.jsonl:1: expected valid Unicode"),
-            ("a.txt", b"\xff\xfe", "UTF-8"),
-        ],
-    )
+    @pytest.mark.parametrize("name, text, words", [
+        ("a.jsonl", b"", "at least one conversation"),
+        ("a.parquet", b"\xffx", r"ending in .jsonl(?s:.*)import pandas\n  pandas.read_parquet\('.*a.parquet'\).to_json\('.*a.jsonl', orient='records'"),
+        ("a.tsv", b"\xffx", r"to convert it, in Python:\n  import pandas\n  pandas.read_table\('.*a.tsv'\).to_json\('.*a.jsonl', orient='records'"),
+        ("a.arrow", b"\xffx", r"import datasets\n  datasets.Dataset.from_file\('.*a.arrow'\).to_json\('.*a.jsonl', orient='records', lines=True\)"),
+        ("a.jsonl.gz", b"\xffx", r"found .gz; convert it to .jsonl, an object a line \(.gz: type gunzip FILE\)"),
+        ("a.md", b"x", "found .md; convert it to .jsonl, an object a line"),
+        ("a.json", b'{"prompt": "a"}\n{"prompt": "b"}\n', "has to end in .jsonl"),
+        ("a.json", b'{"conversations": [{}]}', r"list of conversations, found \{'conversations': \[\{\}\]\}; if a KEY has the list(?s:.*)"
+         r"json.dump\(json.load\(open\('.*a.json'\)\)\['KEY'\], open\('list.json', 'w'\)\)"),
+        ("a.csv", b"goal,target\nonly one\n", "a.csv:2: expected 2 columns"),
+        ("a.csv", b"goal,target\n" + b"x" * 200000 + b",y\n", "ordinary size"),
+        ("a.jsonl", b'{"prompt": "a \\ud83d"}', "a.jsonl:1: expected valid Unicode"),
+        ("a.txt", b"\xff\xfe", "UTF-8")])
     def test_a_bad_file_is_named(self, tmp_path, name, text, words):
         (tmp_path / name).write_bytes(text)
         with pytest.raises(DataError, match=words):
@@ -252,25 +237,18 @@ class TestSplits:
 
 class TestRendering:
     def test_it_is_jinja_as_published_templates_use_it(self, tmp_path):
-        template = (
-            "{{ bos_token }}{%- for m in messages %}\n    {%- if m.role == 'system' %}{% continue %}{% endif %}\n"
-            "{% if m.role == 'user' %}[{{ m.content | trim | tojson }}]"
-            "{% else %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}"
-            "{% if loop.index > 8 %}{% break %}{% endif %}{%- endfor %}"
-            "{% if add_generation_prompt %}>{{ strftime_now('%Y')[:2] }}{% endif %}"
-        )
-        chat = chat_with(tmp_path, template)
+        chat = chat_with(tmp_path, "{{ bos_token }}{%- for m in messages %}\n    {%- if m.role == 'system' %}{% continue %}{% endif %}\n"
+                         "{% if m.role == 'user' %}[{{ m.content | trim | tojson }}]"
+                         "{% else %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}"
+                         "{% if loop.index > 8 %}{% break %}{% endif %}{%- endfor %}"
+                         "{% if add_generation_prompt %}>{{ strftime_now('%d %b %Y') }}{% endif %}")
         assert chat.render(conversation('é <b>"', "yes", system="s").messages) == '<|bos|>["é <b>\\""]yes<|end|>'
-        assert chat.render(conversation(" x ").messages, add_generation_prompt=True) == '<|bos|>["x"]>20'
+        assert chat.render(conversation(" x ").messages, add_generation_prompt=True) == '<|bos|>["x"]>26 Jul 2024'  # on every day
 
-    def test_a_template_that_prints_the_date_prints_the_same_one_on_every_day(self, tmp_path):
-        said = chat_with(tmp_path, "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
-        assert said.render(conversation("x").messages) == "26 Jul 2024 x"
-
-    def test_the_template_may_refuse_in_its_own_words_and_cannot_reach_out(self, tmp_path):
+    def test_the_template_may_refuse_a_record_in_its_own_words_and_cannot_reach_out(self, tmp_path):
         chat = chat_with(tmp_path, "{{ raise_exception('no system role') if messages[0].role == 'system' else messages[0].content }}")
-        with pytest.raises(DataError, match="no system role"):
-            chat.render(conversation("x", system="s").messages)
+        with pytest.raises(DataError, match="mine.jsonl:3: the chat template of .* refuses it: no system role"):
+            chat.encode_example(Conversation(conversation("a", "b", system="s").messages, "mine.jsonl:3"), 0, 999)
         with pytest.raises(DataError, match="chat: expected a chat template .* refuses it: SecurityError"):
             chat_with(tmp_path / "b", "{{ messages.__class__.__mro__ }}")
 
@@ -295,8 +273,7 @@ class TestRendering:
 class TestMasks:
     def test_every_assistant_turn_with_its_end_is_trained_on_and_nothing_else(self, chat):
         example = chat.encode_example(conversation("How?", "Like this 12.", "And?", "So é.", system="Be kind."), 0, 999)
-        trained = [label for label in example.labels if label != IGNORE]
-        assert chat.tokenizer.decode(trained, skip_special_tokens=False) == "Like this 12.<|end|>So é.<|end|>"
+        assert trained_text(chat, example) == "Like this 12.<|end|>So é.<|end|>"
         assert all(label in (IGNORE, token) for label, token in zip(example.labels, example.input_ids))
 
     def test_the_prompt_tokens_are_those_seen_at_inference(self, chat):
@@ -309,10 +286,7 @@ class TestMasks:
         """Qwen ends a turn with a newline, Phi-3 the conversation with EOS: earlier turns are still found exactly."""
         turn = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
         phi = chat_with(tmp_path, turn + "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}")
-        labels = phi.encode_example(conversation("a", "b", "c", "d"), 0, 999).labels
-        assert phi.tokenizer.decode([t for t in labels if t != IGNORE], skip_special_tokens=False) == "b<|end|>d<|end|>\n\n<|end|>".replace(
-            "\n\n", "\n"
-        )
+        assert trained_text(phi, phi.encode_example(conversation("a", "b", "c", "d"), 0, 999)) == "b<|end|>d<|end|>\n<|end|>"
 
     def test_a_cut_answer_has_no_label_behind_its_last_word(self, tmp_path):
         """By hand: ChatML, Phi-3, Llama 2 (words end its turn), GLM (nothing does); cut in the record, then by max_length."""
@@ -341,9 +315,7 @@ class TestMasks:
         for answer, prompt in (("Yes.", "<|user|>a<|end|>\n<|assistant|><think>\n\n</think>\n\n"),
                                ("<think>\nm\n</think>\n\nYes.", "<|user|>a<|end|>\n<|assistant|>")):
             [example] = encode_examples(chat, [conversation("a", answer)], 999)
-            labels = [t for t in example.labels if t != IGNORE]
-            assert chat.tokenizer.decode(labels, skip_special_tokens=False) == answer + "<|end|>"
-            assert example.prompts == [chat.encode(prompt)]
+            assert trained_text(chat, example) == answer + "<|end|>" and example.prompts == [chat.encode(prompt)]
         with pytest.raises(DataError, match="as Qwen3's does .make each record end with its only assistant turn"):
             chat.encode_example(conversation("a", "Yes.", "b", "No."), 0, 999)  # the first turn has no thought any more
         assert chat.decode(chat.encode_prompt(conversation("a").messages)).endswith("</think>")  # the probe's and the evaluation's
@@ -352,8 +324,7 @@ class TestMasks:
     @pytest.mark.parametrize("form, eos, ends, says", [
         ("<|{{ m.role }}|>{{ m.content }}<|end|>\n", "<|bos|>", ["<|bos|>", "<|end|>"], False),
         ("<|{{ m.role }}|>{{ m.content }}", "<|end|>", ["<|end|>", "<|user|>"], True),  # GLM: the next role's token ends a turn
-        ("[{{ m.role }}] {{ m.content }} [/{{ m.role }}]\n", "", [], False),
-    ])
+        ("[{{ m.role }}] {{ m.content }} [/{{ m.role }}]\n", "", [], False)])
     def test_end_tokens_are_the_tokenizers_and_the_templates_and_no_end_is_named(self, tmp_path, capsys, form, eos, ends, says):
         gen = form.partition("{{ m.content }}")[0].replace("{{ m.role }}", "assistant").strip()
         form = "{% for m in messages %}" + form + "{% endfor %}{% if add_generation_prompt %}" + gen + "{% endif %}"
@@ -376,8 +347,7 @@ class TestMasks:
             with pytest.raises(DataError, match="DeepSeek-R1's does .remove <think> from its generation prompt, in chat_template.jinja"):
                 chat.encode_example(conversation("a", answer), 0, 999)
         (chat.path / "chat_template.jinja").write_text(form.replace("<think>\n", ""))  # as the message says
-        labels = Chat(chat.path).encode_example(conversation("a", "Yes."), 0, 999).labels
-        assert chat.tokenizer.decode([t for t in labels if t != IGNORE], skip_special_tokens=False) == "Yes.<|end|>"
+        assert trained_text(chat, Chat(chat.path).encode_example(conversation("a", "Yes."), 0, 999)) == "Yes.<|end|>"
 
     def test_a_response_that_merges_with_the_prompt_is_refused_and_named(self, tmp_path):
         """ "ab" is one token: the prompt that ends in "a" is not a prefix of the whole, though its text is."""
@@ -389,33 +359,21 @@ class TestMasks:
 
     def test_white_space_swallowed_by_a_special_token_is_not_trained_on(self, tmp_path):
         """Phi-3's added tokens swallow the white space behind them, and so a leading space of the response."""
-        chat = chat_with(
-            tmp_path,
-            "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-            "{% if add_generation_prompt %}<|assistant|>{% endif %}",
-        )
+        chat = chat_with(tmp_path, "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+                         "{% if add_generation_prompt %}<|assistant|>{% endif %}")
         raw = json.loads(chat.tokenizer.to_str())
         raw["added_tokens"] = [token | {"rstrip": True} for token in raw["added_tokens"]]
         chat.tokenizer = type(chat.tokenizer).from_str(json.dumps(raw))
-        example = chat.encode_example(conversation("Hello", " Sure"), 0, 999)
-        assert (
-            example.labels.index(chat.tokenizer.token_to_id("<|end|>"))
-            and chat.tokenizer.token_to_id("<|assistant|>") not in example.labels
-        )
-
-    def test_a_refusing_template_names_the_record(self, tmp_path):
-        chat = chat_with(tmp_path, "{{ raise_exception('no system role') if messages[0].role == 'system' else messages[0].content }}")
-        with pytest.raises(DataError, match="mine.jsonl:3: the chat template of .* refuses it: no system role"):
-            chat.encode_example(Conversation(conversation("a", "b", system="s").messages, "mine.jsonl:3"), 0, 999)
+        text = trained_text(chat, chat.encode_example(conversation("Hello", " Sure"), 0, 999))
+        assert text.endswith("<|end|>") and "<|assistant|>" not in text
 
     def test_truncation_is_counted_and_no_response_vanishes_silently(self, chat, capsys):
         rows = [Conversation(conversation("How do I plan a hike?", "Take a map. " * n).messages, f"f:{n}") for n in (1, 30)]
         rows.append(Conversation(conversation("word " * 60, "ok").messages, "f:long"))
         examples, report = encode_examples(chat, rows, 40), capsys.readouterr().out
         assert [e.index for e in examples] == [0, 1] and len(examples[1].input_ids) == 40
-        assert (
-            "2 of 3 conversations are cut at 40 tokens" in report and "1 without any of the response left" in report and "f:long" in report
-        )
+        for words in ("2 of 3 conversations are cut at 40 tokens", "1 without any of the response left", "f:long"):
+            assert words in report
         assert len(encode_examples(chat, rows[:1], 40)) == 1 and capsys.readouterr().out == ""
         with pytest.raises(DataError, match="no response fits"):
             encode_examples(chat, rows[2:], 40)
@@ -440,8 +398,7 @@ class TestLongTexts:
         monkeypatch.setattr(chat, "render", lambda messages, **rest: calls.append(len(messages)) or render(messages, **rest))
         [example] = encode_examples(chat, [long], 64)
         assert len(example.input_ids) == 64 and max(n for n in calls if n < 90) < 20
-        whole = [label for label in chat.encode_example(long, 0, 10**6).labels[:64]]
-        assert example.labels == whole and example.training_text.messages[0]["content"] == "Hello there"
+        assert example.labels == chat.encode_example(long, 0, 10**6).labels[:64] and example.training_text.messages[0]["content"] == "Hello there"
 
 
 def test_pad():
@@ -452,22 +409,13 @@ def test_pad():
 def test_published_templates_render_as_transformers_does():
     """Runs where transformers and trl are installed; the templates are trl's files, none is copied here."""
     utils, trl = pytest.importorskip("transformers.utils.chat_template_utils"), pytest.importorskip("trl")
-    from pathlib import Path
-
     templates = sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja"))
     assert templates
-    chats = [
-        conversation(' Hi <b> é "q" '),
-        conversation("Hi", " Hello!\n", "And?", system="Be good."),
-        conversation("Hi", "<think>\nm\n</think>\n\nHo", "x", "y"),
-    ]
-    for path in templates:
-        if path.name.split(".")[0].startswith(("llama3", "qwen2_5", "qwen3", "phi3")):
-            special = {"bos_token": "<s>", "eos_token": "</s>"}
-            for c in chats:
-                for prompt in (False, True):
-                    theirs = utils.render_jinja_template(
-                        [list(c.messages)], chat_template=path.read_text(), add_generation_prompt=prompt, bos_token="<s>", eos_token="</s>"
-                    )
-                    variables = special | {"messages": list(c.messages), "add_generation_prompt": prompt, "tools": None, "documents": None}
-                    assert render_template(path.read_text(), variables) == theirs[0][0], path.name
+    chats = [conversation(' Hi <b> é "q" '), conversation("Hi", " Hello!\n", "And?", system="Be good."),
+             conversation("Hi", "<think>\nm\n</think>\n\nHo", "x", "y")]
+    known = [path for path in templates if path.name.split(".")[0].startswith(("llama3", "qwen2_5", "qwen3", "phi3"))]
+    for path, c, prompt in product(known, chats, (False, True)):
+        options = {"add_generation_prompt": prompt, "bos_token": "<s>", "eos_token": "</s>"}
+        theirs = utils.render_jinja_template([list(c.messages)], chat_template=path.read_text(), **options)
+        variables = options | {"messages": list(c.messages), "tools": None, "documents": None}
+        assert render_template(path.read_text(), variables) == theirs[0][0], path.name
