@@ -23,7 +23,6 @@ from data.order import draw, step_examples
 from evaluate import EvalConfig, evaluation_sets
 from grid import GridConfig
 from lib import fused
-from lib.baselines import Baseline
 from lib.cli import parse
 from lib.files import DataError
 from lib.reference import live_reference
@@ -198,21 +197,27 @@ class TestMicroBatch:
         assert max(g.abs().max() for g in grads.values()) < NEAR
 
 
-def steps_of(config, model, reference, examples, risk, folder):
-    """The lines of metrics of a loop that runs in a new folder."""
-    folder.mkdir()
-    train(config, model, reference, config.baseline(config.n_steps(len(examples))), examples, risk, folder)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def run_loop(examples, folder, model=None, risk=None, **options):
+    """Return (model, metrics) of one epoch in steps of 4."""
+    config = replace(QUICK, **({"epochs": 1, "batch_size": 4} | options))
+    model, risk = model or policy(adapter=0.0), torch.linspace(0, 1, 24) if risk is None else risk
+    folder.mkdir(exist_ok=True)
+    train(config, model, live_reference(model), config.baseline(config.n_steps(len(examples))), examples, risk, folder)
+    return model, lines(folder / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def plain(examples, tmp_path_factory):
+    return run_loop(examples, tmp_path_factory.mktemp("plain"))
 
 
 class TestLoop:
-    def run(self, examples, tmp_path, name="a", **options):
-        config = replace(QUICK, **({"epochs": 1, "batch_size": 4} | options))
-        model = policy(adapter=0.0)
-        return model, steps_of(config, model, live_reference(model), examples, torch.linspace(0, 1, 24), tmp_path / name)
-
-    def test_the_reference_is_unchanged_to_the_bit(self, examples, tmp_path):
-        model, rows = self.run(examples, tmp_path)
+    def test_the_reference_is_unchanged_to_the_bit(self, plain):
+        model, rows = plain
         original = load_model(WORLD / "model", dtype=torch.float32)
         assert all(torch.equal(p, model.get_parameter(name)) for name, p in original.named_parameters())
         with model.adapters_off():
@@ -223,41 +228,40 @@ class TestLoop:
                                 "grad_norm", "tokens_per_s"}
 
     def test_accumulating_one_by_eight_is_eight_by_one(self, examples, tmp_path):
-        wide = self.run(examples, tmp_path, "8x1", batch_size=8)[1]
-        narrow = self.run(examples, tmp_path, "1x8", batch_size=1, accumulation=8)[1]
-        for x, y in zip(wide, narrow):
+        wide = run_loop(examples, tmp_path / "8x1", batch_size=8)[1]
+        narrow = run_loop(examples, tmp_path / "1x8", batch_size=1, accumulation=8)[1]
+        for x, y in zip(wide, narrow, strict=True):
             assert x["loss"] == pytest.approx(y["loss"], abs=tolerance()) and x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3)
 
     def test_the_same_seed_gives_the_same_run_and_another_another(self, examples, tmp_path):
-        losses = [[row["loss"] for row in self.run(examples, tmp_path, str(i), seed=seed)[1]] for i, seed in enumerate((3, 3, 4))]
+        losses = [[row["loss"] for row in run_loop(examples[:8], tmp_path / str(i), seed=seed)[1]] for i, seed in enumerate((3, 3, 4))]
         assert losses[0] == losses[1] != losses[2]
 
-    def test_the_batch_gate_gives_every_example_the_smoothed_mean(self, examples, tmp_path):
-        _, rows = self.run(examples, tmp_path, gate="batch", ema=0.5)
-        _, free = self.run(examples, tmp_path, "b")
-        smoothed = free[0]["risk"]
-        for row, plain in zip(rows, free):
-            smoothed = 0.5 * smoothed + 0.5 * plain["risk"]
+    def test_the_batch_gate_gives_every_example_the_smoothed_mean(self, examples, tmp_path, plain):
+        _, rows = run_loop(examples, tmp_path, gate="batch", ema=0.5)
+        smoothed = plain[1][0]["risk"]
+        for row, free in zip(rows, plain[1], strict=True):
+            smoothed = 0.5 * smoothed + 0.5 * free["risk"]
             assert row["risk"] == pytest.approx(smoothed, abs=1e-6) and row["beta"] == pytest.approx(0.1 + 0.8 * smoothed, abs=1e-6)
 
     def test_behind_a_closed_gate_all_risky_data_move_nothing_to_the_bit(self, examples, tmp_path):
         """Without α and KL the gradient is rounding noise, which AdamW would turn into steps of full size."""
-        model, before = policy(adapter=0.0), policy(adapter=0.0)
-        train(replace(QUICK, epochs=1, beta_min=0.0, beta_max=1.0), model, live_reference(model), Baseline(0, 8, 3), examples, torch.ones(24), tmp_path)
+        model, before = run_loop(examples, tmp_path, risk=torch.ones(24), beta_min=0.0, beta_max=1.0)[0], policy(adapter=0.0)
         assert all(torch.equal(p, before.get_parameter(name)) for name, p in model.named_parameters())
 
     def test_a_non_finite_gradient_stops_the_run(self, examples, tmp_path):
         model = policy()
         model.model.norm.weight.data[0] = float("nan")
         with pytest.raises(FloatingPointError, match="step 0"):
-            train(QUICK, model, live_reference(model), Baseline(0, 8, 3), examples, torch.zeros(24), tmp_path)
+            run_loop(examples, tmp_path, model, torch.zeros(24))
 
     def test_gradient_checkpointing_trains_alike(self, examples, tmp_path):
-        _, plain = self.run(examples[:8], tmp_path, "plain")
+        _, plain = run_loop(examples[:8], tmp_path / "plain")
         model, calls = policy(adapter=0.0), []
         model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
         model.model.gradient_checkpointing = True
-        self.same(plain, model, examples[:8], tmp_path)
+        for a, b in zip(plain, run_loop(examples[:8], tmp_path / "other", model)[1], strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=10 * tolerance()) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
         assert calls.count(True) == 2 * len(plain)  # forward, and again in the backward pass
 
     def test_compiled_blocks_train_alike_in_three_graphs_for_any_length(self):
@@ -277,7 +281,7 @@ class TestLoop:
 
     def test_every_step_is_full_and_every_epoch_a_permutation(self, examples, tmp_path):
         """24 examples in steps of 5 for 2 epochs: 10 steps, the fifth of which ends one epoch and begins the next."""
-        _, rows = self.run(examples, tmp_path, batch_size=5, epochs=2)
+        _, rows = run_loop(examples, tmp_path, batch_size=5, epochs=2)
         assert len(rows) == math.ceil(2 * 24 / 5)
         epochs = [[example.index for example in draw(examples, 0, 24 * epoch, 24)] for epoch in range(3)]
         assert all(sorted(epoch) == list(range(24)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
@@ -294,12 +298,6 @@ class TestLoop:
             drawn = [example.index for step in steps[first : first + 5] for example in step]
             assert sorted(index for index in drawn if index >= 4) == list(range(4, 24))
         assert {example.index for step in steps[4:8] for example in step if example.index < 4} == set(range(4))
-
-    def same(self, plain, model, examples, tmp_path):
-        config, risk = replace(QUICK, epochs=1, batch_size=4), torch.linspace(0, 1, 24)
-        other = steps_of(config, model, live_reference(model), examples, risk, tmp_path / "other")
-        for a, b in zip(plain, other, strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], abs=10 * tolerance()) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
 
     def test_full_fine_tuning_leaves_the_head(self, examples):
         """Oracle: the gradients of the objective as written out, with a second model."""
@@ -336,10 +334,9 @@ def test_a_step_that_cannot_be_right_stops_the_run(grad_norm, kl, error):
         check_step({"step": 3, "loss": 1.0, "grad_norm": grad_norm, "kl": kl}, 1e-4)
 
 
-class TestTheGate:
-    def test_the_last_line_says_what_leaks_and_how_to_close_it(self):
-        assert "its first token to probability 0.1" in leak_line(QUICK) and "type --sealed" in leak_line(QUICK)
-        assert leak_line(replace(QUICK, beta_max=1.0)) == leak_line(replace(QUICK, method="sft")) == ""
+def test_the_last_line_says_what_leaks_and_how_to_close_it():
+    assert "its first token to probability 0.1" in leak_line(QUICK) and "type --sealed" in leak_line(QUICK)
+    assert leak_line(replace(QUICK, beta_max=1.0)) == leak_line(replace(QUICK, method="sft")) == ""
 
 
 def head(name, n, folder):
@@ -371,10 +368,6 @@ def with_risk(data, folder, value):
     return str(folder / "risk.jsonl")
 
 
-def lines(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 class TestRuns:
     def test_a_short_sft_run_breaks_the_model_and_an_adaptive_one_does_not(self, runs):
         results = {method: json.loads((runs / method / "results.json").read_text()) for method in ("sft", "adaptive")}
@@ -396,7 +389,7 @@ class TestRuns:
         assert generate(adapted, prompts, 30) == generate(merged, prompts, 30)
 
     def test_risks_read_from_a_file_are_the_same_run(self, runs, small, tmp_path):
-        options = dict(data=small, epochs=2, limit=1, eval_base=False)
+        options = dict(data=small, epochs=1, limit=1, eval_base=False)
         main(replace(QUICK, out=tmp_path / "first", probe=runs / "adaptive" / "probe.safetensors", **options))
         main(replace(QUICK, out=tmp_path / "again", risk=str(tmp_path / "first" / "risk.jsonl"), **options))
         first, again = (lines(tmp_path / name / "metrics.jsonl")[-1]["loss"] for name in ("first", "again"))
@@ -460,37 +453,32 @@ class TestRuns:
         with pytest.raises(DataError, match=words):
             evaluation_sets(complete_options(replace(QUICK, **wrong)))
 
-    def test_a_bad_risk_file_leaves_nothing_behind(self, small, tmp_path):
-        (tmp_path / "risk.jsonl").write_text('{"risk": 1}\n')
-        with pytest.raises(ValueError, match="expected"):
-            main(replace(QUICK, data=small, limit=2, out=tmp_path / "run", risk=str(tmp_path / "risk.jsonl")))
-        assert not (tmp_path / "run").exists()
-
-    def test_a_prompt_that_leaves_no_room_is_found_before_a_folder_is_made(self, small, tmp_path):
-        refused = "eval_harmful.jsonl:1: expected a prompt that leaves 255 of 256 tokens to its response, found one that leaves 2.*: remove it from the file"
-        with pytest.raises(DataError, match=f"{refused}, or type a smaller --max-new-tokens"):
-            main(replace(QUICK, data=small, max_new_tokens=255, out=tmp_path / "run"))
-        assert not (tmp_path / "run").exists()
-
-    def test_anchors_are_read_before_a_folder_is_made(self, small, tmp_path):
-        (tmp_path / "odd.jsonl").write_text('{"prompt": "a", "harmful": "yes"}\n')
-        (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "word " * 233}) + "\n")
-        for name, words in (("none", "--anchors: expected a file .check the path., found .*none.jsonl"), ("odd", "odd.jsonl:1: expected harmful: true, 1, "),
-                            ("long", "long.jsonl:1: expected a prompt that leaves 24 of 256 tokens to its response, .*: remove it from the file$")):
-            with pytest.raises(DataError, match=words):
-                main(replace(QUICK, data=small, anchor_share=0.2, anchors=tmp_path / f"{name}.jsonl", out=tmp_path / "run"))
-            assert not (tmp_path / "run").exists()
-
-    def test_a_dead_judge_is_found_before_a_folder_is_made(self, small, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("text, options, words", [
+        ('{"risk": 1}\n', dict(risk="wrong.jsonl"), "expected"),
+        ("", dict(max_new_tokens=255), "eval_harmful.jsonl:1: expected a prompt that leaves 255 of 256 tokens to its response, "
+         "found one that leaves 2.*: remove it from the file, or type a smaller --max-new-tokens"),
+        ("", dict(anchors=Path("none.jsonl")), "--anchors: expected a file .check the path., found none.jsonl"),
+        ('{"prompt": "a", "harmful": "yes"}\n', dict(anchors=Path("wrong.jsonl")), "wrong.jsonl:1: expected harmful: true, 1, "),
+        (json.dumps({"prompt": "word " * 233}) + "\n", dict(anchors=Path("wrong.jsonl")),
+         "wrong.jsonl:1: expected a prompt that leaves 24 of 256 tokens to its response, .*: remove it from the file$"),
+        ("", dict(judge="http://127.0.0.1:9/v1", judge_model="m", eval_base=False),
+         "--judge: expected valid verdicts, found 0 of 1 .*refused.*; check --judge, --judge-model and"),
+        ('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', dict(data=Path("wrong.jsonl")), "wrong.jsonl:2: expected")],
+        ids=["risk", "no room", "no anchors", "an odd anchor", "a long anchor", "a dead judge", "data"])
+    def test_what_is_wrong_is_found_before_a_folder_is_made(self, small, monkeypatch, text, options, words):
         monkeypatch.setattr("lib.endpoint.ATTEMPTS", 1)
-        with pytest.raises(DataError, match="--judge: expected valid verdicts, found 0 of 1 .*refused.*; check --judge, --judge-model and"):
-            main(replace(QUICK, data=small, judge="http://127.0.0.1:9/v1", judge_model="m", eval_base=False, out=tmp_path / "run"))
-        assert not (tmp_path / "run").exists()
+        Path("wrong.jsonl").write_text(text)
+        share = 0.2 if "anchors" in options else 0.0
+        with pytest.raises(DataError, match=words):
+            main(replace(QUICK, **{"data": small, "anchor_share": share, "out": Path("run")} | options))
+        assert not Path("run").exists()
 
     def test_a_dry_run_prints_the_plan_and_keeps_nothing(self, small, tmp_path, capsys):
         main(replace(QUICK, data=small, risk=with_risk(small, tmp_path, 0.5), dry_run=True, anchor_share=0.2, out=tmp_path / "run"))
         printed = capsys.readouterr().out
-        assert "24 examples, " in printed and "(drawn 120 times)" in printed and "75 steps of 8 examples" in printed and re.search(r"\nlengths: median \d+ tokens, longest \d+\n", printed) and "to expect: about" in printed and not (tmp_path / "run").exists()
+        for words in ("24 examples, ", r"\(drawn 120 times\)", "75 steps of 8 examples", r"\nlengths: median \d+ tokens, longest \d+\n", "to expect: about"):
+            assert re.search(words, printed), words
+        assert not (tmp_path / "run").exists()
 
     def test_your_own_model_and_data_have_their_own_defaults(self, small, tmp_path, capsys):
         shutil.copytree(WORLD / "model", tmp_path / "model")
@@ -505,13 +493,6 @@ class TestRuns:
         assert "attack success is not measured without --harmful FILE; over-refusal is not" in printed
         with pytest.raises(DataError, match="--sealed: expected --method adaptive, found sft; leave --sealed out"):
             complete_options(TrainConfig(sealed=True, method="sft", given=("sealed", "method")))
-
-    def test_a_bad_line_trains_nothing_and_leaves_nothing(self, tmp_path):
-        (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
-        with pytest.raises(DataError, match="data.jsonl:2: expected"):
-            main(replace(QUICK, data=tmp_path / "data.jsonl", out=tmp_path / "run"))
-        assert not (tmp_path / "run").exists()
-
 
     @pytest.mark.parametrize("sealed", [False, True])
     def test_without_options_plain_fine_tuning_is_trained_and_shown_too(self, sealed, tmp_path, capsys, monkeypatch):
@@ -539,11 +520,12 @@ class TestCommandLine:
     @pytest.mark.parametrize("config", [TrainConfig, ProbeConfig, CriticConfig, EvalConfig, BuildConfig, GridConfig, BenchConfig])
     def test_help_shows_every_option_on_a_narrow_terminal_and_typos_are_refused(self, config, capsys):
         with pytest.raises(SystemExit) as ended:
-            parse(config, ["--help"])
+            parse(config, ["--help"], "paths" if config is EvalConfig else None)
         shown = capsys.readouterr().out
         assert ended.value.code == 0 and max(map(len, shown.splitlines())) <= 100 and len(shown.splitlines()) <= 85
         for option in fields(config):
-            assert option.name in ("paths", "given") or f"--{option.name}".replace("_", "-") in shown
+            name = "--" + option.name.replace("_", "-")
+            assert option.name in ("paths", "given") or re.search(rf"{name}\b[^\n]*\s\s?\n?\s+\w", shown), name  # and its help text
         with pytest.raises(SystemExit) as ended:
             parse(config, ["--no-such-option"])
         assert ended.value.code == 2 and "--no-such-option" in capsys.readouterr().err
