@@ -43,16 +43,12 @@ def examples(chat):
 
 
 def make_anchors(model, chat, examples, max_length=256, **options):
+    """Make and encode anchors as train_and_evaluate does."""
     config = replace(QUICK, **({"anchor_share": 0.4} | options))
     with model.adapters_off():
         records = anchor_records(config, model, chat, anchor_prompts(config, examples, set()))
-    return encode_anchors(records, chat, len(examples), max_length)
-
-
-def encode_anchors(records, chat, n_examples, max_length):
-    """As train_and_evaluate encodes them."""
     encoded = encode_examples(chat, [conversation_of(record, "anchors", "answer") for record in records], max_length)
-    return [replace(anchor, index=n_examples + anchor.index, anchor=True) for anchor in encoded]
+    return [replace(anchor, index=len(examples) + anchor.index, anchor=True) for anchor in encoded]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +59,10 @@ def anchors(model, chat, examples):
 def jsonl(file, rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 class TestFilter:
@@ -128,7 +128,7 @@ class TestConstrainedSFT:
         monkeypatch.setattr(lib.baselines, "label_logp", lambda *options: calls.append(1) or label_logp(*options))
         config = replace(QUICK, method="csft", batch_size=12, epochs=6)
         train.train(config, policy(adapter=0.0), None, config.baseline(6), examples, torch.zeros(12), tmp_path)  # None: no other reference is called
-        rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        rows = lines(tmp_path / "metrics.jsonl")
         assert len(calls) == 1 and len(rows) == 6
         assert (rows[0]["beta"], rows[0]["kl"], rows[0]["risk"]) == (0, None, None) and rows[-1]["nll"] < rows[0]["nll"]
 
@@ -187,10 +187,9 @@ class TestSafeGrad:
         method = SafeGrad(0.1, 2, 10)
         method.prepare(moved, examples + anchors, 2)
         step, batch = 1, [anchors[2 % len(anchors)], anchors[3 % len(anchors)]]
-        _, _, kl = micro_batch_loss(moved, live_reference(moved), batch, torch.zeros(2), torch.ones(2), 1)
-        assert (kl > 0).all()
         n_tokens = sum(example.n_labels for example in batch)
-        loss = micro_batch_loss(moved, live_reference(moved), batch, torch.zeros(2), torch.ones(2), n_tokens)[0]
+        loss, _, kl = micro_batch_loss(moved, live_reference(moved), batch, torch.zeros(2), torch.ones(2), n_tokens)
+        assert (kl > 0).all()
         of_anchors = torch.autograd.grad(loss, parameters)
         of_data = [-gradient + torch.ones_like(gradient) * 0.01 for gradient in of_anchors]  # in conflict
         for parameter, gradient in zip(parameters, of_data):
@@ -203,12 +202,6 @@ class TestSafeGrad:
         for wrong, words in ((dict(), "--anchor-share: expected above 0"), (dict(anchor_share=0.1, lora_r=0), "--method: expected no safegrad")):
             with pytest.raises(DataError, match=words):
                 train.complete_options(replace(QUICK, method="safegrad", **wrong))
-
-    def test_a_run_trains(self, tmp_path):
-        rows = [{"prompt": c.prompts[-1][-1]["content"], "response": c.answer} for c in read_conversations(WORLD / "mixed_10.jsonl")[:24]]
-        main(replace(QUICK, method="safegrad", anchor_share=0.2, epochs=4, data=jsonl(tmp_path / "data.jsonl", rows), out=tmp_path / "run"))
-        nll = [json.loads(line)["nll"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-        assert len(nll) == 4 * 24 / 4 and sum(nll[-6:]) < 0.7 * sum(nll[:6])
 
 
 class TestSBR:
@@ -236,11 +229,13 @@ class TestSBR:
         with pytest.raises(DataError, match="expected a harmful prompt among the anchors"):
             method.prepare(moved, benign, 4)
 
-    def test_a_run_trains_and_draws_no_anchor(self, tmp_path):
-        rows = [{"prompt": c.prompts[-1][-1]["content"], "response": c.answer} for c in read_conversations(WORLD / "mixed_10.jsonl")[:24]]
-        main(replace(QUICK, method="sbr", anchor_share=0.2, epochs=4, data=jsonl(tmp_path / "data.jsonl", rows), out=tmp_path / "run"))
-        nll = [json.loads(line)["nll"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-        assert len(nll) == 4 * 24 / 4 and sum(nll[-6:]) < 0.7 * sum(nll[:6])
+
+@pytest.mark.parametrize("method", ["safegrad", "sbr"])
+def test_a_run_trains_and_draws_no_anchor(method, tmp_path):
+    rows = [{"prompt": c.prompts[-1][-1]["content"], "response": c.answer} for c in read_conversations(WORLD / "mixed_10.jsonl")[:24]]
+    main(replace(QUICK, method=method, anchor_share=0.2, epochs=4, data=jsonl(tmp_path / "data.jsonl", rows), out=tmp_path / "run"))
+    nll = [row["nll"] for row in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert len(nll) == 4 * 24 / 4 and sum(nll[-6:]) < 0.7 * sum(nll[:6])
 
 
 class TestAnchors:
@@ -283,28 +278,23 @@ class TestAnchors:
 
     def test_none_is_left_where_the_data_hold_them_all_or_the_model_refuses_none(self, tmp_path, model, chat, examples):
         rows = [{"messages": list(e.conversation.messages[:-1])} for e in examples[:3]]  # without a label: harmful
-        same = jsonl(tmp_path / "same.jsonl", rows)
-        kind = jsonl(tmp_path / "kind.jsonl", [{"prompt": "How do I book a city tour?"}])
-        for file in (same, kind):
-            with pytest.raises(DataError, match=f"{file.name}: expected prompts that"):
-                make_anchors(model, chat, examples, anchors=file)
+        for rows in (rows, [{"prompt": "How do I book a city tour?"}]):
+            with pytest.raises(DataError, match="mine.jsonl: expected prompts that"):
+                make_anchors(model, chat, examples, anchors=jsonl(tmp_path / "mine.jsonl", rows))
 
     def test_no_prompt_of_the_evaluation_is_an_anchor(self, tmp_path, model, chat, examples):
-        rows = [json.loads(line) for line in (WORLD / "probe.jsonl").read_text().splitlines()]
-        file = jsonl(tmp_path / "both.jsonl", [row for row in rows if row["harmful"]][:3])
+        file = jsonl(tmp_path / "both.jsonl", [row for row in lines(WORLD / "probe.jsonl") if row["harmful"]][:3])
         first, *others = read_conversations(file)
         evaluated = {normalized(c.prompts[-1]) for c in others}
         assert anchor_prompts(replace(QUICK, anchor_share=0.4, anchors=file), examples, evaluated) == [first]
 
     def test_a_file_of_anchors_may_hold_benign_prompts_and_they_are_answered(self, tmp_path, model, chat, examples, capsys):
-        rows = [json.loads(line) for line in (WORLD / "probe.jsonl").read_text().splitlines()]
+        rows = lines(WORLD / "probe.jsonl")
         right = [next(row for row in rows if row["harmful"] == harmful) for harmful in (True, False)]
         wrong = [row | {"harmful": not row["harmful"]} for row in right]  # harmful and not refused, benign and refused
         anchors = make_anchors(model, chat, examples, anchors=jsonl(tmp_path / "both.jsonl", right + wrong))
         assert sorted(refuses(anchor.training_text.answer) for anchor in anchors) == [False, True]
         assert "2 anchors: 1 harmful and refused, 1 benign and answered, of 4 prompts" in capsys.readouterr().out
-        with pytest.raises(DataError, match="odd.jsonl:1: expected harmful: .*, found 'yes'"):
-            make_anchors(model, chat, examples, anchors=jsonl(tmp_path / "odd.jsonl", [right[0] | {"harmful": "yes"}]))
 
     def test_an_answer_that_was_cut_has_no_end_to_be_learned(self, monkeypatch, model, chat, examples, anchors):
         def last_labels(anchors):
@@ -322,14 +312,10 @@ class TestAnchors:
         assert [anchor.index for anchor in shorter] == list(range(12, 12 + len(shorter)))
 
     def test_anchors_may_come_in_any_form_of_record(self, tmp_path, model, chat, examples):
-        harmful = [json.loads(line)["messages"] for line in (WORLD / "probe.jsonl").read_text().splitlines() if '"harmful": true' in line]
+        harmful = [row["messages"] for row in lines(WORLD / "probe.jsonl") if row["harmful"]]
         prompts = [turns[0]["content"] for turns in harmful if len(turns) == 1][:4]
         rows = [{"instruction": prompt, "input": "", "output": "ignored"} for prompt in prompts[:2]] + [{"goal": p, "target": "Sure"} for p in prompts[2:]]
-        (tmp_path / "forms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        config = replace(QUICK, anchor_share=0.5, epochs=1, anchors=tmp_path / "forms.jsonl")
-        with model.adapters_off():
-            records = anchor_records(config, model, chat, anchor_prompts(config, examples, set()))
-        anchors = encode_anchors(records, chat, len(examples), 256)
+        anchors = make_anchors(model, chat, examples, anchors=jsonl(tmp_path / "forms.jsonl", rows))
         assert sorted(a.training_text.prompts[-1][-1]["content"] for a in anchors) == sorted(prompts)
 
     def test_a_run_stores_its_anchors_and_its_reference_holds_them(self, tmp_path, capsys):
@@ -337,8 +323,7 @@ class TestAnchors:
         data.write_text("".join((WORLD / "benign.jsonl").read_text().splitlines(True)[:24]))
         risk = jsonl(tmp_path / "risk.jsonl", [{"risk": 0.1, "hash": c.hash} for c in read_conversations(data)])
         main(replace(QUICK, anchor_share=0.1, beta_min=0.02, beta_max=1.0, epochs=2, data=data, risk=str(risk), out=tmp_path / "run"))
-        anchors, rows, risks = ([json.loads(line) for line in (tmp_path / "run" / f"{name}.jsonl").read_text().splitlines()]
-                                for name in ("anchors", "metrics", "risk"))
+        anchors, rows, risks = (lines(tmp_path / "run" / f"{name}.jsonl") for name in ("anchors", "metrics", "risk"))
         printed = capsys.readouterr().out
         assert f"{len(anchors)} anchors: {len(anchors)} harmful and refused, 0 benign" in printed and "all are harmful" in printed
         assert anchors and all(refuses(row["messages"][-1]["content"]) for row in anchors)
