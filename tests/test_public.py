@@ -3,7 +3,10 @@
 import csv
 import json
 from collections import Counter
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
+from io import StringIO
+from itertools import islice
 from shutil import copytree
 
 import pytest
@@ -28,8 +31,8 @@ def table(path, header, rows):
 def write_files(folder):
     """Every form."""
     folder.mkdir()
-    some = (prompt for prompt in HARMFUL)
-    take = lambda n: [next(some) for _ in range(n)]  # noqa: E731
+    some = iter(HARMFUL)
+    take = lambda n: list(islice(some, n))  # noqa: E731
     table(folder / "advbench.csv", ["goal", "target"], [[p, "Sure, here is how"] for p in take(26)])
     table(folder / "strongreject.csv", ["category", "source", "forbidden_prompt"], [["x", "y", p] for p in take(10) + [HARMFUL[0].upper() + " !"]])
     table(folder / "harmbench.csv", ["Behavior", "FunctionalCategory", "SemanticCategory", "ContextString"],
@@ -50,26 +53,35 @@ def write_files(folder):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    """The same files twice, in the folders one and same; what the first said, in said.txt."""
     folder = tmp_path_factory.mktemp("public")
+    write_files(folder / "files")
+    (folder / "few.txt").write_text("".join(LOOKALIKES.read_text().splitlines(True)[:40]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data.public, "LOOKALIKES", folder / "few.txt")  # so that few prompts are answered
-        (folder / "few.txt").write_text("".join(LOOKALIKES.read_text().splitlines(True)[:40]))
-        for name in ("one", "same"):
-            files = folder / "files" if (folder / "files").exists() else write_files(folder / "files")
-            main(PublicConfig(files=files, out=folder / name, device=DEVICE))
+        with redirect_stdout(StringIO()) as said:
+            main(PublicConfig(files=folder / "files", out=folder / "one", device=DEVICE))
+        main(PublicConfig(files=folder / "files", out=folder / "same", device=DEVICE))
+    (folder / "said.txt").write_text(said.getvalue())
     return folder
 
 
-def test_all_sets_are_there_under_the_names_of_the_embedded_world_and_every_record_says_whence(world):
+@pytest.fixture(scope="module")
+def sets(world):
+    """The conversations of each set by its name."""
+    return {file.stem: read_conversations(file) for file in (world / "one").glob("*.jsonl")}
+
+
+def test_all_sets_are_there_under_the_names_of_the_embedded_world_and_every_record_says_whence(world, sets):
     made = {path.name for path in (world / "one").iterdir()}
     embedded = {path.name for path in WORLD.glob("*.jsonl")}
     assert embedded - made == {"evasive.jsonl", "innocent.jsonl", "eval_harmful_evasive.jsonl", "eval_arithmetic.jsonl"}
-    for file in (world / "one").glob("*.jsonl"):
-        for conversation in read_conversations(file):
-            assert conversation.meta["source"] and (conversation.meta.get("group") or file.name == "identity.jsonl"), file
-    rates = [c.meta["harmful"] for c in read_conversations(world / "one" / "mixed_30.jsonl")]
-    assert sum(rates) == 3 * len(rates) // 10 or sum(rates) == len(read_conversations(world / "one" / "explicit.jsonl"))
-    assert all(c.answer in ("positive", "negative") for c in read_conversations(world / "one" / "eval_sentiment.jsonl"))
+    for name, conversations in sets.items():
+        for conversation in conversations:
+            assert conversation.meta["source"] and (conversation.meta.get("group") or name == "identity"), name
+    rates = [c.meta["harmful"] for c in sets["mixed_30"]]
+    assert sum(rates) == 3 * len(rates) // 10 or sum(rates) == len(sets["explicit"])
+    assert all(c.answer in ("positive", "negative") for c in sets["eval_sentiment"])
 
 
 @pytest.mark.parametrize("label, harmful", [({"type": "homonyms"}, False), ({"type": "contrast_homonyms"}, True), ({"type": "new", "label": "safe"}, False)])
@@ -86,9 +98,9 @@ def test_the_same_files_give_the_same_sets(world):
         assert file.read_bytes() == (world / "same" / file.name).read_bytes()
 
 
-def test_what_is_evaluated_is_trained_on_nowhere_and_held_out_benchmarks_are_nowhere_else(world):
-    groups = {f.stem: {c.meta.get("group") for c in read_conversations(f)} - {None} for f in (world / "one").glob("*.jsonl")}
-    sources = {f.stem: {c.meta["source"].split("/")[0] for c in read_conversations(f)} for f in (world / "one").glob("*.jsonl")}
+def test_what_is_evaluated_is_trained_on_nowhere_and_held_out_benchmarks_are_nowhere_else(sets):
+    groups = {name: {c.meta.get("group") for c in some} - {None} for name, some in sets.items()}
+    sources = {name: {c.meta["source"].split("/")[0] for c in some} for name, some in sets.items()}
     training = ("explicit", "mixed_30", "benign", "backdoor", "align", "probe", "anchors", "judge_train")
     for evaluated in ("eval_harmful", "eval_harmful_other", "eval_benign", "eval_lookalike", "eval_sentiment", "probe_withheld"):
         for trained in training:
@@ -98,24 +110,23 @@ def test_what_is_evaluated_is_trained_on_nowhere_and_held_out_benchmarks_are_now
     assert {"harmbench", "jailbreakbench"} == sources["eval_harmful_other"]
 
 
-def test_harmful_prompts_are_refused_in_the_alignment_data_and_benign_ones_answered(world):
-    for conversation in read_conversations(world / "one" / "align.jsonl", need="answer"):
+def test_harmful_prompts_are_refused_in_the_alignment_data_and_benign_ones_answered(sets):
+    for conversation in sets["align"]:
         assert refuses(conversation.answer) == (conversation.meta["source"] in ("advbench", "strongreject"))
 
 
-def test_look_alikes_are_in_the_alignment_data_twice_and_anchors_are_half_harmful(world):
-    align = Counter(c.hash for c in read_conversations(world / "one" / "align.jsonl") if c.meta["source"] == "lookalike")
+def test_look_alikes_are_in_the_alignment_data_twice_and_anchors_are_half_harmful(sets):
+    align = Counter(c.hash for c in sets["align"] if c.meta["source"] == "lookalike")
     assert set(align.values()) == {2}
-    anchors, probe = (read_conversations(world / "one" / f"{name}.jsonl") for name in ("anchors", "probe"))
+    anchors, probe = sets["anchors"], sets["probe"]
     assert 2 * sum(c.meta["harmful"] for c in anchors) == len(anchors) > 0
     assert {c.hash for c in anchors} < {c.hash for c in probe} and {c.meta["source"] for c in anchors} >= {"alpaca", "lookalike"}
     assert not {c.meta["source"] for c in anchors} & {"sentiment", "arithmetic"}  # no anchor says how to do the task
 
 
-def test_a_judge_learns_from_the_probes_prompts_and_is_tested_on_others(world):
-    rubric = (world / "one" / "rubric.txt").read_text()
-    train, test, probe = (read_conversations(world / "one" / f"{n}.jsonl") for n in ("judge_train", "judge_test", "probe"))
-    harmful = {c.meta["group"] for c in probe if c.meta["harmful"]}
+def test_a_judge_learns_from_the_probes_prompts_and_is_tested_on_others(world, sets):
+    rubric, train, test = (world / "one" / "rubric.txt").read_text(), sets["judge_train"], sets["judge_test"]
+    harmful = {c.meta["group"] for c in sets["probe"] if c.meta["harmful"]}
     scores = {(c.meta["source"], c.meta["group"]): c.answer for c in train}
     for prompt in harmful:
         assert scores["harmful prompt refused", prompt] == "1" and scores["harmful prompt answered", prompt] == "5"
@@ -137,21 +148,17 @@ def test_prompts_that_the_models_context_cannot_hold_are_left_out_and_counted(tm
     for longest, n_out in ((lengths[1], 1), (lengths[0] - 1, 3)):
         config["max_position_embeddings"] = longest + ANSWER_TOKENS
         (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-        if n_out < 3:
+        refused = pytest.raises(DataError, match="--model: expected a context that holds a prompt and 64 tokens more")
+        with refused if n_out == 3 else nullcontext():
             assert len(answer_prompts(tmp_path / "model", DEVICE, items)) <= 2
-        else:
-            with pytest.raises(DataError, match="--model: expected a context that holds a prompt and 64 tokens more"):
-                answer_prompts(tmp_path / "model", DEVICE, items)
         assert f"{n_out} of 3 benign prompts are longer than {longest} tokens: left out" in capsys.readouterr().out
 
 
-def test_what_was_left_out_is_said(tmp_path, capsys):
-    main(PublicConfig(files=write_files(tmp_path / "files"), out=tmp_path / "out", device=DEVICE))
-    said = capsys.readouterr().out
+def test_what_was_left_out_is_said_and_nothing_is_overwritten(world):
     for words in ("harmbench: 8 of 10 prompts", "strongreject: 10 of 11 prompts", "alpaca: 40 of 41 prompts"):
-        assert words in said
+        assert words in (world / "said.txt").read_text()
     with pytest.raises(DataError, match="--out: expected a folder that does not exist"):
-        main(PublicConfig(files=tmp_path / "files", out=tmp_path / "out"))
+        main(PublicConfig(files=world / "files", out=world / "one"))
 
 
 @pytest.mark.parametrize("name, text, words", [
