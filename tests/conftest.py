@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.conversations import WORLD
+from data.chat import Chat, encode_examples
+from data.conversations import WORLD, read_conversations
+from lib import fused
 from model import add_lora, load_model as load
 
 torch.set_num_threads(1)
@@ -56,6 +58,53 @@ def in_tmp_path(tmp_path, monkeypatch):
 def seeded():
     """Seed torch: every test draws the same numbers, alone or in any order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def chat():
+    """Return the embedded model's chat."""
+    return Chat(WORLD / "model")
+
+
+@pytest.fixture(scope="session")
+def world(chat):
+    """Return the embedded model in float32, and its chat."""
+    return load_model(WORLD / "model", dtype=torch.float32), chat
+
+
+@pytest.fixture(scope="session")
+def model():
+    """Return the embedded model with adapters that already do something. Tests leave it as it is, but for gradients."""
+    return policy()
+
+
+@pytest.fixture(scope="session")
+def examples(chat):
+    """Return 24 examples of the embedded world, some of them harmful."""
+    return encode_examples(chat, read_conversations(WORLD / "mixed_10.jsonl")[:24], 256)
+
+
+def read_rows(file):
+    """Return the values in a JSON Lines file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def write_rows(file, rows):
+    """Write a JSON Lines file; a row that is text is written as it is. Returns its path."""
+    file.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def head(name, n, file):
+    """Write the first n lines of a file of the embedded world into another one. Returns its path."""
+    file.write_text("".join((WORLD / name).read_text().splitlines(True)[:n]))
+    return file
+
+
+def fast_token_loss(hidden, weight, labels, alpha, beta, ref_hidden, dtype=None):
+    """Call fused_token_loss with the arguments of train.token_loss; `dtype` is that of the stored vectors."""
+    terms = fused.reference_terms(ref_hidden, weight, labels[: len(ref_hidden)], dtype)
+    return fused.fused_token_loss(hidden, weight, labels, alpha, beta, terms)
 
 
 def load_model(path, device=None, dtype=None):
