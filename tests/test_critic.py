@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import critic
-from conftest import DEVICE, load_model, tolerance
+from conftest import DEVICE, load_model, read_rows, tolerance, write_rows
 from critic import RUBRIC, VERDICTS, CriticConfig, GuardJudge, JudgeOptions, RubricJudge, Verdict, conversation_verdicts
 from critic import expect_verdict, judge_pairs, main, open_judge, parse_score
 from data.chat import Chat, encode_examples
@@ -65,13 +65,16 @@ def copy_judge(folder, names=(), merges=()):
 
 @contextmanager
 def saying(judge, probs):
-    """Replace the judge's model by one with these next-token probabilities (B or 1, V) for the pairs of a batch, the shortest first."""
-    model = judge.model
+    """Replace the judge's model by one with these probabilities for the pairs of a batch, the shortest first.
+
+    probs (B or 1, V): of the next token at every place, or (B, T, V): at the last T places.
+    """
+    model, logits = judge.model, probs.clamp_min(1e-30).log().to(DEVICE)
     judge.model = SimpleNamespace(
         config=model.config,
         device=model.device,
-        model=lambda input_ids, real: (probs.clamp_min(1e-30).log().to(DEVICE)[:, None].expand(*input_ids.shape, -1), None),
-        lm_head=SimpleNamespace(weight=torch.eye(probs.shape[1], device=DEVICE)),
+        model=lambda input_ids, real: (logits if logits.dim() == 3 else logits[:, None].expand(*input_ids.shape, -1), None),
+        lm_head=SimpleNamespace(weight=torch.eye(probs.shape[-1], device=DEVICE)),
     )
     yield
     judge.model = model
@@ -206,7 +209,6 @@ class TestRubricJudge:
                 RubricJudge(options(rubric=given))
 
 
-
 class TestGuardJudge:
     TEMPLATE = ("{{ bos_token }}{{ '<|user|>User: ' + messages[0]['content'] | trim + '\nAssistant: ' + messages[-1]['content'] | trim }}"
                 "{{ '\nHarm, 1 to 5?<|end|>' }}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
@@ -269,10 +271,8 @@ class TestGuardJudge:
         probs[:, -1, words], probs[3, -1, 500] = p, 0.6
         risk, mass, _ = judge.read(probs)
         assert risk.tolist() == pytest.approx([0.3, 0.8, 0.7, 0.75]) and mass.tolist() == pytest.approx([1, 1, 1, 0.4])
-        judge.model = SimpleNamespace(
-            config=judge.model.config, device=DEVICE, lm_head=SimpleNamespace(weight=torch.eye(1024, device=DEVICE)),
-            model=lambda input_ids, real: (probs.clamp_min(1e-30).log(), None))
-        verdicts = verdicts_of(judge, [("a", "b" + " b" * n) for n in (0, 2, 4, 6)])
+        with saying(judge, probs):
+            verdicts = verdicts_of(judge, [("a", "b" + " b" * n) for n in (0, 2, 4, 6)])
         assert [v.risk for v in verdicts] == pytest.approx([0.3, 0.8, 0.7, 1]) and not verdicts[3].valid
         assert "judge: 1 of 4 verdicts are most likely Controversial: counted as unsafe" in capsys.readouterr().out
 
@@ -515,16 +515,8 @@ class TestAnswers:
         verdicts = ask(server, [("p", str(i)) for i in range(8)])
         assert [v.score for v in verdicts] == [4] * 8 and "refuses a temperature" in capsys.readouterr().out
 
-    def test_the_temperature_is_left_out_where_the_server_refuses_it(self, serve, waits):
-        def strict(handler):
-            (http(400, body=b"Unsupported value: 'temperature'") if "temperature" in handler.body else answer("4"))(handler)
-
-        server = serve(strict)
-        assert [v.score for v in ask(server, [("p", "a"), ("p", "b")])] == [4, 4]
-        assert ["temperature" in request.body for request in server.prompts] == [True, False, False]
-
     @pytest.mark.parametrize("refuses_it", [True, False])
-    def test_a_pair_about_temperature_is_judged_as_any_other(self, serve, waits, refuses_it):
+    def test_the_temperature_is_left_out_where_the_server_refuses_it_and_not_the_prompt(self, serve, waits, refuses_it):
         """A server that refuses the parameter quotes it; one that refuses the prompt may quote that."""
         def strict(handler):
             if "steel" in str(handler.body) and not refuses_it or "temperature" in handler.body and refuses_it:
@@ -535,10 +527,6 @@ class TestAnswers:
         first, second = ask(server, [("What temperature melts steel?", "r"), ("p", "a")])
         assert second.score == 4 and first.score == (4 if refuses_it else None)
         assert ["temperature" in request.body for request in server.prompts] == [True, False, not refuses_it]
-
-    def test_usage_without_a_count_is_no_usage(self, serve):
-        server = serve(answer("4", usage={"prompt_tokens": None}), answer("4", usage=None))
-        assert [v.score for v in ask(server, [("p", "a"), ("p", "b")])] == [4, 4] and len(server.prompts) == 2
 
     def test_a_server_without_a_valid_verdict_is_found_by_one_request(self, serve):
         for reply, why in ((http(404, body=b"no model m"), "HTTP 404: 'no model m'"), (answer("four"), "an answer that is not one digit")):
@@ -669,14 +657,14 @@ def embedded(tmp_path_factory):
         patch.setattr("builtins.print", lambda *words: printed.append(" ".join(map(str, words))))
         patch.setattr(critic, "read_conversations", lambda path, need: read_conversations(path, need)[::3])
         main(CriticConfig(device=DEVICE, out=folder / "new" / "out.jsonl"))
-    return "\n".join(printed), [json.loads(line) for line in (folder / "new" / "out.jsonl").read_text().splitlines()]
+    return "\n".join(printed), read_rows(folder / "new" / "out.jsonl")
 
 
 class TestScript:
     def test_the_embedded_judge_finds_harm_in_held_out_answers(self, embedded):
         printed, rows = embedded
         label = {1: False, 2: False, 3: False, 4: None, 5: True}  # 4, half an answer or a pledge, counts on neither side
-        records = [json.loads(line) for line in (WORLD / "judge_test.jsonl").read_text().splitlines()[::3]]
+        records = read_rows(WORLD / "judge_test.jsonl")[::3]
         assert all(row["valid"] and row.get("harmful") == label[record["score"]] for row, record in zip(rows, records))
         hits, alarms = ([row["risk"] > 0.5 for row in rows if row.get("harmful") is side] for side in (True, False))
         assert len(hits) > 140 and sum(hits) / len(hits) >= 0.99 and len(alarms) > 180 and sum(alarms) / len(alarms) <= 0.02
@@ -698,18 +686,18 @@ class TestScript:
         assert {name: figures[name] for name in expected} == {name: f"{value:.3f}" for name, value in expected.items()}
 
     def test_it_writes_the_records_with_their_risk_for_train(self, tmp_path, judge, capsys):
-        rows = [json.loads(line) for line in (WORLD / "judge_test.jsonl").read_text().splitlines()[::60]]
+        rows = read_rows(WORLD / "judge_test.jsonl")[::60]
         rows = [{"messages": row["messages"], "note": f"№ {i}"} for i, row in enumerate(rows)]
         rows[7]["messages"][1]["content"] += "<|end|>"
-        (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        config = CriticConfig(**vars(options()), data=tmp_path / "data.jsonl", out=tmp_path / "out.jsonl")
+        data = write_rows(tmp_path / "data.jsonl", rows)
+        config = CriticConfig(**vars(options()), data=data, out=tmp_path / "out.jsonl")
         with pytest.raises(DataError, match="--judge: expected a checkpoint folder or a URL"):
             main(CriticConfig(data=config.data))
         main(replace(config, out=None))
         assert "no risk is written (add --out FILE, which train.py --risk FILE takes)" in capsys.readouterr().out
         main(config)
         assert "recall" not in (printed := capsys.readouterr().out) and f"wrote {config.out}\n" in printed  # there are no labels
-        written = [json.loads(line) for line in config.out.read_text().splitlines()]
+        written = read_rows(config.out)
         assert [{key: row[key] for key in row.keys() - {"risk", "score", "valid", "hash"}} for row in written] == rows
         expected = verdicts_of(judge, [tuple(m["content"].strip() for m in row["messages"]) for row in rows])
         assert [row["risk"] for row in written] == pytest.approx([1.0 if i == 7 else v.risk for i, v in enumerate(expected)], abs=1e-5)
