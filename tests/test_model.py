@@ -95,14 +95,16 @@ class TestEveryFamily:
         assert torch.equal(every[0], model.model.embed_tokens(ids))
         assert torch.equal(torch.stack(model.model(ids, pool=lambda x: x[:, -1])[1]), every[:, :, -1])
 
-    def test_gradient_checkpointing_changes_no_gradient(self, family):
+    def test_gradient_checkpointing_changes_no_gradient_and_runs_a_block_again_in_the_backward_pass(self, family):
         grads = []
         for checkpointing in (False, True):
-            model = load_model(FAMILIES[family])
+            model, calls = load_model(FAMILIES[family]), []
             add_lora(model, r=2, alpha=4)
             model.model.gradient_checkpointing = checkpointing
+            model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
             model(torch.arange(3, 12, device=DEVICE)[None]).square().mean().backward()
             grads.append([p.grad for _, p in sorted(model.named_parameters()) if p.requires_grad])
+            assert calls.count(True) == (2 if checkpointing else 1)
         assert all(torch.equal(a, b) for a, b in zip(*grads)) and any(g.abs().max() > 0 for g in grads[0])
 
     def test_bfloat16_stays_near_float32(self, family):
@@ -299,23 +301,18 @@ class TestDtype:
         assert torch.cosine_similarity(*grads.values(), dim=0) > 0.995
 
 
-class TestHub:
-    def hub(self, tmp_path, source=GOLDEN[0]):
-        """A snapshot as the Hugging Face hub's cache has it: links to files that are named by their hashes."""
-        blobs, snapshot = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "0f3a"
-        blobs.mkdir(parents=True)
-        snapshot.mkdir(parents=True)
-        for i, file in enumerate(source.iterdir()):
-            shutil.copy(file, blobs / str(i))
-            (snapshot / file.name).symlink_to(f"../../blobs/{i}")
-        return snapshot
-
-    def test_a_snapshot_of_the_hubs_cache_is_a_checkpoint_and_so_is_a_linked_folder(self, tmp_path):
-        snapshot = self.hub(tmp_path, WORLD / "model")
-        (tmp_path / "link").symlink_to(snapshot)
-        for path in (snapshot, tmp_path / "link"):
-            model, chat = load_model(path), Chat(path)
-            assert torch.equal(model.lm_head.weight, load_model(WORLD / "model").lm_head.weight)
-            assert fingerprint(path) == fingerprint(WORLD / "model") and chat.fingerprint == Chat(WORLD / "model").fingerprint
-        save_model(model, tmp_path / "copy")
-        assert not any(file.is_symlink() for file in (tmp_path / "copy").iterdir()) and (tmp_path / "copy" / "tokenizer.json").exists()
+def test_a_snapshot_of_the_hubs_cache_is_a_checkpoint_and_so_is_a_linked_folder(tmp_path):
+    """A snapshot holds links to files that are named by their hashes."""
+    blobs, snapshot = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "0f3a"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for i, file in enumerate((WORLD / "model").iterdir()):
+        shutil.copy(file, blobs / str(i))
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    (tmp_path / "link").symlink_to(snapshot)
+    for path in (snapshot, tmp_path / "link"):
+        model, chat = load_model(path), Chat(path)
+        assert torch.equal(model.lm_head.weight, load_model(WORLD / "model").lm_head.weight)
+        assert fingerprint(path) == fingerprint(WORLD / "model") and chat.fingerprint == Chat(WORLD / "model").fingerprint
+    save_model(model, tmp_path / "copy")
+    assert not any(file.is_symlink() for file in (tmp_path / "copy").iterdir()) and (tmp_path / "copy" / "tokenizer.json").exists()
