@@ -1,4 +1,4 @@
-"""The probe: features, logistic regression, metrics, splits, files."""
+"""The probe: features, metrics, splits, files; test_golden.py has its fit, its risk and what it cannot know."""
 
 import json
 import re
@@ -13,15 +13,10 @@ from data.conversations import WORLD, Conversation, group_of, read_conversations
 from lib.files import DataError
 from lib.report import auroc, probe_report, risk_metrics, tpr_at_fpr
 from lib.risk import read_risk
-from probe import (Probe, ProbeConfig, conversation_risk, expect_strong, fit_logistic, fit_probe, load_probe, main,
+from probe import (ProbeConfig, conversation_risk, expect_strong, fit_logistic, fit_probe, load_probe, main,
                    prompt_features, save_probe)
 
 PROBE_DATA = WORLD / "probe.jsonl"
-
-
-@pytest.fixture(scope="module")
-def world():
-    return load_model(WORLD / "model", dtype=torch.float32), Chat(WORLD / "model")
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +61,6 @@ def test_the_riskiest_prompt_counts_and_the_response_has_no_part_in_the_risk(wor
 # ---------------------------------------------------------------- logistic regression and metrics
 
 
-def test_the_fit_is_newtons_solution():
-    x, y = torch.randn(300, 5).double(), (torch.rand(300) < 0.4).double()
-    x[:, 0] += y
-    weight, bias, mean, std = fit_logistic(x, y, l2=2.0)
-    z = torch.cat(((x - mean) / std, torch.ones(300, 1)), 1)
-    ridge, theta = torch.diag(torch.tensor([2.0] * 5 + [0.0])).double(), torch.zeros(6).double()
-    for _ in range(30):  # Newton's method on the same objective
-        p = torch.sigmoid(z @ theta)
-        theta -= torch.linalg.solve(z.T @ ((p * (1 - p))[:, None] * z) + ridge, z.T @ (p - y) + ridge @ theta)
-    torch.testing.assert_close(torch.cat((weight, bias[None])), theta, atol=1e-4, rtol=1e-4)
-
-
 def test_separable_and_constant_features_converge_deterministically_and_one_class_is_refused():
     x = torch.cat((torch.randn(40, 200), torch.ones(40, 1)), 1)
     y = (x[:, 0] > 0).double()
@@ -87,13 +70,6 @@ def test_separable_and_constant_features_converge_deterministically_and_one_clas
         fit_logistic(torch.randn(4, 2), torch.ones(4), 1.0)
     with pytest.raises(DataError, match="l2 > 0"):
         fit_logistic(torch.randn(4, 2), torch.tensor([0.0, 1, 0, 1]), 0.0)
-
-
-def test_unknown_risk_is_high_risk_counted_and_printed(capsys):
-    one, inf = torch.ones(2).double(), float("inf")
-    probe = Probe(one, torch.zeros(()).double(), 0 * one, one, "", "", "")
-    assert probe.risk(torch.tensor([[float("nan"), 0], [inf, -inf], [-inf, 0], [inf, 0], [0, 0]])).tolist() == [1.0, 1.0, 1.0, 1.0, 0.5]
-    assert "4 of 5 risks are unknown" in capsys.readouterr().out
 
 
 def test_metrics_have_their_textbook_values():
