@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import make_golden_objective
 import train
-from conftest import DEVICE, adapter_parameters, tolerance
+from conftest import DEVICE, adapter_parameters, fast_token_loss as fast, read_rows, tolerance
 from critic import GuardJudge, RubricJudge
 from data.chat import Chat, Example
 from data.conversations import Conversation
@@ -71,12 +71,6 @@ class OneLayer(torch.nn.Module):
 
 EXAMPLES = [Example(i, ids[:n], labels[:n]) for i, (ids, labels, n) in enumerate(
     zip(*(G[f"batch.{name}"].tolist() for name in ("input_ids", "labels", "length"))))]
-
-
-def fast(hidden, weight, labels, alpha, beta, ref_hidden):
-    """fused.fused_token_loss with the arguments of the definition."""
-    terms = fused.reference_terms(ref_hidden, weight, labels[: len(ref_hidden)])
-    return fused.fused_token_loss(hidden, weight, labels, alpha, beta, terms)
 
 
 @pytest.fixture(params=DTYPES, ids=str)
@@ -269,7 +263,7 @@ def test_training_takes_the_steps_of_transformers_and_peft(tmp_path, ref):
         train.train(config, policy, train.open_reference(config, policy, examples, STEPS["risk"]), config.baseline(6), examples, STEPS["risk"], tmp_path)
     finally:
         hook.remove()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "metrics.jsonl")
     for key, expected in {key: STEPS[key] for key in ("loss", "grad_norm", "lr")}.items():
         near([row[key] for row in rows], expected, NEAR[torch.float32])
     n_tokens = (STEPS["labels"] != -100).sum(1)[STEPS["order"]]  # of each example drawn
