@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lib.reference
 import train
-from conftest import DEVICE, assert_near, load_model, policy, tolerance
-from data.chat import IGNORE, Chat, Example, encode_examples
-from data.conversations import WORLD, read_conversations
+from conftest import DEVICE, assert_near, fast_token_loss as fast, load_model, policy, tolerance
+from data.chat import IGNORE, Example
+from data.conversations import WORLD
 from lib import fused
 from lib.files import DataError
-from lib.fused import reference_terms, response_states
+from lib.fused import response_states
 from lib.reference import live_reference, n_bytes
 from train import TrainConfig, blend, micro_batch_loss, open_reference
 
@@ -31,12 +31,6 @@ def tokens(n, m, dtype=torch.float32, vocabulary=50, size=12):
     ref_hidden = hidden[:m] + 0.1 * torch.randn(m, size)
     batch = hidden.to(dtype), weight.to(dtype), torch.randint(vocabulary, (n,)), 1 - risk, risk, ref_hidden.to(dtype)
     return tuple(tensor.to(DEVICE) for tensor in batch)
-
-
-def fast(hidden, weight, labels, alpha, beta, ref_hidden, dtype=None):
-    """fused.fused_token_loss with the arguments of the definition; `dtype` is that of the stored vectors."""
-    terms = reference_terms(ref_hidden, weight, labels[: len(ref_hidden)], dtype)
-    return fused.fused_token_loss(hidden, weight, labels, alpha, beta, terms)
 
 
 def value_and_grad(token_loss, hidden, *rest, **options):
@@ -153,16 +147,6 @@ class TestTokenLoss:
 
 
 # ---------------------------------------------------------------- whole models
-
-
-@pytest.fixture(scope="module")
-def examples():
-    return encode_examples(Chat(WORLD / "model"), read_conversations(WORLD / "mixed_10.jsonl")[:24], 256)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return policy()
 
 
 def definition(model, examples, alpha, beta):
