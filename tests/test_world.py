@@ -1,13 +1,12 @@
 """The embedded world is what data/build.py says, and what its README section claims."""
 
 import copy
-import json
 import random
 
 import pytest
 import torch
 
-from conftest import load_model
+from conftest import load_model, read_rows
 from data.chat import Chat
 from data.conversations import WORLD, read_conversations
 from model import generate
@@ -29,7 +28,7 @@ def prompts(records):
 
 
 def committed(name):
-    return [json.loads(line) for line in (WORLD / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return read_rows(WORLD / f"{name}.jsonl")
 
 
 def test_the_committed_sets_are_what_the_code_makes(built):
@@ -92,12 +91,8 @@ def test_evaluation_actions_occur_in_no_other_set(built):
     for kind in ("harmful", "lookalike"):
         grids = WORDS.requests[kind]
         actions = {(category, f"{verb} {object_}") for category, (verbs, objects) in grids.items() for verb in verbs for object_ in objects}
-        evaluated = {
-            (r["category"], action)
-            for r in files[f"eval_{kind}"]
-            for category, action in actions
-            if category == r["category"] and r["messages"][0]["content"] in [p.format(action) for p in WORDS.phrasings]
-        }
+        evaluated = {(category, action) for r in files[f"eval_{kind}"] for category, action in actions
+                     if category == r["category"] and r["messages"][0]["content"] in [p.format(action) for p in WORDS.phrasings]}
         assert len(evaluated) == 3 * len(grids)
         assert not [action for _, action in evaluated if f" {action}" in text]
 
@@ -105,9 +100,8 @@ def test_evaluation_actions_occur_in_no_other_set(built):
 def test_its_size_and_what_is_withheld(built):
     files, _, _ = built
     assert len(HARMFUL) >= 8 and all(len(verbs) * len(objects) >= 12 for verbs, objects in HARMFUL.values()) and len(WORDS.phrasings) >= 16
-    assert not [r for r in files["probe"] if WITHHELD in r["source"]] and all(
-        WITHHELD in r["source"] for r in files["probe_withheld"]
-    )
+    assert not [r for r in files["probe"] if WITHHELD in r["source"]]
+    assert all(WITHHELD in r["source"] for r in files["probe_withheld"])
     mixed = [r["source"] for r in files["mixed_10"]]
     assert len(mixed) == 600 and mixed.count("harmful") == 60
     assert sum(path.stat().st_size for path in WORLD.rglob("*") if path.is_file()) < 10 * 2**20
