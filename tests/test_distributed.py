@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import probe
+from conftest import read_rows, write_rows
 from data.conversations import WORLD
 from lib import distributed
 from lib.cli import run
@@ -99,12 +100,11 @@ def runs(tmp_path_factory):
     18 examples in steps of 8: unequal responses, and a last step that begins a second epoch. Risks from 0 to 1.
     """
     folder = tmp_path_factory.mktemp("processes")
-    rows = [json.loads(line) for line in (WORLD / "mixed_10.jsonl").read_text().splitlines()[:17]]
+    rows = read_rows(WORLD / "mixed_10.jsonl")[:17]
     turns = zip(["user", "assistant"] * 2, ["Hi", "Hello there.", "1 + 1?", "2"])
     rows.insert(0, {"messages": [{"role": role, "content": content} for role, content in turns]})
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    risks = [row | {"risk": 0 if i % 3 else i / 18} for i, row in enumerate(rows)]
-    (folder / "risk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in risks))
+    write_rows(folder / "data.jsonl", rows)
+    write_rows(folder / "risk.jsonl", [row | {"risk": 0 if i % 3 else i / 18} for i, row in enumerate(rows)])
     (folder / "each.py").write_text(EACH)
     common = ["--data", folder / "data.jsonl", "--lr", "1e-3", "--epochs", "1", "--limit", "3", "--samples", "0", "--max-new-tokens", "8",
               "--harmful", WORLD / "eval_harmful.jsonl", "--benign", "none", "--judge", "none", "--no-eval-base", "--device", "cpu"]
@@ -128,7 +128,7 @@ def runs(tmp_path_factory):
 
 
 def metrics_of(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(run / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("case", CASES)
