@@ -144,16 +144,18 @@ def prepare():
                 assert [c.hash for c in read_conversations(folder / "out.jsonl", need)] == [c.hash for c in found]
                 encode_examples(chat, found, 64)
 
+    def talk(prompt, response, where="?"):
+        return Conversation(({"role": "user", "content": prompt}, {"role": "assistant", "content": response}), where)
+
     def risks(folder, rng):
-        rows = [Conversation(tuple({"role": r, "content": c + str(i)} for r, c in zip(("user", "assistant"), "ab"))) for i in range(4)]
+        rows = [talk(f"a{i}", f"b{i}") for i in range(4)]
         said = [{"hash": c.hash, "risk": 0.5} if i % 2 else {"prompt": f"a{i}", "response": f"b{i}", "risk": 1, "valid": True}
                 for i, c in enumerate(rows)]
         (folder / "risk.jsonl").write_text(lines(said))
         return [folder / "risk.jsonl"]
 
     def read_risks(folder):
-        rows = [Conversation(tuple({"role": r, "content": c + str(i)} for r, c in zip(("user", "assistant"), "ab")), f"{folder}:{i}")
-                for i in range(4)]
+        rows = [talk(f"a{i}", f"b{i}", f"{folder}:{i}") for i in range(4)]
         assert all(0 <= s <= 1 for s in read_risk(folder / "risk.jsonl", encode_examples(chat, rows, 64)))
 
     def model(folder, rng):
@@ -194,8 +196,7 @@ def prepare():
 
     def read_chat(folder):
         found = Chat(folder)
-        rows = [Conversation(tuple({"role": r, "content": c} for r, c in zip(("user", "assistant"), text)), f"{folder}/x.jsonl:{i}")
-                for i, text in enumerate((("Hello!", "Yes 12."), ("<|end|>é", "x\n")))]
+        rows = [talk("Hello!", "Yes 12.", f"{folder}/x.jsonl:0"), talk("<|end|>é", "x\n", f"{folder}/x.jsonl:1")]
         assert max(found.encode_prompt(rows[0].prompts[-1], f"{folder}")) < world.config.vocab_size
         encode_examples(found, rows, 64)
 
