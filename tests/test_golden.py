@@ -163,7 +163,9 @@ class TestFunctions:
         near(policy.linear.lora_A.grad, v.grad_lora_A, limit)
         near(policy.linear.lora_B.grad, v.grad_lora_B, limit)
         position, w = of("objective").position, of("csft", dtype)
-        near(csft_weight(w.logp, w.ref_logp, position), v.weight, limit)
+        weight = csft_weight(w.logp.clone().requires_grad_(), w.ref_logp, position)
+        assert not weight.requires_grad
+        near(weight, v.weight, limit)
         near(csft_weight(w.edge_logp, w.edge_ref_logp, v.edge_position), v.edge_weight, limit)
 
     def test_lisas_pull(self, dtype):
