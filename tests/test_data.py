@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
 
 from data.chat import batches_by_length, Chat, encode_examples, encode_prompts, IGNORE, LONGEST, pad, rows_that_fit
 from data.conversations import Conversation, read_conversations, read_prompts, split_by_prompt, WORLD
@@ -265,6 +266,15 @@ class TestRendering:
     def test_special_tokens_are_never_added_twice(self, chat):
         ids = chat.encode_prompt(conversation("Hello!").messages)
         assert ids.count(chat.tokenizer.token_to_id("<|bos|>")) == 1
+
+    def test_a_tokenizer_that_adds_special_tokens_adds_none_to_a_rendered_text(self, tmp_path, chat):
+        """Llama's tokenizer.json begins every text with its first token, and so does its template."""
+        tokenizer, bos = chat_with(tmp_path, chat.source).tokenizer, chat.tokenizer.token_to_id("<|bos|>")
+        tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", bos)])
+        assert tokenizer.encode("a").ids[0] == bos
+        tokenizer.save(str(tmp_path / "chat" / "tokenizer.json"))
+        messages = conversation("Hello!").messages
+        assert Chat(tmp_path / "chat").encode_prompt(messages) == chat.encode_prompt(messages)
 
     def test_the_fingerprint_follows_the_template(self, tmp_path, chat):
         assert chat_with(tmp_path, "{{ messages[0].content }}").fingerprint != chat.fingerprint == Chat(WORLD / "model").fingerprint
