@@ -414,6 +414,7 @@ def open_reference(config: TrainConfig, policy: Transformer, examples: list[Exam
     if not pulled:
         return None
     file = config.out / "reference.bin"
+    distributed.on_rank_zero(lambda: remove(file))  # of a run that was interrupted
     fits = distributed.on_rank_zero(lambda: fits_half_the_disk(file, policy, pulled))
     worth_it = config.ref == "auto" and config.epochs > 1 and fits
     if config.ref == "keep" or config.fsdp or worth_it:  # fsdp is never live
@@ -523,7 +524,7 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
                 save_adapter(policy, out / "adapter")
             save_model(policy, out / "model")
             del reference
-        for name in ("state.pt", "reference.bin", "reference.sha256"):
+        for name in ("state.pt", "reference.bin"):
             distributed.on_rank_zero(lambda: remove(out / name))
         del policy
         gc.collect()  # compiled blocks refer to themselves

@@ -1,16 +1,15 @@
 """The reference's terms of KL: kept in a file of the run, or computed in every step."""
 
-import hashlib
+import os
 import shutil
 from pathlib import Path
 
 import torch
 
 from data.chat import Example, batches_by_length
-from lib.checkpoint import write_tensors
 from lib.cli import progress_bar
 from lib.distributed import on_rank_zero, rank
-from lib.files import DataError, write_text
+from lib.files import DataError, errors_name_path
 from lib.fused import reference_terms, response_states
 
 
@@ -27,66 +26,46 @@ def live_reference(model, dtype: torch.dtype | None = None):
 
 
 def kept_reference(file: Path, model, examples: list[Example], batch_size: int):
-    """Return a function examples → (g, c) that reads the terms from `file`, where they are stored first.
+    """Compute the terms of all examples. Returns a function examples → (g, c) that looks them up.
 
-    The file is {"g": (n_tokens, H), "c": (n_tokens,)} of all response tokens, g in the dtype of the head. All
-    processes compute, rank 0 writes. A second file beside it has a checksum: a file that is cut, damaged or
-    made of other examples is computed again. Raises DataError, before writing, where there is no room.
+    g (n_tokens, H) of all response tokens, in the dtype of the head, is written to `file` and read from there;
+    c (n_tokens,) stays in memory. All processes compute, rank 0 writes. A run that resumes computes the terms
+    again. Raises DataError, before writing, where the disk has no room.
     """
-    checksum_file = file.with_suffix(".sha256")
-    n_labels = [example.n_labels for example in examples]
-    n_tokens = sum(n_labels)
-    rows = dict(zip([example.index for example in examples], torch.arange(n_tokens).split(n_labels)))
-
-    def rows_of(batch: list[Example]) -> torch.Tensor:
-        return torch.cat([rows[example.index] for example in batch])
-
-    def is_whole() -> bool:
-        there = file.exists() and checksum_file.exists()
-        return there and checksum_file.read_text() == checksum(file, examples)
-
-    def write(stored: dict) -> None:
-        write_tensors(file, stored)
-        write_text(checksum_file, checksum(file, examples))
-
-    if not on_rank_zero(is_whole):
-        on_rank_zero(lambda: expect_room(file, model, examples))
-        dtype = model.lm_head.weight.dtype
-        g, c = torch.empty(n_tokens, model.config.hidden_size, dtype=dtype), torch.empty(n_tokens)
-        reference = live_reference(model, dtype)
-        batches = batches_by_length([len(e.input_ids) for e in examples], batch_size)
-        for batch in progress_bar(batches, desc="reference"):
+    on_rank_zero(lambda: expect_room(file, model, examples))
+    dtype, device = model.lm_head.weight.dtype, model.device
+    reference = live_reference(model, dtype)
+    rows, n_tokens, c = {}, 0, []  # rows: of each example.index in g and c
+    with errors_name_path(file), open(os.devnull if rank() else file, "wb") as stream:
+        for batch in progress_bar(batches_by_length([len(e.input_ids) for e in examples], batch_size), "reference"):
             batch = [examples[i] for i in batch]
-            new = [term.cpu() for term in reference(batch)]
-            if rank() == 0:
-                g[rows_of(batch)], c[rows_of(batch)] = new
-        on_rank_zero(lambda: write({"g": g, "c": c}))
-    stored = torch.load(file, mmap=True, weights_only=True)
+            batch_g, batch_c = reference(batch)
+            stream.write(batch_g.cpu().view(torch.uint8).numpy().tobytes())
+            c.append(batch_c.cpu())
+            for example in batch:
+                rows[example.index] = torch.arange(n_tokens, n_tokens + example.n_labels)
+                n_tokens += example.n_labels
+    H = model.config.hidden_size
+    on_rank_zero(lambda: None)  # the others wait for the file
+    g = torch.from_file(str(file), size=n_tokens * H, dtype=dtype).view(n_tokens, H)  # memory-mapped
+    c = torch.cat(c)
 
     def terms(examples: list[Example]) -> tuple:
-        return tuple(stored[name][rows_of(examples)].to(model.device) for name in ("g", "c"))
+        which = torch.cat([rows[example.index] for example in examples])
+        return g[which].to(device), c[which].to(device)
 
     return terms
 
 
-def checksum(file: Path, examples: list[Example]) -> str:
-    """Return the SHA-256 of the examples' tokens and labels and of the file's bytes."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((example.index, example.input_ids, example.labels)).encode())
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, lambda: digest).hexdigest()
-
-
 def n_bytes(model, examples: list[Example]) -> int:
-    """Return the size of the stored terms: a vector g and a float32 c for each response token."""
+    """Return the size of the file: a vector g for each response token."""
     n_tokens = sum(example.n_labels for example in examples)
-    return n_tokens * (model.config.hidden_size * model.lm_head.weight.itemsize + 4)
+    return n_tokens * model.config.hidden_size * model.lm_head.weight.itemsize
 
 
 def fits_half_the_disk(file: Path, model, examples: list[Example]) -> bool:
-    """Return whether the file is there, of a run that resumes, or takes at most half of the free space."""
-    return file.exists() or n_bytes(model, examples) <= shutil.disk_usage(file.parent).free / 2
+    """Return whether the file takes at most half of the free space."""
+    return n_bytes(model, examples) <= shutil.disk_usage(file.parent).free / 2
 
 
 def expect_room(file: Path, model, examples: list[Example]) -> None:

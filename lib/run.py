@@ -201,7 +201,7 @@ def check_step(row: dict, max_kl: float) -> None:
                                  "model is saved")
     if row["kl"] is not None and not abs(row["kl"]) < max_kl:
         raise DataError(f"step {row['step']}: expected KL 0 before the policy moves, found {row['kl']:.2g} a "
-                        "token: the reference is not the model's; delete the run's reference.bin and resume")
+                        "token: the reference is not the model's")
 
 
 # ---------------------------------------------------------------- the state of training

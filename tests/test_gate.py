@@ -318,12 +318,12 @@ def test_the_prompt_of_a_conversation_that_ends_with_a_user_is_all_of_it(fitted)
 
 
 def test_a_kept_reference_that_is_not_the_models_never_trains(tmp_path, chat, data, monkeypatch):
-    """A wrong file with the right checksum is noticed before the first step: KL is not 0 there."""
+    """Wrong terms are noticed before the first step: KL is not 0 there."""
     model, examples = load_model(WORLD / "model", dtype=torch.float32), encode_examples(chat, data, 256)
     add_lora(model, 4, 16)
     monkeypatch.setattr(reference, "reference_terms", lambda h, w, y, dtype: (torch.zeros_like(h), torch.zeros(len(h))))
     kept = kept_reference(tmp_path / "reference.bin", model, examples, 8)
-    with pytest.raises(DataError, match="step 0: expected KL 0 before the policy moves, found .* delete the run's reference.bin"):
+    with pytest.raises(DataError, match="step 0: expected KL 0 before the policy moves, found .* the reference is not"):
         train(TrainConfig(epochs=1, lr=2e-3, device=DEVICE), model, kept, Baseline(0, 8, 1), examples, torch.ones(6), tmp_path)
 
 
