@@ -69,7 +69,7 @@ def test_a_response_ends_at_the_end_tokens_of_the_checkpoint_and_of_the_chat(pro
     assert generate(model, prompts, 12, end_token_ids=(other,)) == expected != endless
     model, rows = load_model(WORLD / "model", dtype=torch.float32), read_conversations(WORLD / "eval_benign.jsonl")[:3]
     right = respond(model, Chat(WORLD / "model"), rows, 48)
-    object.__setattr__(model.config, "eos_token_ids", (5,))
+    object.__setattr__(model.config, "eos_token_ids", (1000,))
     assert respond(model, Chat(WORLD / "model"), rows, 48) == right and not any(response.cut for response in right)
 
 
