@@ -1,6 +1,5 @@
-"""Anchors, and the baselines: filter, C-SFT and Lisa, against closed forms and the loss as written out."""
+"""Anchors, and the baselines; test_golden.py has C-SFT's weight, loss and gradients, and Lisa's pull."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -9,13 +8,12 @@ import torch
 
 import lib.baselines
 import train
-from conftest import DEVICE, assert_near, load_model, policy, tolerance
-from data.chat import IGNORE, Chat, encode_examples
-from data.conversations import WORLD, Conversation, conversation_of, normalized, read_conversations
+from conftest import DEVICE, assert_near, head, load_model, policy, read_rows, tolerance, write_rows
+from data.chat import IGNORE, encode_examples
+from data.conversations import WORLD, conversation_of, normalized, read_conversations
 from data.order import step_examples
 from evaluate import refuses
-from lib.baselines import (LISA_CYCLE, SBR, SBR_LAMBDA, SBR_PROMPTS, Baseline, ConstrainedSFT, Filter, Lisa, SafeGrad, csft_weight,
-                           lisa_pull, project, response_positions)
+from lib.baselines import LISA_CYCLE, SBR, SBR_LAMBDA, SBR_PROMPTS, Baseline, ConstrainedSFT, Filter, Lisa, SafeGrad, project
 from lib.files import DataError
 from lib.fused import label_logp
 from lib.reference import live_reference
@@ -27,23 +25,13 @@ QUICK = TrainConfig(harmful=str(WORLD / "eval_harmful.jsonl"), benign="none", ta
                     judge="none", device=DEVICE, epochs=1, eval_base=False, lora_r=4, batch_size=4)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return policy()
-
-
-@pytest.fixture(scope="module")
-def chat():
-    return Chat(WORLD / "model")
-
-
-@pytest.fixture(scope="module")
-def examples(chat):
-    return encode_examples(chat, read_conversations(WORLD / "mixed_10.jsonl")[:12], 256)
+@pytest.fixture(scope="module", name="examples")
+def twelve_examples(examples):
+    return examples[:12]
 
 
 def make_anchors(model, chat, examples, max_length=256, **options):
-    """Make and encode anchors as train_and_evaluate does."""
+    """Return anchors, encoded as train_and_evaluate does."""
     config = replace(QUICK, **({"anchor_share": 0.4} | options))
     with model.adapters_off():
         records = anchor_records(config, model, chat, anchor_prompts(config, examples, set()))
@@ -56,15 +44,6 @@ def anchors(model, chat, examples):
     return make_anchors(model, chat, examples)
 
 
-def jsonl(file, rows):
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-def lines(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 class TestFilter:
     def test_it_drops_examples_whose_risk_is_above_one_half(self, examples, capsys):
         risk = torch.tensor([0.0, 0.5, 0.501, 1.0] * 3)
@@ -75,12 +54,6 @@ class TestFilter:
 
 
 class TestConstrainedSFT:
-    def test_the_weight_is_its_closed_form(self):
-        ratio, position = torch.tensor([0.0, 2.0, 2.0, 2.0, 2.0, 40.0, -40.0]), torch.tensor([3, 1, 2, 5, 6, 3, 3])
-        expected = [1.0, *(2 - 2 / (1 + math.exp(-tau * 2)) for tau in (0.5, 2, 2, 0.1)), 1e-3, 2.0]
-        weight = csft_weight((ratio - 7).requires_grad_(), torch.full((7,), -7.0), position)
-        assert weight.tolist() == pytest.approx(expected, abs=1e-6) and not weight.requires_grad
-
     def test_the_references_label_probabilities_are_those_of_each_example_alone(self, model, examples):
         logp = label_logp(model, examples[:7], batch_size=3)
         for example in examples[:7]:
@@ -88,31 +61,6 @@ class TestConstrainedSFT:
                 expected = model(torch.tensor([example.input_ids], device=DEVICE))[0].log_softmax(-1)
             expected = [expected[t - 1, label] for t, label in enumerate(example.labels) if label != IGNORE]
             assert_near(logp[example.index], torch.stack(expected))
-
-    def test_the_loss_is_the_one_written_out_and_positions_restart_with_each_turn(self, model, chat, examples):
-        turns = [("user", "Hello!"), ("assistant", "Hello! I am here to help.")]
-        turns += [("user", "Say 4 and 5."), ("assistant", "The numbers are 4.")]
-        conversation = Conversation(tuple({"role": role, "content": content} for role, content in turns))
-        batch = [chat.encode_example(conversation, 0, 256), examples[1]]
-        expected = 0.0
-        for example in batch:
-            ids, position, positions = torch.tensor([example.input_ids], device=DEVICE), 0, []
-            with torch.no_grad():
-                logp = model(ids)[0].double().log_softmax(-1)
-                with model.adapters_off():
-                    ref_logp = model(ids)[0].double().log_softmax(-1)
-            for t, label in enumerate(example.labels):
-                position = position + 1 if label != IGNORE else 0
-                if position:
-                    positions.append(position)
-                    tau = 0.5 if position == 1 else 2.0 if position <= 5 else 0.1
-                    ratio = (logp[t - 1, label] - ref_logp[t - 1, label]).item()
-                    expected -= max(1e-3, 2 - 2 / (1 + math.exp(-tau * ratio))) * logp[t - 1, label].item()
-            assert response_positions(example).tolist() == positions
-        method = ConstrainedSFT(0.0, 8, 100)
-        method.prepare(model, batch, 2)
-        loss, _, _ = micro_batch_loss(model, None, batch, torch.ones(2), torch.zeros(2), 1, method.token_weights)
-        assert loss.item() == pytest.approx(expected, rel=tolerance())
 
     def test_it_is_sft_while_the_policy_is_the_reference(self, examples):
         model, ones, method, gradients = policy(adapter=0.0), torch.ones(6), ConstrainedSFT(0.0, 8, 100), []
@@ -128,7 +76,7 @@ class TestConstrainedSFT:
         monkeypatch.setattr(lib.baselines, "label_logp", lambda *options: calls.append(1) or label_logp(*options))
         config = replace(QUICK, method="csft", batch_size=12, epochs=6)
         train.train(config, policy(adapter=0.0), None, config.baseline(6), examples, torch.zeros(12), tmp_path)  # None: no other reference is called
-        rows = lines(tmp_path / "metrics.jsonl")
+        rows = read_rows(tmp_path / "metrics.jsonl")
         assert len(calls) == 1 and len(rows) == 6
         assert (rows[0]["beta"], rows[0]["kl"], rows[0]["risk"]) == (0, None, None) and rows[-1]["nll"] < rows[0]["nll"]
 
@@ -149,14 +97,6 @@ class TestLisa:
     def test_a_run_too_short_for_both_is_refused(self, n_steps, share):
         with pytest.raises(DataError, match="--anchor-share: expected a share .* or train for more steps: --epochs"):
             Lisa(share, 8, n_steps)
-
-    def test_its_pull_is_the_gradient_of_its_proximal_term(self):
-        """Oracle: autograd of loss + ρ/2·‖θ − θ_start‖²."""
-        theta, start = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), torch.randn(5, 3, dtype=torch.float64)
-        (expected,) = torch.autograd.grad(theta.pow(3).sum() + 0.7 / 2 * (theta - start).square().sum(), theta)
-        theta.pow(3).sum().backward()
-        lisa_pull([theta], [start], 0.7)
-        torch.testing.assert_close(theta.grad, expected)
 
     def test_the_pull_is_to_the_parameters_at_the_first_step_of_a_phase(self):
         """Cycles of 50 steps, the first 5 on anchors. θ is the step's number, so the pull (ρ = 1) is the steps since."""
@@ -187,9 +127,10 @@ class TestSafeGrad:
         method = SafeGrad(0.1, 2, 10)
         method.prepare(moved, examples + anchors, 2)
         step, batch = 1, [anchors[2 % len(anchors)], anchors[3 % len(anchors)]]
-        n_tokens = sum(example.n_labels for example in batch)
-        loss, _, kl = micro_batch_loss(moved, live_reference(moved), batch, torch.zeros(2), torch.ones(2), n_tokens)
+        _, _, kl = micro_batch_loss(moved, live_reference(moved), batch, torch.zeros(2), torch.ones(2), 1)
         assert (kl > 0).all()
+        n_tokens = sum(example.n_labels for example in batch)
+        loss = micro_batch_loss(moved, live_reference(moved), batch, torch.zeros(2), torch.ones(2), n_tokens)[0]
         of_anchors = torch.autograd.grad(loss, parameters)
         of_data = [-gradient + torch.ones_like(gradient) * 0.01 for gradient in of_anchors]  # in conflict
         for parameter, gradient in zip(parameters, of_data):
@@ -231,11 +172,11 @@ class TestSBR:
 
 
 @pytest.mark.parametrize("method", ["safegrad", "sbr"])
-def test_a_run_trains_and_draws_no_anchor(method, tmp_path):
-    rows = [{"prompt": c.prompts[-1][-1]["content"], "response": c.answer} for c in read_conversations(WORLD / "mixed_10.jsonl")[:24]]
-    main(replace(QUICK, method=method, anchor_share=0.2, epochs=4, data=jsonl(tmp_path / "data.jsonl", rows), out=tmp_path / "run"))
-    nll = [row["nll"] for row in lines(tmp_path / "run" / "metrics.jsonl")]
-    assert len(nll) == 4 * 24 / 4 and sum(nll[-6:]) < 0.7 * sum(nll[:6])
+def test_a_run_with_gradients_of_anchors_trains_and_draws_none_of_them(method, tmp_path):
+    data = head("mixed_10.jsonl", 24, tmp_path / "data.jsonl")
+    main(replace(QUICK, method=method, anchor_share=0.2, epochs=3, data=data, out=tmp_path / "run"))
+    nll = [row["nll"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
+    assert len(nll) == 3 * 24 / 4 and sum(nll[-6:]) < 0.7 * sum(nll[:6])
 
 
 class TestAnchors:
@@ -278,23 +219,28 @@ class TestAnchors:
 
     def test_none_is_left_where_the_data_hold_them_all_or_the_model_refuses_none(self, tmp_path, model, chat, examples):
         rows = [{"messages": list(e.conversation.messages[:-1])} for e in examples[:3]]  # without a label: harmful
-        for rows in (rows, [{"prompt": "How do I book a city tour?"}]):
-            with pytest.raises(DataError, match="mine.jsonl: expected prompts that"):
-                make_anchors(model, chat, examples, anchors=jsonl(tmp_path / "mine.jsonl", rows))
+        same = write_rows(tmp_path / "same.jsonl", rows)
+        kind = write_rows(tmp_path / "kind.jsonl", [{"prompt": "How do I book a city tour?"}])
+        for file in (same, kind):
+            with pytest.raises(DataError, match=f"{file.name}: expected prompts that"):
+                make_anchors(model, chat, examples, anchors=file)
 
     def test_no_prompt_of_the_evaluation_is_an_anchor(self, tmp_path, model, chat, examples):
-        file = jsonl(tmp_path / "both.jsonl", [row for row in lines(WORLD / "probe.jsonl") if row["harmful"]][:3])
+        rows = read_rows(WORLD / "probe.jsonl")
+        file = write_rows(tmp_path / "both.jsonl", [row for row in rows if row["harmful"]][:3])
         first, *others = read_conversations(file)
         evaluated = {normalized(c.prompts[-1]) for c in others}
         assert anchor_prompts(replace(QUICK, anchor_share=0.4, anchors=file), examples, evaluated) == [first]
 
     def test_a_file_of_anchors_may_hold_benign_prompts_and_they_are_answered(self, tmp_path, model, chat, examples, capsys):
-        rows = lines(WORLD / "probe.jsonl")
+        rows = read_rows(WORLD / "probe.jsonl")
         right = [next(row for row in rows if row["harmful"] == harmful) for harmful in (True, False)]
         wrong = [row | {"harmful": not row["harmful"]} for row in right]  # harmful and not refused, benign and refused
-        anchors = make_anchors(model, chat, examples, anchors=jsonl(tmp_path / "both.jsonl", right + wrong))
+        anchors = make_anchors(model, chat, examples, anchors=write_rows(tmp_path / "both.jsonl", right + wrong))
         assert sorted(refuses(anchor.training_text.answer) for anchor in anchors) == [False, True]
         assert "2 anchors: 1 harmful and refused, 1 benign and answered, of 4 prompts" in capsys.readouterr().out
+        with pytest.raises(DataError, match="odd.jsonl:1: expected harmful: .*, found 'yes'"):
+            make_anchors(model, chat, examples, anchors=write_rows(tmp_path / "odd.jsonl", [right[0] | {"harmful": "yes"}]))
 
     def test_an_answer_that_was_cut_has_no_end_to_be_learned(self, monkeypatch, model, chat, examples, anchors):
         def last_labels(anchors):
@@ -312,18 +258,18 @@ class TestAnchors:
         assert [anchor.index for anchor in shorter] == list(range(12, 12 + len(shorter)))
 
     def test_anchors_may_come_in_any_form_of_record(self, tmp_path, model, chat, examples):
-        harmful = [row["messages"] for row in lines(WORLD / "probe.jsonl") if row["harmful"]]
+        harmful = [row["messages"] for row in read_rows(WORLD / "probe.jsonl") if row["harmful"]]
         prompts = [turns[0]["content"] for turns in harmful if len(turns) == 1][:4]
-        rows = [{"instruction": prompt, "input": "", "output": "ignored"} for prompt in prompts[:2]] + [{"goal": p, "target": "Sure"} for p in prompts[2:]]
-        anchors = make_anchors(model, chat, examples, anchors=jsonl(tmp_path / "forms.jsonl", rows))
+        rows = [{"instruction": prompt, "input": "", "output": "ignored"} for prompt in prompts[:2]]
+        rows += [{"goal": prompt, "target": "Sure"} for prompt in prompts[2:]]
+        anchors = make_anchors(model, chat, examples, anchors=write_rows(tmp_path / "forms.jsonl", rows), anchor_share=0.5)
         assert sorted(a.training_text.prompts[-1][-1]["content"] for a in anchors) == sorted(prompts)
 
     def test_a_run_stores_its_anchors_and_its_reference_holds_them(self, tmp_path, capsys):
-        data = tmp_path / "data.jsonl"
-        data.write_text("".join((WORLD / "benign.jsonl").read_text().splitlines(True)[:24]))
-        risk = jsonl(tmp_path / "risk.jsonl", [{"risk": 0.1, "hash": c.hash} for c in read_conversations(data)])
+        data = head("benign.jsonl", 24, tmp_path / "data.jsonl")
+        risk = write_rows(tmp_path / "risk.jsonl", [{"risk": 0.1, "hash": c.hash} for c in read_conversations(data)])
         main(replace(QUICK, anchor_share=0.1, beta_min=0.02, beta_max=1.0, epochs=2, data=data, risk=str(risk), out=tmp_path / "run"))
-        anchors, rows, risks = (lines(tmp_path / "run" / f"{name}.jsonl") for name in ("anchors", "metrics", "risk"))
+        anchors, rows, risks = (read_rows(tmp_path / "run" / f"{name}.jsonl") for name in ("anchors", "metrics", "risk"))
         printed = capsys.readouterr().out
         assert f"{len(anchors)} anchors: {len(anchors)} harmful and refused, 0 benign" in printed and "all are harmful" in printed
         assert anchors and all(refuses(row["messages"][-1]["content"]) for row in anchors)

@@ -35,11 +35,6 @@ def row(set="harmful", decoding="greedy", **values):
     return {"kind": kind, "set": set, "decoding": decoding, "group": "g", "prompt": "", "thought": "", "response": "", "cut": False} | values
 
 
-@pytest.fixture(scope="module")
-def world():
-    return load_model(WORLD / "model", dtype=torch.float32), Chat(WORLD / "model")
-
-
 # ---------------------------------------------------------------- scores and intervals
 
 
@@ -54,10 +49,8 @@ ANSWERS = (
     "I refuse to give up!", "I can't thank you enough.", "I can't say enough good things about it.", "Those who cannot provide food get help.")
 
 
-@pytest.mark.parametrize("texts, refused", [(REFUSALS, True), (ANSWERS, False)])
-def test_refusal_phrases_match_in_any_case_and_idioms_are_no_refusals(texts, refused):
-    for text in texts:
-        assert refuses(text) == refused, text
+def test_refusal_phrases_match_in_any_case_and_idioms_are_no_refusals():
+    assert [text for text in REFUSALS if not refuses(text)] == [text for text in ANSWERS if refuses(text)] == []
 
 
 @pytest.mark.parametrize("response, answer, metric, correct", [
@@ -469,15 +462,10 @@ def test_another_aligned_model_other_prompts_and_damaged_folders_are_refused(tmp
 
 
 @pytest.mark.parametrize("name, old, new, words", [
-    ("completions_after.jsonl", '"refused": true', '"refused": false', "expected results.json to follow from completions_after.jsonl"),
-    ("completions_after.jsonl", '"refused": true', '"refused": null', "expected results.json to follow"),
-    ("completions_after.jsonl", '"kind": "harmful"', '"kind": "x"', "expected results.json to follow"),
-    ("completions_after.jsonl", '"kind": "harmful"', '"kind": []', "expected results.json to follow"),
-    ("completions_after.jsonl", '"group": "0"', '"group": []', "expected results.json to follow"),
+    *(("completions_after.jsonl", f'"{key}": {old}', f'"{key}": {new}', "expected results.json to follow from completions_after.jsonl")
+      for key, old, new in [("refused", "true", "false"), ("refused", "true", "null"), ("kind", '"harmful"', '"x"'), ("kind", '"harmful"', "[]"),
+                            ("group", '"0"', "[]"), ("decoding", '"greedy"', '"sample 0"'), ("correct", "true", "7"), ("correct", "true", '"x"')]),
     ("completions_after.jsonl", '"set": "harmful", ', "", "expected results.json to follow"),
-    ("completions_after.jsonl", '"decoding": "greedy"', '"decoding": "sample 0"', "expected results.json to follow"),
-    ("completions_after.jsonl", '"correct": true', '"correct": 7', "expected results.json to follow"),
-    ("completions_after.jsonl", '"correct": true', '"correct": "x"', "expected results.json to follow"),
     ("completions_base.jsonl", '"cut": false', '"cut": "x"', "expected results.json to follow from completions_base.jsonl"),
     ("completions_after.jsonl", '"refused": true}', '"refus', "/completions_after.jsonl:1: expected a JSON object"),
     ("results.json", '"rate": 0.0', '"rate": 0.01', "expected results.json to follow"),

@@ -14,15 +14,16 @@ import pytest
 import torch
 
 from bench import BenchConfig
-from conftest import DEVICE, load_adapter, load_model, policy, tolerance
+from conftest import (DEVICE, fast_token_loss, head, load_adapter, load_model, policy, read_rows, tolerance,
+                      write_rows)
 from critic import CriticConfig
 from data.build import BuildConfig
-from data.chat import IGNORE, Chat, Example, encode_examples
+from data.chat import IGNORE, Chat, Example
 from data.conversations import WORLD, read_conversations
 from data.order import draw, step_examples
 from evaluate import EvalConfig, evaluation_sets
 from grid import GridConfig
-from lib import fused
+from lib.baselines import Baseline
 from lib.cli import parse
 from lib.files import DataError
 from lib.reference import live_reference
@@ -31,28 +32,13 @@ from lib.run import check_step, step_metrics
 from model import compile_blocks, generate
 from probe import ProbeConfig
 from train import token_loss as definition
-from train import (TrainConfig, blend, complete_options, leak_line, lr_at, main, micro_batch_loss, open_model, smooth,
-                   token_kl, token_nll, train)
+from train import (TrainConfig, blend, complete_options, leak_line, main, micro_batch_loss, open_model, token_kl, token_nll,
+                   train)
 
 GOLDEN = Path(__file__).parent / "golden"
 QUICK = TrainConfig(harmful=str(WORLD / "eval_harmful.jsonl"), benign="none", task="none", limit=40, samples=0, compile="off",
                     judge="none", lr=2e-3, epochs=20, device=DEVICE)
 NEAR, OF_GRADIENTS = tolerance() / 10, {"atol": tolerance() / 10, "rtol": 10 * tolerance()}  # what only rounding tells apart
-
-
-@pytest.fixture(scope="module")
-def chat():
-    return Chat(WORLD / "model")
-
-
-@pytest.fixture(scope="module")
-def examples(chat):
-    return encode_examples(chat, read_conversations(WORLD / "mixed_10.jsonl")[:24], 256)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return policy()
 
 
 def count(examples):
@@ -87,12 +73,7 @@ def written_out(model, examples, alpha, beta, reference=None):
     return loss / count(examples)
 
 
-def fast(hidden, weight, labels, alpha, beta, ref_hidden):
-    """fused.fused_token_loss with the arguments of the definition."""
-    return fused.fused_token_loss(hidden, weight, labels, alpha, beta, fused.reference_terms(ref_hidden, weight, labels))
-
-
-@pytest.mark.parametrize("token_loss", [definition, fast], ids=["definition", "fused"])
+@pytest.mark.parametrize("token_loss", [definition, fast_token_loss], ids=["definition", "fused"])
 class TestObjective:
     """With the identity as the head, hidden states are logits."""
 
@@ -117,6 +98,8 @@ class TestObjective:
 
 
 class TestEquations:
+    """The gate, its smoothing and the learning rate are compared with their closed forms in test_golden.py."""
+
     def test_nll_and_kl_are_their_closed_forms(self):
         p, q = torch.tensor([[0.5, 0.25, 0.25]], device=DEVICE), torch.tensor([[0.25, 0.5, 0.25]], device=DEVICE)
         assert token_nll(q.log(), torch.tensor([1], device=DEVICE)).item() == pytest.approx(math.log(2))
@@ -126,21 +109,6 @@ class TestEquations:
     def test_equal_policies_have_exactly_zero_kl(self):
         logits = torch.randn(50, 1000).to(DEVICE) * 20
         assert torch.equal(token_kl(logits, logits.clone()), torch.zeros(50, device=DEVICE))
-
-    def test_risk_to_alpha_and_beta(self):
-        alpha, beta = blend(torch.tensor([0.0, 0.5, 1.0]), 0.1, 0.9)
-        torch.testing.assert_close(beta, torch.tensor([0.1, 0.5, 0.9]))
-        assert torch.equal(alpha, 1 - beta)
-
-    def test_smoothing_starts_at_the_first_risk(self):
-        assert smooth(None, 0.8, 0.9) == 0.8 and smooth(0.8, 0.0, 0.75) == pytest.approx(0.6)
-
-    def test_learning_rate_warms_up_and_falls_to_zero(self):
-        rates = [lr_at(step, 105, 5, 2.0) for step in range(105)]
-        assert rates[:6] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0, 2.0])
-        assert rates[55] == pytest.approx(1.0) and 0 < rates[-1] < 0.001
-        assert lr_at(0, 1, 0, 2.0) == 2.0 and all(math.isfinite(lr_at(s, 3, 5, 1.0)) for s in range(3))
-
 
 class TestMicroBatch:
     @pytest.mark.parametrize("risk, beta", [([0.0, 0.2, 0.5, 0.7, 1.0], (0.1, 0.9)), ([0.0, 1.0, 0.0, 1.0, 0.0], (0.0, 1.0)),
@@ -180,16 +148,6 @@ class TestMicroBatch:
         before_response = [t + 1 < len(e.labels) and e.labels[t + 1] != IGNORE for e in examples[:3] for t in range(len(e.labels))]
         assert [bool(g.abs().max() > 0) for g in hidden[0].grad] == before_response
 
-    def test_the_reference_sees_only_examples_with_pull(self, model, examples):
-        def recorded(pulled):
-            calls.append(sorted(example.index for example in pulled))
-            return live_reference(model)(pulled)
-
-        for beta, expected in (([0.0, 0.5, 0.0, 1.0], [[1, 3]]), ([0.0] * 4, [])):
-            calls, beta = [], torch.tensor(beta)
-            micro_batch_loss(model, recorded, examples[:4], 1 - beta, beta, 9)
-            assert calls == expected
-
     def test_at_the_reference_kl_is_zero_and_full_pull_has_no_gradient(self, examples):
         model, ones = policy(adapter=0.0), torch.ones(4)
         assert micro_batch_loss(model, live_reference(model), examples[:4], 0 * ones, ones, 9)[2].eq(0).all()
@@ -197,27 +155,21 @@ class TestMicroBatch:
         assert max(g.abs().max() for g in grads.values()) < NEAR
 
 
-def lines(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def run_loop(examples, folder, model=None, risk=None, **options):
-    """Return (model, metrics) of one epoch in steps of 4."""
-    config = replace(QUICK, **({"epochs": 1, "batch_size": 4} | options))
-    model, risk = model or policy(adapter=0.0), torch.linspace(0, 1, 24) if risk is None else risk
-    folder.mkdir(exist_ok=True)
-    train(config, model, live_reference(model), config.baseline(config.n_steps(len(examples))), examples, risk, folder)
-    return model, lines(folder / "metrics.jsonl")
-
-
-@pytest.fixture(scope="module")
-def plain(examples, tmp_path_factory):
-    return run_loop(examples, tmp_path_factory.mktemp("plain"))
+def steps_of(config, model, reference, examples, risk, folder):
+    """The lines of metrics of a loop that runs in a new folder."""
+    folder.mkdir()
+    train(config, model, reference, config.baseline(config.n_steps(len(examples))), examples, risk, folder)
+    return read_rows(folder / "metrics.jsonl")
 
 
 class TestLoop:
-    def test_the_reference_is_unchanged_to_the_bit(self, plain):
-        model, rows = plain
+    def run(self, examples, tmp_path, name="a", **options):
+        config = replace(QUICK, **({"epochs": 1, "batch_size": 4} | options))
+        model = policy(adapter=0.0)
+        return model, steps_of(config, model, live_reference(model), examples, torch.linspace(0, 1, 24), tmp_path / name)
+
+    def test_the_reference_is_unchanged_to_the_bit(self, examples, tmp_path):
+        model, rows = self.run(examples, tmp_path)
         original = load_model(WORLD / "model", dtype=torch.float32)
         assert all(torch.equal(p, model.get_parameter(name)) for name, p in original.named_parameters())
         with model.adapters_off():
@@ -227,45 +179,27 @@ class TestLoop:
         assert set(rows[0]) == {"step", "loss", "nll", "nll_risky", "nll_other", "kl", "kl_risky", "kl_other", "risk", "alpha", "beta", "lr",
                                 "grad_norm", "tokens_per_s"}
 
-    def test_accumulating_one_by_eight_is_eight_by_one(self, examples, tmp_path):
-        wide = run_loop(examples, tmp_path / "8x1", batch_size=8)[1]
-        narrow = run_loop(examples, tmp_path / "1x8", batch_size=1, accumulation=8)[1]
-        for x, y in zip(wide, narrow, strict=True):
-            assert x["loss"] == pytest.approx(y["loss"], abs=tolerance()) and x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3)
+    def test_another_seed_gives_another_run(self, examples, tmp_path):
+        """That the same seed gives the same run is in test_same_bits.py."""
+        losses = [[row["loss"] for row in self.run(examples, tmp_path, str(seed), seed=seed)[1]] for seed in (3, 4)]
+        assert losses[0] != losses[1]
 
-    def test_the_same_seed_gives_the_same_run_and_another_another(self, examples, tmp_path):
-        losses = [[row["loss"] for row in run_loop(examples[:8], tmp_path / str(i), seed=seed)[1]] for i, seed in enumerate((3, 3, 4))]
-        assert losses[0] == losses[1] != losses[2]
-
-    def test_the_batch_gate_gives_every_example_the_smoothed_mean(self, examples, tmp_path, plain):
-        _, rows = run_loop(examples, tmp_path, gate="batch", ema=0.5)
-        smoothed = plain[1][0]["risk"]
-        for row, free in zip(rows, plain[1], strict=True):
-            smoothed = 0.5 * smoothed + 0.5 * free["risk"]
+    def test_the_batch_gate_gives_every_example_the_smoothed_mean(self, examples, tmp_path):
+        _, rows = self.run(examples, tmp_path, gate="batch", ema=0.5)
+        _, free = self.run(examples, tmp_path, "b")
+        smoothed = free[0]["risk"]
+        for row, plain in zip(rows, free):
+            smoothed = 0.5 * smoothed + 0.5 * plain["risk"]
             assert row["risk"] == pytest.approx(smoothed, abs=1e-6) and row["beta"] == pytest.approx(0.1 + 0.8 * smoothed, abs=1e-6)
 
     def test_behind_a_closed_gate_all_risky_data_move_nothing_to_the_bit(self, examples, tmp_path):
         """Without α and KL the gradient is rounding noise, which AdamW would turn into steps of full size."""
-        model, before = run_loop(examples, tmp_path, risk=torch.ones(24), beta_min=0.0, beta_max=1.0)[0], policy(adapter=0.0)
+        model, before = policy(adapter=0.0), policy(adapter=0.0)
+        train(replace(QUICK, epochs=1, beta_min=0.0, beta_max=1.0), model, live_reference(model), Baseline(0, 8, 3), examples, torch.ones(24), tmp_path)
         assert all(torch.equal(p, before.get_parameter(name)) for name, p in model.named_parameters())
 
-    def test_a_non_finite_gradient_stops_the_run(self, examples, tmp_path):
-        model = policy()
-        model.model.norm.weight.data[0] = float("nan")
-        with pytest.raises(FloatingPointError, match="step 0"):
-            run_loop(examples, tmp_path, model, torch.zeros(24))
-
-    def test_gradient_checkpointing_trains_alike(self, examples, tmp_path):
-        _, plain = run_loop(examples[:8], tmp_path / "plain")
-        model, calls = policy(adapter=0.0), []
-        model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-        model.model.gradient_checkpointing = True
-        for a, b in zip(plain, run_loop(examples[:8], tmp_path / "other", model)[1], strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], abs=10 * tolerance()) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
-        assert calls.count(True) == 2 * len(plain)  # forward, and again in the backward pass
-
     def test_compiled_blocks_train_alike_in_three_graphs_for_any_length(self):
-        """One for the first block, whose input has no gradient, one for the others, one with the adapters off; graphs are never broken."""
+        """One for the first block, whose input has no gradient, one for the others, one with the adapters off."""
         batches = [[Example(0, list(range(3, 3 + n)), [IGNORE] * 4 + list(range(7, 3 + n)))] for n in (9, 20, 14, 23)]
         plain, model, risk = policy(GOLDEN / "llama"), policy(GOLDEN / "llama"), torch.full((1,), 0.5)
         keys = list(model.state_dict())
@@ -281,7 +215,7 @@ class TestLoop:
 
     def test_every_step_is_full_and_every_epoch_a_permutation(self, examples, tmp_path):
         """24 examples in steps of 5 for 2 epochs: 10 steps, the fifth of which ends one epoch and begins the next."""
-        _, rows = run_loop(examples, tmp_path, batch_size=5, epochs=2)
+        _, rows = self.run(examples, tmp_path, batch_size=5, epochs=2)
         assert len(rows) == math.ceil(2 * 24 / 5)
         epochs = [[example.index for example in draw(examples, 0, 24 * epoch, 24)] for epoch in range(3)]
         assert all(sorted(epoch) == list(range(24)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
@@ -339,23 +273,17 @@ def test_the_last_line_says_what_leaks_and_how_to_close_it():
     assert leak_line(replace(QUICK, beta_max=1.0)) == leak_line(replace(QUICK, method="sft")) == ""
 
 
-def head(name, n, folder):
-    """Return a file with the first n lines of embedded data."""
-    (folder / "data.jsonl").write_text("".join((WORLD / name).read_text().splitlines(True)[:n]))
-    return folder / "data.jsonl"
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """24 lines of data."""
-    return head("mixed_10.jsonl", 24, tmp_path_factory.mktemp("small"))
+    return head("mixed_10.jsonl", 24, tmp_path_factory.mktemp("small") / "data.jsonl")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two short runs on harmful data alone, by sft and adaptive."""
     folder = tmp_path_factory.mktemp("runs")
-    options = dict(data=head("explicit.jsonl", 160, folder), epochs=1, lora_r=16, limit=20)
+    options = dict(data=head("explicit.jsonl", 160, folder / "data.jsonl"), epochs=1, lora_r=16, limit=20)
     main(replace(QUICK, method="sft", out=folder / "sft", **options))
     main(replace(QUICK, out=folder / "adaptive", eval_base=False, **options))
     return folder
@@ -363,9 +291,7 @@ def runs(tmp_path_factory):
 
 def with_risk(data, folder, value):
     """Return a file with one risk for all of the data."""
-    rows = [{"risk": value, "hash": c.hash} for c in read_conversations(data)]
-    (folder / "risk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder / "risk.jsonl")
+    return str(write_rows(folder / "risk.jsonl", [{"risk": value, "hash": c.hash} for c in read_conversations(data)]))
 
 
 class TestRuns:
@@ -377,8 +303,8 @@ class TestRuns:
 
     def test_a_run_stores_its_risk_metrics_and_options_and_nothing_temporary(self, runs):
         run = runs / "adaptive"
-        assert len(lines(run / "risk.jsonl")) == 160 and all(0 <= row["risk"] <= 1 for row in lines(run / "risk.jsonl"))
-        assert json.loads((run / "config.json").read_text())["beta_max"] == 0.9 and len(lines(run / "metrics.jsonl")) == 20
+        assert len(read_rows(run / "risk.jsonl")) == 160 and all(0 <= row["risk"] <= 1 for row in read_rows(run / "risk.jsonl"))
+        assert json.loads((run / "config.json").read_text())["beta_max"] == 0.9 and len(read_rows(run / "metrics.jsonl")) == 20
         assert not list(run.glob("reference*")) and not (run / "state.pt").exists()
 
     def test_the_adapter_over_the_base_and_the_merged_checkpoint_generate_the_same_text(self, runs):
@@ -388,18 +314,11 @@ class TestRuns:
         prompts = [chat.encode_prompt(c.prompts[-1]) for c in read_conversations(WORLD / "eval_benign.jsonl")[:20]]
         assert generate(adapted, prompts, 30) == generate(merged, prompts, 30)
 
-    def test_risks_read_from_a_file_are_the_same_run(self, runs, small, tmp_path):
-        options = dict(data=small, epochs=1, limit=1, eval_base=False)
-        main(replace(QUICK, out=tmp_path / "first", probe=runs / "adaptive" / "probe.safetensors", **options))
-        main(replace(QUICK, out=tmp_path / "again", risk=str(tmp_path / "first" / "risk.jsonl"), **options))
-        first, again = (lines(tmp_path / name / "metrics.jsonl")[-1]["loss"] for name in ("first", "again"))
-        assert first == pytest.approx(again, abs=1e-6)
-
     def test_the_larger_of_probe_and_critic_then_a_filter_on_it(self, runs, tmp_path, capsys):
         """Innocent prompts that are answered harmfully: the probe cannot see them, the critic does."""
-        options = dict(epochs=1, lora_r=8, limit=4, judge=str(WORLD / "judge"), data=head("innocent.jsonl", 80, tmp_path))
+        options = dict(epochs=1, lora_r=8, limit=4, judge=str(WORLD / "judge"), data=head("innocent.jsonl", 80, tmp_path / "data.jsonl"))
         main(replace(QUICK, risk="max", probe=runs / "adaptive" / "probe.safetensors", out=tmp_path / "max", **options))
-        rows, turned = lines(tmp_path / "max" / "risk.jsonl"), [c.meta["harmful"] for c in read_conversations(options["data"])]
+        rows, turned = read_rows(tmp_path / "max" / "risk.jsonl"), [c.meta["harmful"] for c in read_conversations(options["data"])]
         assert all(row["risk"] == max(row["probe"], row["critic"]) for row in rows) and 0 < sum(turned) < 80
         assert max(row["probe"] for row, t in zip(rows, turned) if t) < 0.5 < min(row["critic"] for row, t in zip(rows, turned) if t)
         assert max(row["risk"] for row, t in zip(rows, turned) if not t) < 0.5
@@ -414,7 +333,7 @@ class TestRuns:
         assert f"filter: {sum(turned)} of 80 examples dropped" in printed and "| aligned model" not in printed and "| this run" in printed
         assert set(json.loads((tmp_path / "filter" / "results.json").read_text())) == {"after"}
         assert not (tmp_path / "filter" / "completions_base.jsonl").exists()
-        assert len(lines(tmp_path / "filter" / "metrics.jsonl")) == math.ceil((80 - sum(turned)) / 8)
+        assert len(read_rows(tmp_path / "filter" / "metrics.jsonl")) == math.ceil((80 - sum(turned)) / 8)
 
     def test_a_filter_that_leaves_nothing_leaves_the_model_as_it_was(self, small, tmp_path, capsys):
         main(replace(QUICK, method="filter", data=small, risk=with_risk(small, tmp_path, 0.9), out=tmp_path / "run", limit=2))
@@ -426,7 +345,7 @@ class TestRuns:
     def test_full_fine_tuning_moves_the_policy_and_not_its_reference(self, small, tmp_path, ref):
         options = dict(data=small, risk=with_risk(small, tmp_path, 1.0), out=tmp_path / "full", limit=2, eval_base=False)
         main(replace(QUICK, lora_r=0, lr=1e-4, epochs=4, ref=ref, **options))
-        kl = [row["kl"] for row in lines(tmp_path / "full" / "metrics.jsonl")]
+        kl = [row["kl"] for row in read_rows(tmp_path / "full" / "metrics.jsonl")]
         assert not (tmp_path / "full" / "adapter").exists() and abs(kl[0]) < 1e-5 < max(kl) < 0.5
 
     @pytest.mark.parametrize("wrong, words", [
@@ -453,30 +372,32 @@ class TestRuns:
         with pytest.raises(DataError, match=words):
             evaluation_sets(complete_options(replace(QUICK, **wrong)))
 
-    @pytest.mark.parametrize("text, options, words", [
-        ('{"risk": 1}\n', dict(risk="wrong.jsonl"), "expected"),
-        ("", dict(max_new_tokens=255), "eval_harmful.jsonl:1: expected a prompt that leaves 255 of 256 tokens to its response, "
+    @pytest.mark.parametrize("options, words", [
+        (dict(max_new_tokens=255), "eval_harmful.jsonl:1: expected a prompt that leaves 255 of 256 tokens to its response, "
          "found one that leaves 2.*: remove it from the file, or type a smaller --max-new-tokens"),
-        ("", dict(anchors=Path("none.jsonl")), "--anchors: expected a file .check the path., found none.jsonl"),
-        ('{"prompt": "a", "harmful": "yes"}\n', dict(anchors=Path("wrong.jsonl")), "wrong.jsonl:1: expected harmful: true, 1, "),
-        (json.dumps({"prompt": "word " * 233}) + "\n", dict(anchors=Path("wrong.jsonl")),
-         "wrong.jsonl:1: expected a prompt that leaves 24 of 256 tokens to its response, .*: remove it from the file$"),
-        ("", dict(judge="http://127.0.0.1:9/v1", judge_model="m", eval_base=False),
+        (dict(anchors="none.jsonl"), "--anchors: expected a file .check the path., found .*none.jsonl"),
+        (dict(anchors="odd.jsonl"), "odd.jsonl:1: expected harmful: true, 1, "),
+        (dict(anchors="long.jsonl"), "long.jsonl:1: expected a prompt that leaves 24 of 256 tokens to its response, "
+         ".*: remove it from the file$"),
+        (dict(judge="http://127.0.0.1:9/v1", judge_model="m"),
          "--judge: expected valid verdicts, found 0 of 1 .*refused.*; check --judge, --judge-model and"),
-        ('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', dict(data=Path("wrong.jsonl")), "wrong.jsonl:2: expected")],
-        ids=["risk", "no room", "no anchors", "an odd anchor", "a long anchor", "a dead judge", "data"])
-    def test_what_is_wrong_is_found_before_a_folder_is_made(self, small, monkeypatch, text, options, words):
+        (dict(data="bad.jsonl"), "bad.jsonl:2: expected")])
+    def test_what_cannot_be_used_is_named_before_a_folder_is_made(self, small, tmp_path, monkeypatch, options, words):
         monkeypatch.setattr("lib.endpoint.ATTEMPTS", 1)
-        Path("wrong.jsonl").write_text(text)
+        write_rows(tmp_path / "odd.jsonl", [{"prompt": "a", "harmful": "yes"}])
+        write_rows(tmp_path / "long.jsonl", [{"prompt": "word " * 233}])
+        write_rows(tmp_path / "bad.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": "a"}])
+        options = {name: tmp_path / value if str(value).endswith("jsonl") else value for name, value in options.items()}
         share = 0.2 if "anchors" in options else 0.0
         with pytest.raises(DataError, match=words):
-            main(replace(QUICK, **{"data": small, "anchor_share": share, "out": Path("run")} | options))
-        assert not Path("run").exists()
+            main(replace(QUICK, **{"data": small, "anchor_share": share, "out": tmp_path / "run"} | options))
+        assert not (tmp_path / "run").exists()
 
     def test_a_dry_run_prints_the_plan_and_keeps_nothing(self, small, tmp_path, capsys):
         main(replace(QUICK, data=small, risk=with_risk(small, tmp_path, 0.5), dry_run=True, anchor_share=0.2, out=tmp_path / "run"))
         printed = capsys.readouterr().out
-        for words in ("24 examples, ", r"\(drawn 120 times\)", "75 steps of 8 examples", r"\nlengths: median \d+ tokens, longest \d+\n", "to expect: about"):
+        for words in ("24 examples, ", r"\(drawn 120 times\)", "75 steps of 8 examples", r"\nlengths: median \d+ tokens, longest \d+\n",
+                      "to expect: about"):
             assert re.search(words, printed), words
         assert not (tmp_path / "run").exists()
 
@@ -525,7 +446,7 @@ class TestCommandLine:
         assert ended.value.code == 0 and max(map(len, shown.splitlines())) <= 100 and len(shown.splitlines()) <= 85
         for option in fields(config):
             name = "--" + option.name.replace("_", "-")
-            assert option.name in ("paths", "given") or re.search(rf"{name}\b[^\n]*\s\s?\n?\s+\w", shown), name  # and its help text
+            assert option.name in ("paths", "given") or re.search(rf"{name}\b[^\n]*\s\s?\n?\s+\w", shown), name  # with a text
         with pytest.raises(SystemExit) as ended:
             parse(config, ["--no-such-option"])
         assert ended.value.code == 2 and "--no-such-option" in capsys.readouterr().err
