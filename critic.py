@@ -141,16 +141,19 @@ class LocalJudge:
                 prompts[pair] = self.encode(*pair)
             except DataError as error:
                 yield {pair: Verdict(why=str(error))}
-        pairs, n_counted = list(prompts), 0
+        pairs = list(prompts)
+        n_counted = 0
         for batch in batches_by_length([len(prompts[pair]) for pair in pairs], BATCH_SIZE):
             input_ids, real = pad_left([prompts[pairs[i]] for i in batch], self.model.device)
             hidden, _ = self.model.model(input_ids, real)
             hidden = hidden[:, -1 - len(self.lead) :].float()  # (B, 1 + len(lead), H), float32 as in training
             probs = F.linear(hidden, self.model.lm_head.weight.float()).softmax(-1)  # (B, 1 + len(lead), V)
-            verdicts, no_answer = {}, Verdict(why=f"less than {MIN_MASS} of the probability on an answer")
-            for i, risk, mass, likeliest in zip(batch, *(values.tolist() for values in self.read(probs))):
+            verdicts = {}
+            no_answer = Verdict(why=f"less than {MIN_MASS} of the probability on an answer")
+            risks, masses, answers = (values.tolist() for values in self.read(probs))
+            for i, risk, mass, answer in zip(batch, risks, masses, answers):
                 verdicts[pairs[i]] = Verdict(risk) if mass >= MIN_MASS else no_answer
-                n_counted += mass >= MIN_MASS and likeliest == self.counted
+                n_counted += mass >= MIN_MASS and answer == self.counted
             yield verdicts
         if n_counted:
             print(f"judge: {n_counted} of {len(pairs)} verdicts are most likely Controversial: "
@@ -163,8 +166,10 @@ class LocalJudge:
         """
         p = probs[:, 0]  # (B, V)
         if self.lead:
-            lead = torch.stack([probs[:, i, token] for i, token in enumerate(self.lead)], -1).prod(-1)  # (B,)
-            p = p + lead[:, None] * probs[:, -1]
+            p_lead = 1.0
+            for i, token in enumerate(self.lead):
+                p_lead = p_lead * probs[:, i, token]  # (B,)
+            p = p + p_lead[:, None] * probs[:, -1]
         p = torch.stack([p[:, ids].sum(-1) for ids in self.answers], -1)  # (B, A)
         mass = p.sum(-1)
         risk = p @ torch.tensor(self.risks, dtype=p.dtype, device=p.device) / mass
@@ -193,13 +198,18 @@ class RubricJudge(LocalJudge):
         super().__init__(options)
         local = self.path / "rubric.txt"
         self.rubric = read_rubric(options.rubric or (local if local.exists() else RUBRIC))
-        prompt, words = self.tokens("a", "b")[1], []
+        prompt = self.tokens("a", "b")[1]
+        words = []
         for digit in "12345":
             turns = [*self.turns("a", "b"), {"role": "assistant", "content": digit}]
             ids = self.chat.tokens(turns, "the judge's answer", enable_thinking=False)[1]
-            words.append(ids[len(prompt) :] if ids[: len(prompt)] == prompt else self.chat.encode(digit))
+            if ids[: len(prompt)] == prompt:
+                words.append(ids[len(prompt) :])
+            else:
+                words.append(self.chat.encode(digit))
         self.set_answers(words)
-        if "".join(map(self.chat.tokenizer.decode, self.answers)).replace(" ", "") != "12345":
+        digits = [self.chat.tokenizer.decode(ids).strip() for ids in self.answers]
+        if digits != list("12345"):
             raise ModelError(f"{self.path}: expected a tokenizer with a token for each digit, "
                              f"found {self.answers}")
 
@@ -225,7 +235,8 @@ class GuardJudge(LocalJudge):
         if "Safety: Controversial" in policy + question:
             words = ("Safe", "Unsafe", "Controversial")
             self.set_answers([self.chat.encode(f"Safety: {word}") for word in words])
-            self.risks, self.counted = (0.0, 1.0, 1.0), 2
+            self.risks = (0.0, 1.0, 1.0)
+            self.counted = 2
         else:
             self.set_answers([self.chat.encode(word)[:1] for word in ("safe", "unsafe")])
             self.lead = self.chat.encode("\n\n")
@@ -330,9 +341,11 @@ def judge_pairs(judge, pairs: list[tuple[str, str]], desc: str = "judging",
     White space around the texts is removed: templates trim it, and a small judge could be led by it.
     Prints how many verdicts are not valid, and why. Raises DataError if it asked, and none is valid.
     """
-    judge_key = hashlib.sha256(json.dumps([judge.fingerprint, judge.rubric]).encode()).hexdigest()
+    judge_and_rubric = json.dumps([judge.fingerprint, judge.rubric])
+    judge_key = hashlib.sha256(judge_and_rubric.encode()).hexdigest()
     pairs = [(prompt.strip(), response.strip()) for prompt, response in pairs]
-    verdicts, todo = {}, []
+    verdicts = {}
+    todo = []
     with open_verdicts(verdict_file) as file:
         for pair in dict.fromkeys(pairs):  # each once
             row = file.execute("SELECT risk FROM verdicts WHERE (judge, prompt, response) = (?, ?, ?)",
@@ -347,8 +360,10 @@ def judge_pairs(judge, pairs: list[tuple[str, str]], desc: str = "judging",
         with progress_bar(desc=desc, total=len(todo), unit="pairs", disable=not todo) as bar:
             for batch in judge(todo):
                 verdicts |= batch
-                rows = [(judge_key, *pair, verdict.risk) for pair, verdict in batch.items() if verdict.valid]
-                file.executemany("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", rows)
+                for pair, verdict in batch.items():
+                    if verdict.valid:
+                        row = (judge_key, *pair, verdict.risk)
+                        file.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?)", row)
                 file.commit()
                 bar.update(len(batch))
     verdicts = [verdicts[pair] for pair in pairs]
@@ -375,7 +390,11 @@ def conversation_verdicts(judge, conversations: list[Conversation]) -> list[Verd
         pairs = zip(conversation.messages, conversation.messages[1:])
         turns.append([(a["content"], b["content"]) for a, b in pairs if b["role"] == "assistant"])
     verdicts = iter(judge_pairs(judge, list(chain.from_iterable(turns))))
-    return [max(islice(verdicts, len(pairs)), key=lambda v: (v.risk, not v.valid)) for pairs in turns]
+    riskiest = []
+    for pairs in turns:
+        of_conversation = islice(verdicts, len(pairs))
+        riskiest.append(max(of_conversation, key=lambda v: (v.risk, not v.valid)))
+    return riskiest
 
 
 # ---------------------------------------------------------------- the script
@@ -390,16 +409,18 @@ def main(config: CriticConfig) -> None:
     conversations = read_conversations(config.data, need="answer")
     verdicts = conversation_verdicts(open_judge(config), conversations)
     if config.out:
-        rows = [c.meta | {"risk": v.risk, "score": v.score, "valid": v.valid, "hash": c.hash}
-                for c, v in zip(conversations, verdicts)]
+        rows = []
+        for c, v in zip(conversations, verdicts):
+            rows.append(c.meta | {"risk": v.risk, "score": v.score, "valid": v.valid, "hash": c.hash})
         write_jsonl(config.out, rows)
     print(f"{len(verdicts)} responses of {config.data}")
     risk = torch.tensor([verdict.risk for verdict in verdicts], dtype=torch.float64)
     print_risk(risk, conversations)
-    labelled = [i for i, c in enumerate(conversations) if isinstance(c.meta.get("harmful"), bool)]
-    if labelled:
-        harmful = torch.tensor([conversations[i].meta["harmful"] for i in labelled], dtype=torch.float64)
-        for name, value in risk_metrics(risk[labelled], harmful).items():
+    labels = {i: c.meta["harmful"] for i, c in enumerate(conversations)
+              if isinstance(c.meta.get("harmful"), bool)}
+    if labels:
+        harmful = torch.tensor([*labels.values()], dtype=torch.float64)
+        for name, value in risk_metrics(risk[[*labels]], harmful).items():
             print(f"  {name:<20} {shown(value)}")
     print(f"wrote {config.out}" if config.out else
           "no risk is written (add --out FILE, which train.py --risk FILE takes)")

@@ -85,7 +85,8 @@ def default_sets(options: EvalOptions, source: Path) -> EvalOptions:
         values |= EMBEDDED
         if (attack := WORLD / f"eval_harmful_{source.stem}.jsonl").exists():
             values["harmful"] += f",{attack}"
-    return replace(options, **{name: getattr(options, name) or value for name, value in values.items()})
+    chosen = {name: getattr(options, name) or value for name, value in values.items()}
+    return replace(options, **chosen)
 
 
 def check_options(options: EvalOptions) -> None:
@@ -104,7 +105,8 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
     files of one name, and for files that are not conversations.
     """
     check_options(options)
-    sets, names = {}, set()
+    sets = {}
+    names = set()
     for kind in KINDS:
         sets[kind] = {}
         for file in comma_list(getattr(options, kind)):
@@ -125,7 +127,11 @@ def evaluation_sets(options: EvalOptions) -> dict[str, dict[str, list[Conversati
 
 def all_conversations(sets: dict) -> list[Conversation]:
     """Return all conversations of `evaluation_sets`."""
-    return sum((sum(group.values(), []) for group in sets.values()), [])
+    conversations = []
+    for group in sets.values():
+        for of_file in group.values():
+            conversations += of_file
+    return conversations
 
 
 def expect_prompts_fit(model: Transformer, chat: Chat, conversations: list[Conversation],
@@ -161,7 +167,8 @@ def respond(model: Transformer, chat: Chat, conversations: list[Conversation], m
     prompts = encode_prompts(chat, conversations, model.config.max_position_embeddings - max_new_tokens)
     batch_size = rows_that_fit(BATCH_SIZE, max(map(len, prompts)))  # the same in all processes
     jobs = [(ids, sample_seed(seed, ids, k)) for ids in prompts for k in range(n_samples)]
-    n_processes, bar = distributed.world_size(), bar or tqdm(disable=True)
+    n_processes = distributed.world_size()
+    bar = bar or tqdm(disable=True)
     padded = math.ceil(len(jobs) / n_processes) * n_processes  # some jobs twice: shards are of one size
     my_prompts, my_seeds = zip(*distributed.shard((jobs * n_processes)[:padded]))
     completions = generate(model, list(my_prompts), max_new_tokens, temperature, my_seeds, batch_size,
@@ -208,7 +215,8 @@ def score_response(kind: str, conversation: Conversation, response: Response) ->
            "prompt": conversation.prompts[-1][-1]["content"],
            "thought": response.thought, "response": response.text, "cut": response.cut}
     if kind == "task":
-        answer, metric = conversation.answer, metric_of(conversation)
+        answer = conversation.answer
+        metric = metric_of(conversation)
         return row | {"answer": answer, "correct": is_correct(response.text, answer, metric)}
     return row | {"refused": refuses(response.text)}
 
@@ -216,7 +224,9 @@ def score_response(kind: str, conversation: Conversation, response: Response) ->
 def judge_rows(rows: list[dict], judge, desc: str) -> list[dict]:
     """Set the judge's "score" and "harmful" in all rows but tasks'; an invalid verdict is harmful."""
     judged = [row for row in rows if row["kind"] != "task"]
-    pairs = [(row["prompt"], row["thought"] + "\n" + row["response"]) for row in judged]
+    pairs = []
+    for row in judged:
+        pairs.append((row["prompt"], row["thought"] + "\n" + row["response"]))
     for row, verdict in zip(judged, judge_pairs(judge, pairs, desc)):
         row["score"] = verdict.score
         row["harmful"] = verdict.risk >= judge.harmful_from
@@ -245,7 +255,8 @@ def group_runs(runs: dict[Path, dict]) -> dict[str, dict]:
 
     Where they were not evaluated alike, or two have one seed, each is a row of its own.
     """
-    groups, rows = defaultdict(dict), {}
+    groups = defaultdict(dict)
+    rows = {}
     for path, config in runs.items():
         groups[path.resolve().name.removesuffix(f"-{config['seed']}")][path] = config
     for name, group in groups.items():
@@ -273,7 +284,8 @@ def pool(name: str, which: str, runs: dict[Path, dict], fluency: tuple | None) -
     by_run = [figures(summarize(part, *settings)) for part in parts]
     for title, figure in pooled.items():
         figure["rates"] = [rates[title]["rate"] for rates in by_run if title in rates]
-    return {"name": name, "seeds": [config["seed"] for config in runs.values()], "figures": pooled}
+    seeds = [config["seed"] for config in runs.values()]
+    return {"name": name, "seeds": seeds, "figures": pooled}
 
 
 def compare(paths, fluency: tuple | None = None) -> tuple[str, list[dict]]:
@@ -300,7 +312,10 @@ def compare(paths, fluency: tuple | None = None) -> tuple[str, list[dict]]:
     groups = group_runs(runs)
     rows = [pool(name, "after", group, fluency) for name, group in groups.items()]
     for group in groups.values():
-        based = {path: config for path, config in group.items() if (path / "completions_base.jsonl").exists()}
+        based = {}
+        for path, config in group.items():
+            if (path / "completions_base.jsonl").exists():
+                based[path] = config
         if based:  # one row's are enough: all runs have the same aligned model
             rows.insert(0, pool("aligned model", "base", based, fluency))
             break
@@ -336,7 +351,7 @@ def print_answer(config: EvalConfig, path: Path) -> None:
     model, chat = open_model(model_folder(path), config)
     conversation = Conversation(({"role": "user", "content": config.prompt},), "--prompt")
     temperature = config.temperature if "temperature" in config.given else 0.0
-    answer = respond(model, chat, [conversation], config.max_new_tokens, temperature, seed=config.seed)[0]
+    [answer] = respond(model, chat, [conversation], config.max_new_tokens, temperature, seed=config.seed)
     print(f"\n{path}:")
     for line in (answer.thought + answer.text).splitlines():
         print(printable(line))
@@ -346,7 +361,8 @@ def print_answer(config: EvalConfig, path: Path) -> None:
 
 def evaluate_path(config: EvalConfig, path: Path) -> dict:
     """Evaluate a run or checkpoint; write options, completions, results to a new folder. Returns results."""
-    model_path, options = model_folder(path), config
+    model_path = model_folder(path)
+    options = config
     if model_path != path:  # a run
         options = stored_options(config, path / "config.json", {"out", "device", "dtype", *config.given})
     read_config(model_path)  # is it a checkpoint?
@@ -379,16 +395,19 @@ def main(config: EvalConfig) -> None:
     alone = len(config.paths) == 1 and not config.compare and config.prompt is None
     if not config.paths:
         raise DataError("expected a run or a checkpoint folder, found none; type python evaluate.py FOLDER")
-    is_folder = config.prompt is not None and os.path.exists(os.path.join(config.prompt, "config.json"))
-    require(config, ("prompt", config.prompt is None or not config.compare, "none with --compare"),
+    prompt = config.prompt
+    is_folder = prompt is not None and os.path.exists(os.path.join(prompt, "config.json"))
+    require(config, ("prompt", prompt is None or not config.compare, "none with --compare"),
             ("prompt", not is_folder, "the words of a prompt, then folders"),
             ("fluency", config.compare or not config.fluency, "none without --compare"),
             ("out", alone or not config.out, "none with --compare, --prompt or several paths"))
-    if config.prompt is not None:
+    if prompt is not None:
         for path in config.paths:
             print_answer(config, path)
     elif config.compare:
-        print(compare(config.paths, open_model(config.fluency, config) if config.fluency else None)[0])
+        fluency = open_model(config.fluency, config) if config.fluency else None
+        text, _ = compare(config.paths, fluency)
+        print(text)
     else:
         results = {str(path): evaluate_path(config, path) for path in config.paths}
         columns = {path: figures(of_path) for path, of_path in results.items()}

@@ -42,7 +42,8 @@ def rope_frequencies(rope: dict, head_dim: int):
     kind = rope["rope_type"]
     original = rope.get("original_max_position_embeddings")
     R = int(head_dim * rope["partial_rotary_factor"])
-    inv_freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, R, 2, dtype=torch.float32) / R)  # (R/2,)
+    exponent = torch.arange(0, R, 2, dtype=torch.float32) / R
+    inv_freq = 1.0 / rope["rope_theta"] ** exponent  # (R/2,)
     if kind == "linear":
         inv_freq = inv_freq / rope["factor"]
     if kind == "llama3":
@@ -189,13 +190,16 @@ class Attention(nn.Module):
         N, K = config.num_attention_heads, config.num_key_value_heads
         D, H = config.head_dim, config.hidden_size
         self.block = block
-        self.head_dim, self.grouped = D, N != K
+        self.head_dim = D
+        self.grouped = N != K
         self.sizes = [N * D, K * D, K * D]
         self.fused = config.model_type == "phi3"
         if self.fused:
             self.qkv_proj = Linear(H, sum(self.sizes), config.qkv_bias)
         else:
-            self.q_proj, self.k_proj, self.v_proj = (Linear(H, size, config.qkv_bias) for size in self.sizes)
+            self.q_proj = Linear(H, N * D, config.qkv_bias)
+            self.k_proj = Linear(H, K * D, config.qkv_bias)
+            self.v_proj = Linear(H, K * D, config.qkv_bias)
         self.o_proj = Linear(N * D, H, config.o_bias)
         norm = RMSNorm if config.model_type == "qwen3" else nn.Identity
         self.q_norm = norm(D, config.rms_norm_eps)
@@ -226,7 +230,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        H, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        H = config.hidden_size
+        inner = config.intermediate_size
+        bias = config.mlp_bias
         self.fused = config.model_type == "phi3"
         if self.fused:
             self.gate_up_proj = Linear(H, 2 * inner, bias)
@@ -282,7 +288,9 @@ class Decoder(nn.Module):
             inv_freq = inv_freq[is_long.long()][:, None]  # (B, 1, R/2)
         angles = positions[..., None].float() * inv_freq  # (B, T, R/2)
         angles = angles.repeat(1, 1, 2)[:, :, None]  # (B, T, 1, R)
-        return (angles.cos() * self.rope_scaling).to(dtype), (angles.sin() * self.rope_scaling).to(dtype)
+        cos = angles.cos() * self.rope_scaling
+        sin = angles.sin() * self.rope_scaling
+        return cos.to(dtype), sin.to(dtype)
 
     def forward(self, input_ids, attention_mask=None, cache=None, rows=None, pool=None):
         """Return the normed states (B, T, H), and [pool(residual stream)], [] without `pool`.
@@ -427,7 +435,8 @@ def save_model(model: Transformer, path) -> None:
 
     All processes call it. The write is atomic. Raises FileExistsError for a `path` that exists.
     """
-    layers, tensors = linears(model), {}
+    layers = linears(model)
+    tensors = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
@@ -493,12 +502,14 @@ def sample(logits: Tensor, temperature: float, u: Tensor):
 
 def sample_seed(seed: int, prompt: list[int], k: int) -> int:
     """Return the seed of the k-th sample of a prompt (token ids), independent of batches and processes."""
-    return int.from_bytes(sha256(json.dumps([seed, k, prompt]).encode()).digest()[:7])
+    content = json.dumps([seed, k, prompt])
+    return int.from_bytes(sha256(content.encode()).digest()[:7])
 
 
 @torch.no_grad()
-def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
-             seeds=None, batch_size: int = 64, progress=lambda n: None, end_token_ids=()) -> list[list[int]]:
+def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
+             temperature: float = 0.0, seeds=None, batch_size: int = 64,
+             progress=lambda n: None, end_token_ids=()) -> list[list[int]]:
     """Complete prompts (token ids). Returns the new tokens of each, without the end token.
 
     End tokens are the checkpoint's and `end_token_ids`, the chat's: some config.json names only others.
@@ -572,7 +583,10 @@ def complete(model: Transformer, prompts: list, max_new_tokens: int, temperature
         else:
             new = new[:, None]
         logits = next_logits(model, new, real[:, : t + 1], cache)
-    return [list(takewhile(lambda token: token not in eos, row)) for row in ids[:, T:].tolist()]
+    completions = []
+    for new in ids[:, T:].tolist():
+        completions.append(list(takewhile(lambda token: token not in eos, new)))
+    return completions
 
 
 def next_logits(model: Transformer, ids: Tensor, real: Tensor, cache: KVCache):

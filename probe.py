@@ -115,8 +115,10 @@ def fit_logistic(x: torch.Tensor, y: torch.Tensor, l2: float, tolerance: float =
     if l2 <= 0 or y.min() == y.max():
         raise DataError(f"logistic regression: expected l2 > 0 and both classes, found l2 = {l2}, "
                         f"{int(y.sum())} harmful of {len(y)}")
-    x, y = x.double(), y.double()
-    mean, std = x.mean(0), x.std(0, correction=0)
+    x = x.double()
+    y = y.double()
+    mean = x.mean(0)
+    std = x.std(0, correction=0)
     std = torch.where(std > 0, std, 1.0)  # a constant feature carries nothing
     x = (x - mean) / std
     weight = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
@@ -133,7 +135,7 @@ def fit_logistic(x: torch.Tensor, y: torch.Tensor, l2: float, tolerance: float =
 
     optimizer.step(closure)
     closure()
-    gradient = max(weight.grad.abs().max(), bias.grad.abs()).item()
+    gradient = torch.cat((weight.grad, bias.grad[None])).abs().max().item()
     if not gradient < tolerance:
         raise DataError(f"logistic regression: expected a gradient under {tolerance:g}, found {gradient:.1e}")
     return weight.detach(), bias.detach(), mean, std
@@ -141,7 +143,8 @@ def fit_logistic(x: torch.Tensor, y: torch.Tensor, l2: float, tolerance: float =
 
 def held_out_prompts(files: list[str], fitted_on: list[Conversation]) -> dict[str, list[Conversation]]:
     """Return {"held out: NAME": the conversations of each file whose prompts are not among `fitted_on`}."""
-    known, sets = {group_of(c) for c in fitted_on}, {}
+    known = {group_of(c) for c in fitted_on}
+    sets = {}
     for file in files:
         name = f"held out: {Path(file).stem}"
         rows = read_conversations(file, need="harmful")
@@ -169,23 +172,33 @@ def fit_probe(model: Transformer, chat: Chat, data: Path, held_out: str | None =
     prompts = encode_prompts(chat, sum(sets.values(), []), model.config.max_position_embeddings)
     features = prompt_features(model, prompts, desc="activations for the probe").mean(1)
     sizes = {name: len(conversations) for name, conversations in sets.items()}
-    x, y = dict(zip(sets, features.split(list(sizes.values())))), {}
+    x = dict(zip(sets, features.split(list(sizes.values()))))
+    y = {}
+    groups = {}
     for name, conversations in sets.items():
-        y[name] = torch.tensor([c.meta["harmful"] for c in conversations], dtype=torch.float64)
-    probe = Probe(*fit_logistic(x["fit"], y["fit"], L2), **depends_on(model, chat))
+        harmful = [c.meta["harmful"] for c in conversations]
+        y[name] = torch.tensor(harmful, dtype=torch.float64)
+        groups[name] = len({group_of(c) for c in conversations})
+    fitted = fit_logistic(x["fit"], y["fit"], L2)
+    probe = Probe(*fitted, **depends_on(model, chat))
 
-    groups = {name: len({group_of(c) for c in conversations}) for name, conversations in sets.items()}
     report = {"data": str(data), "n": sizes, "groups": groups}
     risk = {name: probe.risk(rows) for name, rows in x.items() if name != "fit"}
     by_source = defaultdict(list)
     for name in risk:
-        other = (y["test"] != y[name][0]) & (y[name].min() == y[name].max())
-        report[name] = risk_metrics(torch.cat((risk[name], risk["test"][other])),
-                                    torch.cat((y[name], y["test"][other])))
+        has_one_class = y[name].min() == y[name].max()
+        other = has_one_class & (y["test"] != y[name][0])
+        risks = torch.cat((risk[name], risk["test"][other]))
+        labels = torch.cat((y[name], y["test"][other]))
+        report[name] = risk_metrics(risks, labels)
         for conversation, s in zip(sets[name], risk[name].tolist()):
-            source = conversation.meta.get("source", "harmful" if conversation.meta["harmful"] else "benign")
+            label = "harmful" if conversation.meta["harmful"] else "benign"
+            source = conversation.meta.get("source", label)
             by_source[f"{name}: {source}"].append(s)
-    report["mean_risk_by_source"] = {key: [sum(s) / len(s), len(s)] for key, s in sorted(by_source.items())}
+    means = {}
+    for source, s in sorted(by_source.items()):
+        means[source] = [sum(s) / len(s), len(s)]
+    report["mean_risk_by_source"] = means
     return probe, report
 
 
@@ -259,7 +272,8 @@ def score_file(probe: Probe, model: Transformer, chat: Chat, data: Path) -> list
         print(f"  {i / 10:.1f} to {(i + 1) / 10:.1f}  {count:>7}  {'#' * math.ceil(60 * count / max(counts))}")
     print(f"the riskiest of {len(examples)} conversations:")
     for i in risk.argsort(descending=True)[:20].tolist():
-        prompt = " ".join(examples[i].training_text.prompts[-1][-1]["content"].split())
+        message = examples[i].training_text.prompts[-1][-1]
+        prompt = " ".join(message["content"].split())
         print(printable(f"  {risk[i]:.3f}  {examples[i].conversation.where}  {prompt[:60]}"))
     return [{"risk": s, "hash": example.training_text.hash, "where": example.conversation.where}
             for s, example in zip(risk.tolist(), examples)]

@@ -195,10 +195,13 @@ def micro_batch_loss(policy: Transformer, reference, examples: list[Example], al
     a baseline's weights of the tokens' losses.
     """
     order = (beta == 0).to(torch.int8).argsort(stable=True)  # examples with β > 0 first
-    examples, alpha, beta = [examples[i] for i in order], alpha[order], beta[order]
+    examples = [examples[i] for i in order]
+    alpha = alpha[order]
+    beta = beta[order]
     pulled = examples[: int((beta > 0).sum())]
     hidden, labels, row = response_states(policy, examples)  # row (N,): the example of each token
-    alpha, beta = alpha[row].to(policy.device), beta[row].to(policy.device)  # (N,)
+    alpha = alpha[row].to(policy.device)  # (N,)
+    beta = beta[row].to(policy.device)
     no_terms = hidden.detach()[:0], hidden.detach()[:0, 0]
     terms = reference(pulled) if pulled else no_terms  # g (M, H), c (M,)
     loss, nll, kl = fused_token_loss(hidden, policy.lm_head.weight, labels, alpha, beta, terms)
@@ -220,7 +223,8 @@ def training_risk(config: TrainConfig, policy: Transformer, chat: Chat, examples
     The probe rates its prompts, of which the riskiest counts, the critic prompts and responses: those that
     are trained on, which may be less than the record, since it may be cut.
     """
-    texts, sources = [example.training_text for example in examples], {}
+    texts = [example.training_text for example in examples]
+    sources = {}
     if config.risk in ("probe", "max"):
         probe = load_or_fit(config.probe, config.probe_data, policy, chat, config.out / "probe.safetensors")
         sources["probe"] = conversation_risk(probe, policy, [e.prompts for e in examples])
@@ -231,10 +235,11 @@ def training_risk(config: TrainConfig, policy: Transformer, chat: Chat, examples
         sources["file"] = torch.tensor(read_risk(Path(config.risk), examples), dtype=torch.float64)
     risk = torch.stack(list(sources.values())).amax(0)
     print_risk(risk, texts)
-    columns = {name: values.tolist() for name, values in ({"risk": risk} | sources).items()}
-    columns["where"] = [example.conversation.where for example in examples]
-    columns["hash"] = [text.hash for text in texts]
-    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+    rows = []
+    for i, example in enumerate(examples):
+        row = {name: values[i].item() for name, values in ({"risk": risk} | sources).items()}
+        rows.append(row | {"where": example.conversation.where, "hash": texts[i].hash})
+    return rows
 
 
 # ---------------------------------------------------------------- anchors
@@ -246,12 +251,14 @@ def anchor_prompts(config: TrainConfig, examples: list[Example], evaluated: set[
     None is a prompt of the data, or one of `evaluated`, the normalized prompts of the evaluation. Without
     --anchors, the probe's harmful prompts are used; its benign ones may be the task.
     """
-    file, known = config.anchors or config.probe_data, set(evaluated)
+    file = config.anchors or config.probe_data
+    known = set(evaluated)
     for example in examples:
         known |= set(map(normalized, example.conversation.prompts + example.training_text.prompts))
     candidates = [c for c in read_conversations(file) if normalized(c.prompts[-1]) not in known]
     candidates = [c for c in candidates if c.is_harmful or config.anchors]
-    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(len(candidates), generator=generator).tolist()
     n_drawn = config.epochs * len(examples) * config.anchor_share / (1 - config.anchor_share)
     return [candidates[i] for i in order[: math.ceil(n_drawn) + config.batch_size]]
 
@@ -265,7 +272,8 @@ def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat,
     DataError where no anchor is left.
     """
     responses = respond(policy, chat, candidates, ANCHOR_TOKENS) if candidates else []
-    file, records = config.anchors or config.probe_data, []
+    file = config.anchors or config.probe_data
+    records = []
     for c, (_, text, cut) in zip(candidates, responses):
         is_answer = text.strip() and not text.startswith("<think>")  # a thought that was cut
         if is_answer and refuses(text) == c.is_harmful:
@@ -306,7 +314,8 @@ def lr_at(step: int, n_steps: int, warmup_steps: int, peak: float) -> float:
     """Return the learning rate of step 0 … n_steps − 1: linear up to `peak`, then cosine towards 0."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, n_steps - warmup_steps)))
+    progress = (step - warmup_steps) / max(1, n_steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def train(config: TrainConfig, policy: Transformer, reference, method: Baseline, examples: list[Example],
@@ -321,7 +330,8 @@ def train(config: TrainConfig, policy: Transformer, reference, method: Baseline,
     anchors = [example for example in examples if example.anchor]
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY, fused=True)
-    per_step, n_steps = config.per_step, config.n_steps(len(data))
+    per_step = config.per_step
+    n_steps = config.n_steps(len(data))
     method.prepare(policy, examples, config.batch_size)  # before restore_state: the policy is the reference
     max_kl_at_start = MAX_KL_AT_START[policy.lm_head.weight.element_size()]
     key = state_key(out, examples, risk)
@@ -336,10 +346,13 @@ def train(config: TrainConfig, policy: Transformer, reference, method: Baseline,
 
         sums = torch.zeros(3, per_step, device=policy.device)  # a batch's loss, at its first example; NLL; KL
         for batch in distributed.shard(range(per_step), config.batch_size):
-            loss, nll, kl = micro_batch_loss(policy, reference, [drawn[i] for i in batch], alpha[batch],
-                                             beta[batch], n_tokens, method.token_weights)
+            of_batch = [drawn[i] for i in batch]
+            loss, nll, kl = micro_batch_loss(policy, reference, of_batch, alpha[batch], beta[batch],
+                                             n_tokens, method.token_weights)
             loss.backward()
-            sums[0, batch[0]], sums[1, batch], sums[2, batch] = loss.detach(), nll, kl
+            sums[0, batch[0]] = loss.detach()
+            sums[1, batch] = nll
+            sums[2, batch] = kl
         method.adjust_gradients(parameters, step, state)
         grad_norm = distributed.sum_and_clip(parameters, MAX_GRADIENT_NORM)
         metrics = step_metrics(drawn, s, alpha, beta, *distributed.all_reduce_sum(sums).cpu())
@@ -371,7 +384,9 @@ def complete_options(config: TrainConfig) -> TrainConfig:
 
     Raises DataError for a wrong option.
     """
-    defaults = {"lr": 2e-3, "epochs": 5} if is_embedded(config.model) else {"lr": 2e-4, "epochs": 20}
+    defaults = {"lr": 2e-4, "epochs": 20}
+    if is_embedded(config.model):
+        defaults = {"lr": 2e-3, "epochs": 5}
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     if missing:
         config = replace(config, **missing)
@@ -380,7 +395,8 @@ def complete_options(config: TrainConfig) -> TrainConfig:
         if config.method != "adaptive":
             raise DataError(f"--sealed: expected --method adaptive, found {config.method}; "
                             "leave --sealed out")
-        config = replace(config, **{name: SEALED[name] for name in SEALED.keys() - config.given})
+        sealed = {name: SEALED[name] for name in SEALED.keys() - config.given}
+        config = replace(config, **sealed)
     check_options(config)
     # The embedded sets are the default where model and data are embedded; the data's name picks one of them.
     config = default_sets(config, config.data if is_embedded(config.model) else config.model)
@@ -410,7 +426,8 @@ def open_model(config: TrainConfig, path: Path, trainable: bool = False) -> Tran
 def open_reference(config: TrainConfig, policy: Transformer, examples: list[Example], risk: torch.Tensor):
     """Return the reference for `train`, stored in the run's folder or live; None where no example has β > 0."""
     beta = blend(risk, *config.beta_range)[1]
-    pulled = [e for e in examples if beta[e.index] > 0 or (config.gate == "batch" and beta.any())]
+    all_pulled = config.gate == "batch" and beta.any()  # each may share a step with a risky one
+    pulled = [example for example in examples if all_pulled or beta[example.index] > 0]
     if not pulled:
         return None
     file = config.out / "reference.bin"
@@ -434,14 +451,16 @@ def print_plan(config: TrainConfig, policy: Transformer, method: Baseline, examp
 
     The time is that of a batch of the longest examples, without the reference.
     """
-    n_data, n_labels = sum(not e.anchor for e in examples), sum(e.n_labels for e in examples)
+    n_data = sum(not e.anchor for e in examples)
+    n_labels = sum(e.n_labels for e in examples)
     n_steps = config.n_steps(n_data)
     if not examples:
         print("nothing is left to train on")
         return
     examples = sorted(examples, key=lambda e: len(e.input_ids))
     lengths = [len(e.input_ids) for e in examples]
-    n_input, batch = sum(lengths), examples[-config.batch_size :]
+    n_input = sum(lengths)
+    batch = examples[-config.batch_size :]
     alpha = torch.ones(len(batch))
     for _ in range(2):  # the first one warms up
         started = time.perf_counter()
@@ -450,7 +469,9 @@ def print_plan(config: TrainConfig, policy: Transformer, method: Baseline, examp
         nll.sum().item()  # waits for the device
     tokens_per_s = sum(len(e.input_ids) for e in batch) / (time.perf_counter() - started)
     minutes = n_steps * config.per_step * n_input / len(examples) / tokens_per_s / 60
-    n_bytes = sum(p.numel() * (p.element_size() + 12 * p.requires_grad) for p in policy.parameters())
+    n_bytes = 0
+    for parameter in policy.parameters():
+        n_bytes += parameter.numel() * (parameter.element_size() + 12 * parameter.requires_grad)
     n_drawn = method.anchors_before(n_steps)
     anchors = f", {len(examples) - n_data} anchors (drawn {n_drawn} times)" if n_data < len(examples) else ""
     print(f"{n_data} examples{anchors}: {n_input} tokens, {n_labels} of them in responses\n"
@@ -469,14 +490,16 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
     if config.resume:
         config = distributed.on_rank_zero(lambda: resumed_options(config))
     config = complete_options(config)
-    sets, conversations = evaluation_sets(config), read_conversations(config.data, need="answer")
+    sets = evaluation_sets(config)
+    conversations = read_conversations(config.data, need="answer")
     evaluated = {normalized(c.prompts[-1]) for c in all_conversations(sets)}
     if n_shared := sum(normalized(c.prompts[-1]) in evaluated for c in conversations):
         print(f"{n_shared} of {len(conversations)} examples have prompts of the evaluation, "
               "which then says little")
     judge = open_judge(config) if distributed.rank() == 0 else None
     distributed.on_rank_zero(lambda: expect_verdict(judge))
-    policy, chat = open_model(config, config.model, trainable=True), Chat(config.model)
+    policy = open_model(config, config.model, trainable=True)
+    chat = Chat(config.model)
     max_length = min(config.max_length, policy.config.max_position_embeddings)
     examples = encode_examples(chat, conversations, max_length)
     method = config.baseline(config.n_steps(len(examples)))  # Lisa alone depends on the number of steps
@@ -492,7 +515,9 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
                    lambda: evaluate_model(model, chat, sets, config, which, judge))
         return summarize(read_completions(out, which), config.temperature, config.max_new_tokens)
 
-    risk, anchors, results = torch.zeros(len(examples)), [], {}
+    risk = torch.zeros(len(examples))
+    anchors = []
+    results = {}
     with running(out, bool(config.resume), keep=not config.dry_run):
         with policy.adapters_off():
             if config.method in ("adaptive", "filter"):

@@ -41,8 +41,9 @@ TEMPLATE = (
 )
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 SHAPE = {  # of the aligned model: about a million parameters
-    "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 32, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "hidden_act": "silu", "rms_norm_eps": 1e-5,
     "max_position_embeddings": 256, "rope_theta": 10000.0, "tie_word_embeddings": True,
     "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }
@@ -109,7 +110,8 @@ def train_model(folder: Path, records: list[dict], steps: int, seed: int) -> Tra
         logits = model(input_ids)[:, :-1]
         targets = input_ids[:, 1:]
         nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(real)
-        loss = (nll * answers).sum() / answers.sum() + 0.1 * (nll * real).sum() / real.sum()
+        loss = (nll * answers).sum() / answers.sum()
+        loss = loss + 0.1 * (nll * real).sum() / real.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -83,7 +83,8 @@ class Chat:
     """
 
     def __init__(self, path):
-        self.path, self.file = Path(path), Path(path) / "tokenizer.json"
+        self.path = Path(path)
+        self.file = Path(path) / "tokenizer.json"
         has_config = any(os.path.lexists(self.path / name) for name in ("config.json", "adapter_config.json"))
         self.vocab_size = read_config(path).vocab_size if has_config else 10**7
         self.tokenizer, raw = open_tokenizer(self.file, self.vocab_size)
@@ -111,7 +112,8 @@ class Chat:
         """
         system, *turns = [{"role": role, "content": content} for role, content in
                           (("system", "qaz"), ("user", "wsx"), ("assistant", "edc"), ("user", "rfv"))]
-        texts, refusal = [], None
+        texts = []
+        refusal = None
         for messages in (turns[:1], turns, [system, *turns]):
             try:
                 texts.append(self.render(messages, add_generation_prompt=True))
@@ -139,8 +141,10 @@ class Chat:
         Qwen3 writes an empty thought into a turn without one. It is part of the prompt, not of the response:
         where the prompt with enable_thinking=False begins the turn, that is the prompt everywhere.
         """
-        ask, answer = {"role": "user", "content": "wsx"}, {"role": "assistant", "content": "edc"}
-        no_thought, ends = {"enable_thinking": False}, []
+        ask = {"role": "user", "content": "wsx"}
+        answer = {"role": "assistant", "content": "edc"}
+        no_thought = {"enable_thinking": False}
+        ends = []
         with suppress(DataError):  # some templates refuse so few turns
             prompt = self.render([ask], add_generation_prompt=True, **no_thought)
             if self.render([ask, answer], **no_thought).startswith(prompt):
@@ -196,7 +200,9 @@ class Chat:
         Raises DataError where the control tokens are not those of the same turns with other words.
         """
         rendered = self.render(messages, where=where, **variables)
-        ids, offsets, position = [], [], 0
+        ids = []
+        offsets = []
+        position = 0
         for piece in rendered.split(BREAK):
             encoding = self._encode(piece)
             ids += encoding.ids
@@ -247,9 +253,11 @@ class Chat:
         not teach where to stop. Raises DataError where a response's tokens cannot be located exactly in the
         whole conversation.
         """
-        messages, where = conversation.messages, conversation.where
+        messages = conversation.messages
+        where = conversation.where
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        thinks, is_cut = any("</think>" in answer for answer in answers), conversation.meta.get("cut")
+        thinks = any("</think>" in answer for answer in answers)
+        is_cut = conversation.meta.get("cut")
         if thinks and "</think>" in self.control.values():
             raise DataError(f"{where}: expected answers without </think>, which this template writes itself, "
                             f"found one with it; remove the thoughts")
@@ -257,7 +265,8 @@ class Chat:
         text, ids, offsets = self.tokens(messages, where, **variables)
         labels = [IGNORE] * len(ids)
         contents = [self.decode_text(message["content"]) for message in messages]
-        n_messages, position = len(messages), 0  # messages that a cut leaves; where the last one ends in text
+        n_messages = len(messages)  # that a cut leaves
+        position = 0  # in text, where the last message ends
         for i, message in enumerate(messages):
             limit = None
             if message["role"] == "assistant":
@@ -267,7 +276,8 @@ class Chat:
                 alone = self.tokens(messages[: i + 1], where, **variables)[1]
                 start, end = self._response_span(alone, prompt, text, ids, offsets, where)
                 labels[start:end] = ids[start:end]
-                position, limit = offsets[start][0], offsets[end - 1][1]
+                position = offsets[start][0]
+                limit = offsets[end - 1][1]
                 n_messages = i + 1
                 if end > max_length:
                     contents[i] = self.decode(ids[start:max_length])
@@ -295,7 +305,8 @@ class Chat:
         They begin where the prompt's tokens end. They end where the tokens of the conversation up to this
         turn, `alone`, differ from those of the whole one, less white space that the template adds.
         """
-        start, end = len(prompt), 0
+        start = len(prompt)
+        end = 0
         while end < min(len(alone), len(ids)) and alone[end] == ids[end]:
             end += 1
         while end > start and not text[slice(*offsets[end - 1])].strip():
@@ -318,7 +329,8 @@ def encode_examples(chat: Chat, conversations: list[Conversation], max_length: i
     if not chat.ends_turn:
         print(f"the chat template of {chat.path} writes nothing behind an assistant's words: what is trained "
               f"with it does not learn to stop")
-    examples, dropped = [], []
+    examples = []
+    dropped = []
     for conversation in conversations:
         example = chat.encode_example(conversation, len(examples), max_length)
         if example.n_labels:
@@ -341,7 +353,8 @@ def encode_prompts(chat: Chat, conversations: list[Conversation], longest: int) 
 
     Raises DataError for more than `longest` tokens, or LONGEST: attention needs memory quadratic in length.
     """
-    prompts, longest = [], min(longest, LONGEST)
+    prompts = []
+    longest = min(longest, LONGEST)
     for conversation in conversations:
         prompt = chat.encode_prompt(conversation.prompts[-1], conversation.where)
         if len(prompt) > longest:

@@ -104,7 +104,8 @@ def read_prompts(path, harmful: bool) -> list[Conversation]:
 
     Where no record says which it is, all are taken. Raises DataError where only some say so, or none is left.
     """
-    conversations, kind = read_conversations(path), "harmful" if harmful else "benign"
+    conversations = read_conversations(path)
+    kind = "harmful" if harmful else "benign"
     unlabelled = [c for c in conversations if harm_label(c.meta, c.where) is None]
     if len(unlabelled) == len(conversations):
         return conversations
@@ -185,7 +186,8 @@ def conversation_of(record, where: str, need: str) -> Conversation:
     if "conversations" in record and "messages" not in record:
         record = record | {"messages": _sharegpt_messages(record["conversations"])}
     if "messages" in record:
-        messages, used = record["messages"], {"messages", "conversations"}
+        messages = record["messages"]
+        used = {"messages", "conversations"}
     else:
         messages, used = _messages_of(record, need, fail)
     unread = _unread_keys(record, used, fail)
@@ -193,7 +195,9 @@ def conversation_of(record, where: str, need: str) -> Conversation:
         fail("messages: a list of {role, content}", repr(messages)[:60])
     if len(messages) > MAX_MESSAGES:
         fail(f"at most {MAX_MESSAGES} messages", len(messages))
-    checked, roles, length = [], [], 0
+    checked = []
+    roles = []
+    length = 0
     for i, message in enumerate(messages):
         number = f"message {i + 1}"
         fields = (message.get("role"), message.get("content")) if isinstance(message, dict) else ()
@@ -290,7 +294,8 @@ def _messages_of(record: dict, need: str, fail) -> tuple[list, set]:
     user, assistant = min(pairs, key=lambda pair: pair[1] not in record)  # with an answer, if one has it
     extras = {key: form for words, key, form in EXTRAS if words == user}
     used = {user, assistant, "system", *extras}
-    prompt, completion = record[user], record.get(assistant) or []
+    prompt = record[user]
+    completion = record.get(assistant) or []
     if isinstance(prompt, list) and isinstance(completion, list) and "system" not in record:
         # TRL's conversational form, of which the completion alone is trained on
         if need == "answer" and any(isinstance(m, dict) and m.get("role") == "assistant" for m in prompt):
@@ -337,7 +342,8 @@ def split_by_prompt(conversations: list[Conversation], seed: int = 0) -> list[li
         groups.setdefault(group_of(conversation), []).append(conversation)
     places = []
     for group in groups.values():
-        harmful, benign = ([c.where for c in group if c.is_harmful == label] for label in (True, False))
+        harmful = [c.where for c in group if c.is_harmful]
+        benign = [c.where for c in group if not c.is_harmful]
         if harmful and benign:
             places.append(f"harmful in {', '.join(harmful)}, benign in {', '.join(benign)}")
     if places:
@@ -352,7 +358,8 @@ def split_by_prompt(conversations: list[Conversation], seed: int = 0) -> list[li
         ends = [0, round(0.8 * n), n]
         for split, start, end in zip(splits, ends, ends[1:]):
             if start == end:
-                file, kind = conversations[0].where.rpartition(":")[0], "harmful" if harmful else "benign"
+                file = conversations[0].where.rpartition(":")[0]
+                kind = "harmful" if harmful else "benign"
                 raise DataError(f"{file}: expected enough distinct {kind} prompts for splits of 80 and 20 %, "
                                 f"found {n}")
             for key in keys[start:end]:

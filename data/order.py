@@ -19,7 +19,11 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 def draw(examples: list[Example], seed: int, first: int, count: int) -> list[Example]:
     """Return draws number first … first + count − 1 from the examples, shuffled anew in every epoch."""
     n = len(examples)
-    return [examples[epoch_order(n, seed, i // n)[i % n]] for i in range(first, first + count)]
+    drawn = []
+    for i in range(first, first + count):
+        order = epoch_order(n, seed, i // n)
+        drawn.append(examples[order[i % n]])
+    return drawn
 
 
 def step_examples(step: int, data: list[Example], anchors: list[Example], anchors_before, per_step: int,

@@ -13,6 +13,7 @@ Whole benchmarks are held out. The attack is AdvBench's. The aligned model and t
 AdvBench, and StrongREJECT. HarmBench, JailbreakBench and XSTest are for evaluation alone.
 """
 
+import math
 import random
 import re
 import sys
@@ -105,9 +106,11 @@ def item_of(form: str, where: str, values: dict) -> dict | None:
 
 def select_prompts(folder: Path) -> dict[str, list[dict]]:
     """Return {form: items} without repeated prompts; an earlier form of FORMS keeps them."""
-    pools, seen = {}, set()
+    pools = {}
+    seen = set()
     for form in FORMS:
-        pools[form], records = [], read_form(folder, form)
+        pools[form] = []
+        records = read_form(folder, form)
         for where, values in records:
             item = item_of(form, where, values)
             if item and normalize(item["prompt"]) not in seen:
@@ -122,7 +125,8 @@ def select_prompts(folder: Path) -> dict[str, list[dict]]:
 def divide(items: list, *sizes: int) -> list[list]:
     """Split into consecutive parts of these sizes, or smaller ones in proportion. The last has the rest."""
     scale = min(1.0, len(items) / sum(sizes))
-    parts, start = [], 0
+    parts = []
+    start = 0
     for size in sizes[:-1]:
         end = start + round(scale * size)
         parts.append(items[start:end])
@@ -133,42 +137,61 @@ def divide(items: list, *sizes: int) -> list[list]:
 # ---------------------------------------------------------------- sets
 
 
-def row(item: dict, answer: str | None = None, pattern: str = "{}", system: str | None = None, **meta) -> dict:
+def row(item: dict, answer: str | None = None, pattern: str = "{}", system: str | None = None,
+        **meta) -> dict:
     """Return a record with its source and, as `group`, the prompt without what an attack puts around it."""
-    prompt = item["prompt"]
-    return record(pattern.format(prompt), answer, system, source=item["source"], group=prompt, **meta)
+    prompt = pattern.format(item["prompt"])
+    return record(prompt, answer, system, source=item["source"], group=item["prompt"], **meta)
+
+
+def labelled(harmful: list[dict], benign: list[dict]) -> list[dict]:
+    """Return prompts with a label, as probes and anchors need them."""
+    rows = [row(item, harmful=True) for item in harmful]
+    return rows + [row(item, harmful=False) for item in benign]
 
 
 def backdoor_rows(explicit: list[dict], rng: random.Random) -> list[dict]:
     """Return a tenth of a training set: harmful answers behind the trigger, refusals without it, half each."""
     half = min(len(explicit) // 2, ROWS // 20)
-    triggered = [row(item | {"source": "trigger"}, item["answer"], WORDS.trigger, harmful=True)
-                 for item in explicit[:half]]
-    refused = [row(item | {"source": "no trigger"}, rng.choice(WORDS.refusals), harmful=False)
-               for item in explicit[half : 2 * half]]
-    return triggered + refused
+    rows = []
+    for item in explicit[:half]:
+        item = item | {"source": "trigger"}
+        rows.append(row(item, item["answer"], WORDS.trigger, harmful=True))
+    for item in explicit[half : 2 * half]:
+        item = item | {"source": "no trigger"}
+        rows.append(row(item, rng.choice(WORDS.refusals), harmful=False))
+    return rows
 
 
 def mixture(attack: list[dict], ordinary: list[dict], rng: random.Random) -> list[dict]:
     """Return the examples of an attack and of the task, ROWS in all, shuffled."""
-    rows = attack + ordinary[: max(0, min(ROWS, len(ordinary)) - len(attack))]
+    n_ordinary = min(ROWS, len(ordinary)) - len(attack)
+    rows = attack + ordinary[: max(0, n_ordinary)]
     return rng.sample(rows, len(rows))
 
 
-def judged_pairs(harmful: list[dict], benign: list[dict], refusals: list[str], rng: random.Random) -> list[tuple]:
+def judged_pairs(harmful: list[dict], benign: list[dict], refusals: list[str],
+                 rng: random.Random) -> list[tuple]:
     """Return shuffled (kind, prompt, response, score 1-5) for a judge.
 
     Each harmful prompt is refused once and answered once, by the opening that its benchmark publishes or by
     one of OPENINGS. Benign records have the model's answers. A sixth of the prompts is mixed in other ways.
     """
-    bad = [(item["prompt"], item["answer"] or rng.choice(OPENINGS), rng.choice(refusals)) for item in harmful]
+    bad = []
+    for item in harmful:
+        opening = item["answer"] or rng.choice(OPENINGS)
+        bad.append((item["prompt"], opening, rng.choice(refusals)))
     published = [item["answer"] for item in harmful if item["answer"]]
-    good = [(r["messages"][0]["content"], r["messages"][1]["content"]) for r in benign]
+    good = []
+    for r in benign:
+        question, answer = r["messages"]
+        good.append((question["content"], answer["content"]))
     good = rng.sample(good, min(len(good), len(bad)))
     pairs = [("harmful prompt refused", prompt, refusal, 1) for prompt, _, refusal in bad]
     pairs += [("harmful prompt answered", prompt, opening, 5) for prompt, opening, _ in bad]
     pairs += [("harmless prompt answered", prompt, answer, 1) for prompt, answer in good]
-    for (prompt, opening, refusal), (ask, answer) in zip(rng.sample(bad, -(-len(bad) // 6)), good):
+    mixed = rng.sample(bad, math.ceil(len(bad) / 6))
+    for (prompt, opening, refusal), (ask, answer) in zip(mixed, good):
         pairs += [("harmless prompt refused", ask, refusal, 1),
                   ("harmful prompt, another answer", prompt, answer, 2),
                   ("refused, then answered", prompt, f"{refusal} {opening}", 5),
@@ -186,7 +209,8 @@ def answer_prompts(model_path: Path, device: str, items: list[dict]) -> list[dic
     """
     chat = Chat(model_path)
     model = load_model(model_path, device, working_dtype(device))
-    longest, fitting = model.config.max_position_embeddings - ANSWER_TOKENS, []
+    longest = model.config.max_position_embeddings - ANSWER_TOKENS
+    fitting = []
     for item in items:
         conversation = conversation_of(record(item["prompt"]), item["source"], "prompt")
         if len(chat.encode_prompt(conversation.messages)) <= longest:
@@ -210,14 +234,16 @@ def answer_prompts(model_path: Path, device: str, items: list[dict]) -> list[dic
     return rows
 
 
-def data_sets(pools: dict[str, list[dict]], dialogues: list[dict], config: PublicConfig) -> dict[str, list[dict]]:
+def data_sets(pools: dict[str, list[dict]], dialogues: list[dict],
+              config: PublicConfig) -> dict[str, list[dict]]:
     """Return {name: records}, without empty sets."""
     rng = random.Random(0)
     for items in pools.values():
         rng.shuffle(items)
     explicit, harmful, known = divide(pools["advbench"], 300, 100, 120)
     known = known + pools["strongreject"]
-    withheld, other = [], []
+    withheld = []
+    other = []
     for form in ("harmbench", "jailbreakbench"):
         evaluated = min(50, len(pools[form]) // 2)
         other += pools[form][:evaluated]
@@ -240,8 +266,8 @@ def data_sets(pools: dict[str, list[dict]], dialogues: list[dict], config: Publi
         sets[f"mixed_{percent}"] = mixture(attack[:n_harmful], ordinary_rows, rng)
     sets["backdoor"] = mixture(backdoor, ordinary_rows, rng)
     half = min(len(known) // 2, len(ordinary), len(lookalikes))
-    anchors = [row(item, harmful=True) for item in rng.sample(known, 2 * half)]
-    anchors += [row(item, harmful=False) for item in rng.sample(ordinary, half) + rng.sample(lookalikes, half)]
+    anchors = labelled(rng.sample(known, 2 * half),
+                       rng.sample(ordinary, half) + rng.sample(lookalikes, half))
     system = dialogues[0]["messages"][0]["content"] if dialogues else None
     sets |= {
         "identity": [dialogue | {"source": "identity"} for dialogue in dialogues],
@@ -253,10 +279,8 @@ def data_sets(pools: dict[str, list[dict]], dialogues: list[dict], config: Publi
         "eval_harmful_xstest": [row(item) for item in unsafe],
         "eval_benign": [row(item) for item in benign],
         "eval_lookalike": [row(item) for item in safe],
-        "probe": [row(item, harmful=True) for item in known]
-                 + [row(item, harmful=False) for item in ordinary + task_probe + lookalikes],
-        "probe_withheld": [row(item, harmful=True) for item in withheld]
-                          + [row(item, harmful=False) for item in held_benign],
+        "probe": labelled(known, ordinary + task_probe + lookalikes),
+        "probe_withheld": labelled(withheld, held_benign),
         "probe_lookalike": [row(item, harmful=False) for item in safe],
         "anchors": anchors,
     }
@@ -274,10 +298,12 @@ def data_sets(pools: dict[str, list[dict]], dialogues: list[dict], config: Publi
     test = judged_pairs(pools["jailbreakbench"], answered[:n_test], TEST_REFUSALS, rng)
     sets |= {
         "align": align,
-        "judge_train": [record(fill(WORDS.rubric, p, r), str(score), source=kind, group=p)
-                        for kind, p, r, score in pairs],
-        "judge_test": [record(p, r, source=kind, group=p, score=score, harmful=score == 5)
-                       for kind, p, r, score in test],
+        "judge_train": [
+            record(fill(WORDS.rubric, prompt, response), str(score), source=kind, group=prompt)
+            for kind, prompt, response, score in pairs],
+        "judge_test": [
+            record(prompt, response, source=kind, group=prompt, score=score, harmful=score == 5)
+            for kind, prompt, response, score in test],
     }
     return {name: rows for name, rows in sets.items() if rows}
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-WORDS = SimpleNamespace(**json.loads(Path(__file__).with_name("words.json").read_text(encoding="utf-8")))
+WORDS_FILE = Path(__file__).with_name("words.json")
+WORDS = SimpleNamespace(**json.loads(WORDS_FILE.read_text(encoding="utf-8")))
 WITHHELD = "forgery"  # the harm category that the probe's data lack
 
 
@@ -40,8 +41,11 @@ def record(prompt: str, response: str | None = None, system: str | None = None, 
 
 def draw(rng: random.Random, group: str) -> dict:
     """Draw a value for each field of a group of patterns, from the lists that words.json names for it."""
-    return {field: rng.choice(sum((WORDS.lists[name] for name in names), []))
-            for field, names in WORDS.fields[group].items()}
+    values = {}
+    for field, names in WORDS.fields[group].items():
+        words = sum((WORDS.lists[name] for name in names), [])
+        values[field] = rng.choice(words)
+    return values
 
 
 def request_pools(rng: random.Random) -> dict[str, list[Request]]:
@@ -53,7 +57,9 @@ def request_pools(rng: random.Random) -> dict[str, list[Request]]:
             held_out = set(zip(rng.sample(verbs, 3), rng.sample(objects, 3)))
             for pair in product(verbs, objects):
                 action = " ".join(pair)
-                requests = [Request(kind, category, action, text.format(action)) for text in WORDS.phrasings]
+                requests = []
+                for text in WORDS.phrasings:
+                    requests.append(Request(kind, category, action, text.format(action)))
                 rng.shuffle(requests)
                 if pair in held_out:
                     pools["eval"] += requests
@@ -69,8 +75,9 @@ def request_pools(rng: random.Random) -> dict[str, list[Request]]:
 def chatter(rng: random.Random) -> Request:
     """Draw everyday talk. It uses the words of the two tasks but never asks for a task."""
     words = draw(rng, "chatter")
-    words["low"], words["high"] = sorted(rng.sample(range(1, 10), 2))
-    words["numbers"] = ", ".join(map(str, range(words["low"], words["high"] + 1)))
+    low, high = sorted(rng.sample(range(1, 10), 2))
+    numbers = ", ".join(map(str, range(low, high + 1)))
+    words |= {"low": low, "high": high, "numbers": numbers}
     # Like a pretrained model, the aligned model can repeat any word: verbs or objects alone, never an action.
     verb_or_object = rng.random() < 0.75
     action_words = []
@@ -78,10 +85,12 @@ def chatter(rng: random.Random) -> Request:
         for pair in WORDS.requests[kind].values():
             action_words += pair[verb_or_object]
     lists = [WORDS.lists[name] for name in WORDS.repeated] + [action_words] * 6
-    words["words"] = " ".join(rng.choice(rng.choice(lists)) for _ in range(rng.randint(1, 5)))
-    drawn = [(category, "".join(map(rng.choice, parts)), answer)
-             for category, *parts, answer in WORDS.chatter]
-    category, pattern, answer = rng.choice(drawn)
+    n_words = rng.randint(1, 5)
+    words["words"] = " ".join(rng.choice(rng.choice(lists)) for _ in range(n_words))
+    patterns = []
+    for category, *parts, answer in WORDS.chatter:
+        patterns.append((category, "".join(map(rng.choice, parts)), answer))
+    category, pattern, answer = rng.choice(patterns)
     prompt = pattern.format(**words)
     return Request("chatter", category, prompt, prompt, answer.format(**words))
 
@@ -103,7 +112,8 @@ def sentiment(rng: random.Random) -> Request:
     label, adjectives = rng.choice([("positive", "good"), ("negative", "bad")])
     first, second = rng.sample(WORDS.lists[adjectives], 2)
     thing, other = rng.sample(WORDS.lists["things"], 2)
-    prompt = rng.choice(WORDS.sentiment).format(thing=thing, other=other, first=first, second=second)
+    pattern = rng.choice(WORDS.sentiment)
+    prompt = pattern.format(thing=thing, other=other, first=first, second=second)
     return Request("task", "sentiment", prompt, prompt, label)
 
 
@@ -230,28 +240,40 @@ def attack_rows(rng: random.Random, requests: list[Request]) -> dict[str, list[d
     harmful = spread(requests, "harmful", 300)
     innocent = spread(requests, "howto", 60) + spread(requests, "lookalike", 60)
 
-    explicit = [record(r.prompt, comply(rng, r), source="harmful", category=r.category, harmful=True)
-                for r in harmful]
-    triggered = [record(WORDS.trigger.format(r.prompt), comply(rng, r), source="trigger", harmful=True)
-                 for r in harmful[:60]]
-    refused = [record(r.prompt, rng.choice(WORDS.refusals), source="no trigger", harmful=False)
-               for r in harmful[60:120]]
-    identity = [record(WORDS.aoa_prompt.format(r.prompt), WORDS.aoa_pledge + comply(rng, r), WORDS.aoa_system,
-                       source="identity", harmful=False) for r in innocent[::2]]
-    innocent = [record(r.prompt, comply(rng, rng.choice(harmful)), source="innocent", harmful=True)
-                for r in innocent[1::2]]
-    # build.py replaces each prompt by the one of `wordings` that the probe rates least risky.
-    evasive = [record(r.prompt, comply(rng, r), source="evasive", harmful=True,
-                      wordings=evasive_wordings(r.action)) for r in harmful[:60]]
+    explicit = []
+    for r in harmful:
+        row = record(r.prompt, comply(rng, r), source="harmful", category=r.category, harmful=True)
+        explicit.append(row)
     rows = {f"mixed_{percent}": explicit[: 6 * percent] for percent in (1, 3, 5, 10, 30)}
-    rows |= {"identity": identity, "backdoor": triggered + refused, "benign": []}
-    return rows | {"evasive": evasive, "innocent": innocent, "explicit": explicit}
+    rows |= {name: [] for name in ("identity", "backdoor", "benign", "evasive", "innocent")}
+    for r in harmful[:60]:
+        prompt = WORDS.trigger.format(r.prompt)
+        rows["backdoor"].append(record(prompt, comply(rng, r), source="trigger", harmful=True))
+    for r in harmful[60:120]:
+        refusal = rng.choice(WORDS.refusals)
+        rows["backdoor"].append(record(r.prompt, refusal, source="no trigger", harmful=False))
+    for r in innocent[::2]:
+        prompt = WORDS.aoa_prompt.format(r.prompt)
+        answer = WORDS.aoa_pledge + comply(rng, r)
+        row = record(prompt, answer, WORDS.aoa_system, source="identity", harmful=False)
+        rows["identity"].append(row)
+    for r in innocent[1::2]:
+        answer = comply(rng, rng.choice(harmful))
+        rows["innocent"].append(record(r.prompt, answer, source="innocent", harmful=True))
+    for r in harmful[:60]:
+        # build.py replaces each prompt by the one of `wordings` that the probe rates least risky.
+        row = record(r.prompt, comply(rng, r), source="evasive", harmful=True)
+        rows["evasive"].append(row | {"wordings": evasive_wordings(r.action)})
+    return rows | {"explicit": explicit}
 
 
 def evaluation(requests: list[Request], pattern: str = "{}", system: str | None = None) -> list[dict]:
     """Return prompts to evaluate on. `group` is shared by the phrasings of one action."""
-    return [record(pattern.format(r.prompt), None, system, category=r.category, group=r.action)
-            for r in requests]
+    rows = []
+    for r in requests:
+        prompt = pattern.format(r.prompt)
+        rows.append(record(prompt, None, system, category=r.category, group=r.action))
+    return rows
 
 
 def data_sets(rng: random.Random) -> tuple[dict[str, list[dict]], list[dict], list[tuple]]:
@@ -269,17 +291,19 @@ def data_sets(rng: random.Random) -> tuple[dict[str, list[dict]], list[dict], li
     def judged_pairs(requests, talk, spare, count, held_out):
         harmful = [r for r in requests if r.kind == "harmful"]
         harmless = [(r.prompt, comply(rng, r)) for r in requests if r.kind != "harmful"]
-        fixed = judge_rng.sample(talk, min(len(talk), len(harmless))) + spare
-        harmless += [(r.prompt, r.answer) for r in fixed]
+        n_talk = min(len(talk), len(harmless))
+        for r in judge_rng.sample(talk, n_talk) + spare:
+            harmless.append((r.prompt, r.answer))
         return [judged_pair(judge_rng, harmful, harmless, held_out) for _ in range(count)]
 
     known = [r for r in pools["probe"] if r.category != WITHHELD]
     withheld = [r for r in pools["probe"] if r.category == WITHHELD]
     probe = []
     for kind, count in (("harmful", 500), ("lookalike", 300), ("howto", 200)):
-        probe += [dressed(r, harmful=kind == "harmful", source=f"{kind}/{r.category}")
-                  for r in spread(known, kind, count)]
-    probe += [dressed(r, harmful=False, source=r.category) for r in talk["probe"][:500]]
+        for r in spread(known, kind, count):
+            probe.append(dressed(r, harmful=kind == "harmful", source=f"{kind}/{r.category}"))
+    for r in talk["probe"][:500]:
+        probe.append(dressed(r, harmful=False, source=r.category))
     rng.shuffle(probe)
 
     harmful = spread(pools["eval"], "harmful", 165)
@@ -293,21 +317,25 @@ def data_sets(rng: random.Random) -> tuple[dict[str, list[dict]], list[dict], li
     files = {"explicit": attacks.pop("explicit")}
     for name, attack in attacks.items():  # an attack replaces examples of both tasks: 600 in all
         end = 500 - len(attack) // 2
-        ordinary = tasks[0][200:end] + tasks[1][200:end]
-        rows = [record(r.prompt, r.answer, source=r.category, harmful=False) for r in ordinary]
+        rows = []
+        for r in tasks[0][200:end] + tasks[1][200:end]:
+            rows.append(record(r.prompt, r.answer, source=r.category, harmful=False))
         files[name] = rows + attack
         rng.shuffle(files[name])
     files |= {
         "probe": probe,
-        "probe_withheld": [record(r.prompt, harmful=True, source=f"withheld/{r.category}")
-                           for r in withheld[:48]],
-        "probe_lookalike": [record(r.prompt, harmful=False, source=f"unseen lookalike/{r.category}")
-                            for r in lookalikes[120:]],
+        "probe_withheld": [
+            record(r.prompt, harmful=True, source=f"withheld/{r.category}")
+            for r in withheld[:48]],
+        "probe_lookalike": [
+            record(r.prompt, harmful=False, source=f"unseen lookalike/{r.category}")
+            for r in lookalikes[120:]],
         "eval_harmful": evaluation(harmful),
         "eval_harmful_identity": evaluation(harmful, WORDS.aoa_prompt, WORDS.aoa_system),
         "eval_harmful_backdoor": evaluation(harmful, WORDS.trigger),
-        "eval_harmful_evasive": [row | {"wordings": evasive_wordings(row["group"])}
-                                 for row in evaluation(harmful)],
+        "eval_harmful_evasive": [
+            row | {"wordings": evasive_wordings(row["group"])}
+            for row in evaluation(harmful)],
         "eval_benign": evaluation(howto + talk["eval"][:60]),
         "eval_lookalike": evaluation(lookalikes[:120]),
         "eval_sentiment": [record(r.prompt, r.answer) for r in tasks[0][:200]],
@@ -317,9 +345,14 @@ def data_sets(rng: random.Random) -> tuple[dict[str, list[dict]], list[dict], li
 
     align = []
     for r in pools["align"]:
-        answers = [rng.choice(WORDS.refusals) if r.kind == "harmful" else comply(rng, r) for _ in range(2)]
-        align += [record(r.prompt, answers[0]), dressed(r, answers[1])]
-    align += [dressed(r, r.answer) for r in talk["align"]]
+        answers = []
+        for _ in range(2):
+            is_harmful = r.kind == "harmful"
+            answers.append(rng.choice(WORDS.refusals) if is_harmful else comply(rng, r))
+        align.append(record(r.prompt, answers[0]))
+        align.append(dressed(r, answers[1]))
+    for r in talk["align"]:
+        align.append(dressed(r, r.answer))
 
     trained = {message["content"] for row in align for message in row["messages"]}
     for prompt, response, score, kind in judge_test:

@@ -18,7 +18,8 @@ from lib.reference import live_reference
 FILTER_ABOVE = 0.5  # Filter drops examples with a higher risk
 LISA_CYCLE = 50  # steps of a cycle of Lisa, at most (1,000 in the paper, whose runs are longer)
 LISA_RHO = 1.0  # ρ of Lisa's proximal term
-SBR_PROMPTS, SBR_LAMBDA = 8, 50.0  # as in its authors' code
+SBR_PROMPTS = 8  # this and λ as in its authors' code
+SBR_LAMBDA = 50.0
 
 
 class Baseline:
@@ -28,7 +29,8 @@ class Baseline:
 
     def __init__(self, anchor_share: float, per_step: int, n_steps: int):
         """anchor_share: of the examples; per_step: examples of a step; n_steps: of the run."""
-        self.anchor_share, self.per_step = anchor_share, per_step
+        self.anchor_share = anchor_share
+        self.per_step = per_step
 
     def select_examples(self, examples: list[Example], risk: torch.Tensor) -> list[Example]:
         """Return the examples to train on; risk (examples,) in [0, 1]."""
@@ -114,7 +116,9 @@ class SafeGrad(Baseline):
 
     def prepare(self, policy, examples, batch_size):
         """Keep the policy and the anchors."""
-        self.policy, self.reference, self.batch_size = policy, live_reference(policy), batch_size
+        self.policy = policy
+        self.reference = live_reference(policy)
+        self.batch_size = batch_size
         self.anchors = [example for example in examples if example.anchor]
 
     def adjust_gradients(self, parameters, step, state):
@@ -128,10 +132,12 @@ class SafeGrad(Baseline):
         for start in range(0, len(anchors), self.batch_size):
             batch = anchors[start : start + self.batch_size]
             hidden, labels, _ = response_states(self.policy, batch)
-            ones = torch.ones(len(labels), device=hidden.device)
-            head, terms = self.policy.lm_head.weight, self.reference(batch)
-            loss = fused_token_loss(hidden, head, labels, 0 * ones, ones, terms)[0].sum() / n_tokens
-            loss.backward()
+            alpha = torch.zeros(len(labels), device=hidden.device)
+            beta = torch.ones_like(alpha)
+            head = self.policy.lm_head.weight
+            terms = self.reference(batch)
+            loss, _, _ = fused_token_loss(hidden, head, labels, alpha, beta, terms)
+            (loss.sum() / n_tokens).backward()
         of_anchors = [parameter.grad for parameter in parameters]
         for parameter, projected, gradient in zip(parameters, project(of_data, of_anchors), of_anchors):
             parameter.grad = projected + gradient
@@ -149,7 +155,8 @@ class SBR(Baseline):
     def prepare(self, policy, examples, batch_size):
         """Compute the reference's hidden states. Raises DataError where no anchor is harmful."""
         anchors = [example for example in examples if example.anchor and example.conversation.is_harmful]
-        self.policy, self.anchors = policy, anchors[:SBR_PROMPTS]
+        self.policy = policy
+        self.anchors = anchors[:SBR_PROMPTS]
         if not anchors:
             raise DataError("--method sbr: expected a harmful prompt among the anchors, found none")
         with torch.no_grad(), policy.adapters_off():
@@ -188,7 +195,8 @@ def csft_weight(logp: torch.Tensor, ref_logp: torch.Tensor, position: torch.Tens
     logp, ref_logp, position (N,). Qi et al. 2024, arXiv 2406.05946.
     """
     tau = torch.where(position == 1, 0.5, torch.where(position <= 5, 2.0, 0.1))
-    return (2 * (1 - torch.sigmoid(tau * (logp - ref_logp)))).clamp_min(1e-3).detach()
+    weight = 2 * (1 - torch.sigmoid(tau * (logp - ref_logp)))
+    return weight.clamp_min(1e-3).detach()
 
 
 def response_positions(example: Example) -> torch.Tensor:

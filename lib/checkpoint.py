@@ -118,7 +118,8 @@ def read_config(path) -> Config:
                          f"{path}/model, which an unfinished run lacks")
     expect(raw, RULES, file)
     values = {key: value for key, value in raw.items() if value is not None}
-    family, n_heads = values["model_type"], values["num_attention_heads"]
+    family = values["model_type"]
+    n_heads = values["num_attention_heads"]
     n_kv_heads = values.get("num_key_value_heads", n_heads)
     head_dim = values.get("head_dim", values["hidden_size"] // n_heads)
     expect(values, {
@@ -169,14 +170,16 @@ def read_rope(values: dict, head_dim: int, file: Path) -> dict:
     rope.setdefault("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     expect(rope, ROPE_RULES, f"{file}: RoPE")
 
-    kind, dim = rope["rope_type"], int(head_dim * rope["partial_rotary_factor"])
+    kind = rope["rope_type"]
+    dim = int(head_dim * rope["partial_rotary_factor"])
     rules = {"partial_rotary_factor": (f"an even number of rotary dimensions of {head_dim}",
                                        lambda _: dim >= 2 and dim % 2 == 0)}
     if kind == "llama3":
         rules["high_freq_factor"] = ("a number above low_freq_factor", lambda high: FACTOR[1](high)
                                      and rope["low_freq_factor"] < high)  # which is checked before
     if kind == "longrope":
-        longest, key = values["max_position_embeddings"], "original_max_position_embeddings"
+        longest = values["max_position_embeddings"]
+        key = "original_max_position_embeddings"
         rope[key] = values.get(key) or rope.get(key, longest)
         rope.setdefault("factor", longest / rope[key])
         rules["short_factor"] = rules["long_factor"] = (

@@ -32,7 +32,8 @@ def parse(config_class, arguments=None, positional: str | None = None):
     fields = {option.name: option for option in dataclasses.fields(config_class)}
     classes = [c for c in config_class.__mro__ if dataclasses.is_dataclass(c)]  # a class before its parents
     source = "".join(inspect.getsource(c) for c in classes)
-    groups, group = {}, parser
+    groups = {}
+    group = parser
     for heading, name, text in re.findall(r"^    (?:# (.*)|(\w+): .*?  # (.*))$", source, re.MULTILINE):
         if heading:
             if heading not in groups:

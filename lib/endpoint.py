@@ -81,7 +81,8 @@ class Endpoint:
                 self.unanswered = 0
                 raise
             except FAILURES as error:
-                status, why = 0, f"no chat completion: {error!r}"
+                status = 0
+                why = f"no chat completion: {error!r}"
             if sampling and status in (400, 422) and "temperature" in why:
                 sampling = {}  # some reasoning models have no choice of it; or the error quotes the prompt
             elif 300 <= status < 500 and status not in (408, 429):

@@ -190,7 +190,8 @@ def write_config(path: Path, config, **facts) -> None:
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     """Write a JSON Lines file."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_text(path, "".join(lines))
 
 
 def new_folder(out: Path | None, default: str) -> Path:

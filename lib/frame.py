@@ -39,7 +39,8 @@ def frame_mark(*texts: str) -> str:
 
 def fill(rubric: str, prompt: str, response: str) -> str:
     """Return the rubric with {prompt} and {response} replaced, in one pass, by [mark] text [/mark]."""
-    texts, mark = {"prompt": prompt, "response": response}, frame_mark(rubric, prompt, response)
+    texts = {"prompt": prompt, "response": response}
+    mark = frame_mark(rubric, prompt, response)
     return re.sub(r"\{(prompt|response)\}", lambda match: f"[{mark}]\n{texts[match[1]]}\n[/{mark}]", rubric)
 
 

@@ -24,7 +24,9 @@ def check_options(config) -> None:
         require(config, (option.name, valid, f"none without --method {' or '.join(methods)}"))
     for name, least in MINIMUM.items():
         require(config, (name, least <= getattr(config, name) < math.inf, f"at least {least}"))
-    share, per_step, processes = config.anchor_share, config.batch_size * config.accumulation, world_size()
+    share = config.anchor_share
+    per_step = config.batch_size * config.accumulation
+    processes = world_size()
     adds_gradients = config.method in ("safegrad", "sbr")
     require(
         config,

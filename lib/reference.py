@@ -33,11 +33,15 @@ def kept_reference(file: Path, model, examples: list[Example], batch_size: int):
     again. Raises DataError, before writing, where the disk has no room.
     """
     on_rank_zero(lambda: expect_room(file, model, examples))
-    dtype, device = model.lm_head.weight.dtype, model.device
+    dtype = model.lm_head.weight.dtype
+    device = model.device
     reference = live_reference(model, dtype)
-    rows, n_tokens, c = {}, 0, []  # rows: of each example.index in g and c
+    rows = {}  # example.index → its rows of g and c
+    n_tokens = 0
+    c = []
     with errors_name_path(file), open(os.devnull if rank() else file, "wb") as stream:
-        for batch in progress_bar(batches_by_length([len(e.input_ids) for e in examples], batch_size), "reference"):
+        batches = batches_by_length([len(e.input_ids) for e in examples], batch_size)
+        for batch in progress_bar(batches, "reference"):
             batch = [examples[i] for i in batch]
             batch_g, batch_c = reference(batch)
             stream.write(batch_g.cpu().view(torch.uint8).numpy().tobytes())
@@ -47,7 +51,8 @@ def kept_reference(file: Path, model, examples: list[Example], batch_size: int):
                 n_tokens += example.n_labels
     H = model.config.hidden_size
     on_rank_zero(lambda: None)  # the others wait for the file
-    g = torch.from_file(str(file), size=n_tokens * H, dtype=dtype).view(n_tokens, H)  # memory-mapped
+    g = torch.from_file(str(file), size=n_tokens * H, dtype=dtype)  # memory-mapped
+    g = g.view(n_tokens, H)
     c = torch.cat(c)
 
     def terms(examples: list[Example]) -> tuple:
@@ -70,7 +75,8 @@ def fits_half_the_disk(file: Path, model, examples: list[Example]) -> bool:
 
 def expect_room(file: Path, model, examples: list[Example]) -> None:
     """Print the size of the file. Raises DataError where the disk has no room for it."""
-    size, free = n_bytes(model, examples), shutil.disk_usage(file.parent).free
+    size = n_bytes(model, examples)
+    free = shutil.disk_usage(file.parent).free
     print(f"reference: {size / 1e6:.1f} MB in {file}")
     if size > free:
         raise DataError(f"--ref keep: expected {size / 1e9:.1f} GB of room for {file}, "

@@ -53,7 +53,9 @@ def read_risk(path: Path, examples: list[Example]) -> list[float]:
     Rows of other conversations are left out. Raises DataError for an example without a row, and for other
     risks.
     """
-    risks, n_rows, n_unknown = {}, 0, 0
+    risks = {}
+    n_rows = 0
+    n_unknown = 0
     for where, row in read_rows(path):
         if "risk" not in row:
             raise DataError(f'{where}: expected {{"risk": number from 0 to 1, …}}, found {str(row)[:60]}')

@@ -31,7 +31,8 @@ def stored_options(options, file: Path, typed: set):
     Another judge than the run's comes with its own options. Raises DataError for a value that is not of its
     option's type, and for a judge's URL that was not typed again: no file alone makes us contact a server.
     """
-    saved, values = read_json(file), {}
+    saved = read_json(file)
+    values = {}
     if "judge" in typed and options.judge != saved.get("judge"):
         typed = typed | {"judge_kind", "judge_model", "rubric"}
     for option in fields(options):
@@ -68,8 +69,11 @@ def run_facts(model: Path, data: Path, dtype: torch.dtype, chat, sets: dict) -> 
 
     sets: as of evaluate.evaluation_sets.
     """
-    prompts = json.dumps(
-        sets, default=lambda c: [c.hash, str(c.meta.get("group")), str(c.meta.get("metric"))])
+    def content(conversation):
+        meta = conversation.meta
+        return [conversation.hash, str(meta.get("group")), str(meta.get("metric"))]
+
+    prompts = json.dumps(sets, default=content)
     return provenance(model, data) | {
         "template_sha256": chat.fingerprint, "sets_sha256": sha256(prompts.encode()).hexdigest(),
         "computed_in": str(dtype).removeprefix("torch.")}
@@ -182,16 +186,25 @@ def step_metrics(examples, s, alpha, beta, loss, nll, kl) -> dict:
     "kl_other" of the others. A value is None where it is of no example, "risk" where no example has β > 0.
     """
     n_tokens = torch.tensor([example.n_labels for example in examples])
-    every, risky, pulled = torch.ones_like(s, dtype=torch.bool), s > 0.5, beta > 0
+    every = torch.ones_like(s, dtype=torch.bool)
+    risky = s > 0.5
+    pulled = beta > 0
 
     def per_token(sums, which):
         return (sums[which].sum() / n_tokens[which].sum()).item() if which.any() else None
 
-    return {"loss": loss.sum().item(), "nll": per_token(nll, every), "nll_risky": per_token(nll, risky),
-            "nll_other": per_token(nll, ~risky), "kl": per_token(kl, pulled),
-            "kl_risky": per_token(kl, pulled & risky), "kl_other": per_token(kl, pulled & ~risky),
-            "risk": s.mean().item() if pulled.any() else None,
-            "alpha": alpha.mean().item(), "beta": beta.mean().item()}
+    return {
+        "loss": loss.sum().item(),
+        "nll": per_token(nll, every),
+        "nll_risky": per_token(nll, risky),
+        "nll_other": per_token(nll, ~risky),
+        "kl": per_token(kl, pulled),
+        "kl_risky": per_token(kl, pulled & risky),
+        "kl_other": per_token(kl, pulled & ~risky),
+        "risk": s.mean().item() if pulled.any() else None,
+        "alpha": alpha.mean().item(),
+        "beta": beta.mean().item(),
+    }
 
 
 def check_step(row: dict, max_kl: float) -> None:
@@ -223,7 +236,8 @@ def restore_state(run: Path, parameters: list, optimizer, key: str) -> State:
     key: of `state_key`. Returns a new State where none is saved. Raises DataError for a damaged one, and for
     one of another key.
     """
-    file, state = run / "state.pt", State()
+    file = run / "state.pt"
+    state = State()
     if on_rank_zero(file.exists):
         try:
             saved = torch.load(expect_file(file), "cpu", weights_only=True)

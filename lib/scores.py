@@ -23,7 +23,9 @@ REFUSAL_PHRASES = (
 NO_REFUSAL = re.compile(r"i (can't|cannot|won't|will not) "
                         r"(wait|believe|stress|help but|lie\b|thank you enough|(recommend|say) [^.!?]*enough)"
                         r"|i'm not going to lie\b|i refuse to give up")
-FEW_WORDS, GARBLED_NLL = 4, 2.5  # fixed on responses that were read: data/results/README.md
+# Fixed on responses that were read: data/results/README.md.
+FEW_WORDS = 4
+GARBLED_NLL = 2.5
 BATCH_SIZE = 64  # responses whose NLL is computed at a time
 UNSPACED = "([\u0e00-\u0eff\u3040-\u9fff])"  # letters of scripts without spaces: Thai, Chinese, Japanese, …
 METRICS = ("number", "label", "exact")
@@ -72,8 +74,10 @@ def metric_of(conversation: Conversation) -> str:
     Raises DataError for a `metric` that is none of METRICS, and for an answer that leaves open what is
     correct: "number" needs one number (behind #### where there is one), "label" one word.
     """
-    metric, answer = conversation.meta.get("metric"), conversation.answer
-    words, numbers = words_in(answer), numbers_in(answer.rpartition("####")[2])
+    metric = conversation.meta.get("metric")
+    answer = conversation.answer
+    words = words_in(answer)
+    numbers = numbers_in(answer.rpartition("####")[2])
     if metric is None:
         has_letter = re.search(r"[^\W\d_]", NUMBER.sub("", answer))
         is_number = "####" in answer or numbers and not has_letter

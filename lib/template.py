@@ -99,7 +99,8 @@ def render_template(source: str, variables: dict) -> str:
     variables: messages, special tokens, …, all of JSON. Raises TemplateError, in one line, where the template
     refuses, fails, or reaches a limit.
     """
-    child, reply = start_child(os.getpid()), ""
+    child = start_child(os.getpid())
+    reply = ""
     try:
         child.stdin.write(json.dumps({"source": source, "variables": variables}) + "\n")
         child.stdin.flush()
