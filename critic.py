@@ -115,7 +115,8 @@ class LocalJudge:
         self.control = list(self.chat.control.values())  # texts that no pair may have in it
         dtype = working_dtype(options.device, options.dtype)
         self.model = load_model(self.path, options.device, dtype)
-        self.fingerprint = [type(self).__name__, fingerprint(self.path), self.chat.fingerprint, str(dtype)]
+        self.fingerprint = [
+            type(self).__name__, fingerprint(self.path), self.chat.fingerprint, str(dtype)]
 
     def tokens(self, prompt: str, response: str) -> tuple[str, list]:
         """Return the judge's prompt as text and token ids."""
@@ -146,10 +147,11 @@ class LocalJudge:
         for batch in batches_by_length([len(prompts[pair]) for pair in pairs], BATCH_SIZE):
             input_ids, real = pad_left([prompts[pairs[i]] for i in batch], self.model.device)
             hidden, _ = self.model.model(input_ids, real)
-            hidden = hidden[:, -1 - len(self.lead) :].float()  # (B, 1 + len(lead), H), float32 as in training
-            probs = F.linear(hidden, self.model.lm_head.weight.float()).softmax(-1)  # (B, 1 + len(lead), V)
-            verdicts = {}
+            hidden = hidden[:, -1 - len(self.lead) :].float()  # (B, 1 + len(lead), H)
+            logits = F.linear(hidden, self.model.lm_head.weight.float())  # float32, as in training
+            probs = logits.softmax(-1)  # (B, 1 + len(lead), V)
             no_answer = Verdict(why=f"less than {MIN_MASS} of the probability on an answer")
+            verdicts = {}
             risks, masses, answers = (values.tolist() for values in self.read(probs))
             for i, risk, mass, answer in zip(batch, risks, masses, answers):
                 verdicts[pairs[i]] = Verdict(risk) if mass >= MIN_MASS else no_answer

@@ -39,7 +39,8 @@ EMBEDDED = {"judge": f"{WORLD}/judge", "harmful": f"{WORLD}/eval_harmful.jsonl",
             "benign": f"{WORLD}/eval_benign.jsonl,{WORLD}/eval_lookalike.jsonl",
             "task": f"{WORLD}/eval_arithmetic.jsonl,{WORLD}/eval_sentiment.jsonl"}
 BATCH_SIZE = 64  # responses generated at a time
-POOLED_ALIKE = ("samples", "temperature", "max_new_tokens", "judge", "judge_kind", "judge_model", "rubric")
+POOLED_ALIKE = ("samples", "temperature", "max_new_tokens",
+                "judge", "judge_kind", "judge_model", "rubric")
 SHORTER = ", or type a smaller --max-new-tokens"
 UNREPORTED = {"seed", "out", "save_every", "eval_base", "sealed"}  # options that say nothing of a result
 
@@ -157,16 +158,20 @@ class Response(NamedTuple):
     cut: bool
 
 
-def respond(model: Transformer, chat: Chat, conversations: list[Conversation], max_new_tokens: int,
-            temperature: float = 0.0, n_samples: int = 1, seed: int = 0, bar: tqdm | None = None) -> list:
+def respond(model: Transformer, chat: Chat, conversations: list[Conversation],
+            max_new_tokens: int, temperature: float = 0.0, n_samples: int = 1, seed: int = 0,
+            bar: tqdm | None = None) -> list:
     """Return n_samples Responses to each conversation's last prompt, in order. All processes share the work.
 
     A thought without an end counts as cut. `bar` advances by the responses. Raises DataError for a prompt
     that leaves no room for a response.
     """
-    prompts = encode_prompts(chat, conversations, model.config.max_position_embeddings - max_new_tokens)
+    longest = model.config.max_position_embeddings - max_new_tokens
+    prompts = encode_prompts(chat, conversations, longest)
     batch_size = rows_that_fit(BATCH_SIZE, max(map(len, prompts)))  # the same in all processes
-    jobs = [(ids, sample_seed(seed, ids, k)) for ids in prompts for k in range(n_samples)]
+    jobs = []
+    for ids in prompts:
+        jobs += [(ids, sample_seed(seed, ids, k)) for k in range(n_samples)]
     n_processes = distributed.world_size()
     bar = bar or tqdm(disable=True)
     padded = math.ceil(len(jobs) / n_processes) * n_processes  # some jobs twice: shards are of one size
@@ -198,12 +203,14 @@ def evaluate_model(model: Transformer, chat: Chat, sets: dict, options: EvalOpti
                 jobs.append((kind, name, conversations, options.samples, options.temperature))
     total = sum(len(conversations) * n_samples for _, _, conversations, n_samples, _ in jobs)
     rows = []
-    with progress_bar(total=total, desc=f"evaluating {desc}", unit="responses", disable=not total) as bar:
+    with progress_bar(total=total, desc=f"evaluating {desc}", unit="responses",
+                      disable=not total) as bar:
         for kind, name, conversations, n_samples, temperature in jobs:
-            responses = respond(model, chat, conversations, options.max_new_tokens, temperature, n_samples,
-                                options.seed, bar)
+            responses = respond(model, chat, conversations, options.max_new_tokens, temperature,
+                                n_samples, options.seed, bar)
             for k in range(n_samples):
-                row = {"kind": kind, "set": name, "decoding": f"sample {k}" if temperature else "greedy"}
+                decoding = f"sample {k}" if temperature else "greedy"
+                row = {"kind": kind, "set": name, "decoding": decoding}
                 for conversation, response in zip(conversations, responses[k::n_samples]):
                     rows.append(row | score_response(kind, conversation, response))
     return distributed.on_rank_zero(lambda: judge_rows(rows, judge, f"judging {desc}") if judge else rows)
@@ -351,7 +358,8 @@ def print_answer(config: EvalConfig, path: Path) -> None:
     model, chat = open_model(model_folder(path), config)
     conversation = Conversation(({"role": "user", "content": config.prompt},), "--prompt")
     temperature = config.temperature if "temperature" in config.given else 0.0
-    [answer] = respond(model, chat, [conversation], config.max_new_tokens, temperature, seed=config.seed)
+    [answer] = respond(model, chat, [conversation], config.max_new_tokens, temperature,
+                       seed=config.seed)
     print(f"\n{path}:")
     for line in (answer.thought + answer.text).splitlines():
         print(printable(line))
@@ -364,7 +372,8 @@ def evaluate_path(config: EvalConfig, path: Path) -> dict:
     model_path = model_folder(path)
     options = config
     if model_path != path:  # a run
-        options = stored_options(config, path / "config.json", {"out", "device", "dtype", *config.given})
+        typed = {"out", "device", "dtype", *config.given}
+        options = stored_options(config, path / "config.json", typed)
     read_config(model_path)  # is it a checkpoint?
     options = default_sets(options, model_path)
     sets = evaluation_sets(options)

@@ -52,9 +52,10 @@ def rope_frequencies(rope: dict, head_dim: int):
         ramp = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short wavelength, unchanged; 0: long, divided
         inv_freq = ramp * inv_freq + (1 - ramp) * inv_freq / rope["factor"]
     if kind == "longrope":
-        factors = torch.tensor([rope["short_factor"], rope["long_factor"]], dtype=torch.float32)  # (2, R/2)
+        factors = [rope["short_factor"], rope["long_factor"]]
+        inv_freq = inv_freq / torch.tensor(factors, dtype=torch.float32)  # (2, R/2)
         growth = math.log(max(rope["factor"], 1)) / math.log(original)
-        return inv_freq / factors, rope.get("attention_factor") or math.sqrt(1 + growth)
+        return inv_freq, rope.get("attention_factor") or math.sqrt(1 + growth)
     return inv_freq[None], 1.0
 
 
@@ -390,8 +391,10 @@ def working_dtype(device, dtype: str = "auto") -> torch.dtype:
     """Return the dtype to compute in; for "auto" bfloat16 on CUDA cards that have it, else float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
-    has_bfloat16 = str(device).startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bfloat16 else torch.float32
+    is_cuda = str(device).startswith("cuda")
+    if is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
 
 
 def load_model(path, device="cpu", dtype: torch.dtype | None = None) -> Transformer:
@@ -477,7 +480,8 @@ def add_lora(model: Transformer, r: int, alpha: float, seed: int = 0) -> None:
 def save_adapter(model: Transformer, path) -> None:
     """Write the adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
     base = str(model.path.resolve()) if model.path else ""
-    config = model.lora | {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    config = model.lora | {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
     tensors = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name:

@@ -141,7 +141,8 @@ def fit_logistic(x: torch.Tensor, y: torch.Tensor, l2: float, tolerance: float =
     return weight.detach(), bias.detach(), mean, std
 
 
-def held_out_prompts(files: list[str], fitted_on: list[Conversation]) -> dict[str, list[Conversation]]:
+def held_out_prompts(files: list[str],
+                     fitted_on: list[Conversation]) -> dict[str, list[Conversation]]:
     """Return {"held out: NAME": the conversations of each file whose prompts are not among `fitted_on`}."""
     known = {group_of(c) for c in fitted_on}
     sets = {}
@@ -205,7 +206,8 @@ def fit_probe(model: Transformer, chat: Chat, data: Path, held_out: str | None =
 def expect_strong(report: dict, where) -> None:
     """Print a probe's held-out AUROC. Raises DataError, naming `where`, if it is below WEAK_AUROC or NaN."""
     test = report["test"]
-    print(f"probe: AUROC {test['auroc']:.3f} on {test['n_harmful'] + test['n_benign']} held-out prompts")
+    n = test["n_harmful"] + test["n_benign"]
+    print(f"probe: AUROC {test['auroc']:.3f} on {n} held-out prompts")
     if not test["auroc"] >= WEAK_AUROC:
         raise DataError(f"{where}: expected a probe with a held-out AUROC of at least {WEAK_AUROC}, found "
                         f"{test['auroc']:.3f}; improve the probe data, or give your own risks: --risk FILE")
@@ -237,7 +239,8 @@ def load_probe(path, model: Transformer, chat: Chat) -> tuple[Probe, dict]:
         report = values.pop("report")
         probe = Probe(**tensors, **values)
         probe.risk(torch.zeros(1, model.config.hidden_size)).item()  # are the shapes the model's?
-        expect(report["test"], {"auroc": either(int, float), "n_harmful": COUNT, "n_benign": COUNT}, "test")
+        rules = {"auroc": either(int, float), "n_harmful": COUNT, "n_benign": COUNT}
+        expect(report["test"], rules, "test")
     except Exception as error:
         raise DataError(f"{path}: expected a probe written by probe.py, found {str(error)[:300]}") from None
     for key, here in depends_on(model, chat).items():
@@ -248,7 +251,8 @@ def load_probe(path, model: Transformer, chat: Chat) -> tuple[Probe, dict]:
     return probe, report
 
 
-def load_or_fit(file: Path | None, data: Path, model: Transformer, chat: Chat, save_to: Path) -> Probe:
+def load_or_fit(file: Path | None, data: Path, model: Transformer, chat: Chat,
+                save_to: Path) -> Probe:
     """Return the probe of a file, or fit one on `data` and save it. Raises DataError for a weak probe."""
     if file:
         probe, report = load_probe(file, model, chat)
@@ -264,12 +268,14 @@ def load_or_fit(file: Path | None, data: Path, model: Transformer, chat: Chat, s
 
 def score_file(probe: Probe, model: Transformer, chat: Chat, data: Path) -> list[dict]:
     """Print the risk of conversations by source, a histogram and the riskiest. Returns rows for --risk."""
-    examples = encode_examples(chat, read_conversations(data, need="answer"), model.config.max_position_embeddings)
+    conversations = read_conversations(data, need="answer")
+    examples = encode_examples(chat, conversations, model.config.max_position_embeddings)
     risk = conversation_risk(probe, model, [example.prompts for example in examples])
     print_risk(risk, [example.training_text for example in examples])
     counts = torch.histc(risk, bins=10, min=0, max=1).int().tolist()
     for i, count in enumerate(counts):
-        print(f"  {i / 10:.1f} to {(i + 1) / 10:.1f}  {count:>7}  {'#' * math.ceil(60 * count / max(counts))}")
+        bar = "#" * math.ceil(60 * count / max(counts))
+        print(f"  {i / 10:.1f} to {(i + 1) / 10:.1f}  {count:>7}  {bar}")
     print(f"the riskiest of {len(examples)} conversations:")
     for i in risk.argsort(descending=True)[:20].tolist():
         message = examples[i].training_text.prompts[-1][-1]

@@ -226,7 +226,8 @@ def training_risk(config: TrainConfig, policy: Transformer, chat: Chat, examples
     texts = [example.training_text for example in examples]
     sources = {}
     if config.risk in ("probe", "max"):
-        probe = load_or_fit(config.probe, config.probe_data, policy, chat, config.out / "probe.safetensors")
+        probe = load_or_fit(config.probe, config.probe_data, policy, chat,
+                            config.out / "probe.safetensors")
         sources["probe"] = conversation_risk(probe, policy, [e.prompts for e in examples])
     if config.risk in ("critic", "max"):
         verdicts = distributed.on_rank_zero(lambda: conversation_verdicts(judge, texts))
@@ -245,7 +246,8 @@ def training_risk(config: TrainConfig, policy: Transformer, chat: Chat, examples
 # ---------------------------------------------------------------- anchors
 
 
-def anchor_prompts(config: TrainConfig, examples: list[Example], evaluated: set[str]) -> list[Conversation]:
+def anchor_prompts(config: TrainConfig, examples: list[Example],
+                   evaluated: set[str]) -> list[Conversation]:
     """Return prompts to make anchors of, about as many as are drawn.
 
     None is a prompt of the data, or one of `evaluated`, the normalized prompts of the evaluation. Without
@@ -280,12 +282,13 @@ def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat,
             turns = [*c.prompts[-1], {"role": "assistant", "content": text}]
             records.append({"messages": turns, "harmful": c.is_harmful, "cut": cut})
     n_harmful = sum(record["harmful"] for record in records)
-    print(f"{len(records)} anchors: {n_harmful} harmful and refused, {len(records) - n_harmful} benign and answered, "
+    n_benign = len(records) - n_harmful
+    print(f"{len(records)} anchors: {n_harmful} harmful and refused, {n_benign} benign and answered, "
           f"of {len(candidates)} prompts of {file}")
     if not records:
         raise DataError(f"{file}: expected prompts that {config.data} and the evaluation lack, harmful and "
                         f'refused or benign ("harmful": false) and answered, found none')
-    if n_harmful == len(records):
+    if not n_benign:
         print("  all are harmful: harmless ones, too, keep the model from refusing more (--anchors FILE)")
     return records
 
@@ -293,7 +296,8 @@ def anchor_records(config: TrainConfig, policy: Transformer, chat: Chat,
 # ---------------------------------------------------------------- the loop
 
 
-def step_weights(config: TrainConfig, examples: list[Example], risk: torch.Tensor, state: State) -> tuple:
+def step_weights(config: TrainConfig, examples: list[Example], risk: torch.Tensor,
+                 state: State) -> tuple:
     """Return (s, α, β) of a step's examples, all (B,).
 
     s is an example's risk or, with --gate batch, the smoothed mean risk of the step's examples without its
@@ -318,8 +322,8 @@ def lr_at(step: int, n_steps: int, warmup_steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(config: TrainConfig, policy: Transformer, reference, method: Baseline, examples: list[Example],
-          risk: torch.Tensor, out: Path) -> None:
+def train(config: TrainConfig, policy: Transformer, reference, method: Baseline,
+          examples: list[Example], risk: torch.Tensor, out: Path) -> None:
     """Train `policy` in place, from the run's saved state on; out/metrics.jsonl gains a line per step.
 
     reference: as in micro_batch_loss. risk: in [0, 1], of all examples of the run, looked up by example.index.
@@ -423,7 +427,8 @@ def open_model(config: TrainConfig, path: Path, trainable: bool = False) -> Tran
     return model
 
 
-def open_reference(config: TrainConfig, policy: Transformer, examples: list[Example], risk: torch.Tensor):
+def open_reference(config: TrainConfig, policy: Transformer, examples: list[Example],
+                   risk: torch.Tensor):
     """Return the reference for `train`, stored in the run's folder or live; None where no example has β > 0."""
     beta = blend(risk, *config.beta_range)[1]
     all_pulled = config.gate == "batch" and beta.any()  # each may share a step with a risky one
@@ -446,7 +451,8 @@ def describe_trainable(policy: Transformer) -> str:
     return f"{n:,} trainable parameters, {policy.lm_head.weight.dtype} on {policy.device}"
 
 
-def print_plan(config: TrainConfig, policy: Transformer, method: Baseline, examples: list[Example]) -> None:
+def print_plan(config: TrainConfig, policy: Transformer, method: Baseline,
+               examples: list[Example]) -> None:
     """Print what a run would train, on how much, and the memory and time to expect.
 
     The time is that of a batch of the longest examples, without the reference.
@@ -473,7 +479,8 @@ def print_plan(config: TrainConfig, policy: Transformer, method: Baseline, examp
     for parameter in policy.parameters():
         n_bytes += parameter.numel() * (parameter.element_size() + 12 * parameter.requires_grad)
     n_drawn = method.anchors_before(n_steps)
-    anchors = f", {len(examples) - n_data} anchors (drawn {n_drawn} times)" if n_data < len(examples) else ""
+    n_anchors = len(examples) - n_data
+    anchors = f", {n_anchors} anchors (drawn {n_drawn} times)" if n_anchors else ""
     print(f"{n_data} examples{anchors}: {n_input} tokens, {n_labels} of them in responses\n"
           f"lengths: median {lengths[len(lengths) // 2]} tokens, longest {lengths[-1]}\n"
           f"{n_steps} steps of {config.per_step} examples; {describe_trainable(policy)}\n"
@@ -507,7 +514,8 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
     candidates = anchor_prompts(config, examples, evaluated) if config.anchor_share else []
     expect_prompts_fit(policy, chat, candidates, ANCHOR_TOKENS)
     facts = run_facts(config.model, config.data, policy.lm_head.weight.dtype, chat, sets)
-    out = distributed.on_rank_zero(lambda: open_run(config, f"runs/{config.method}-{config.seed}", facts))
+    default = f"runs/{config.method}-{config.seed}"
+    out = distributed.on_rank_zero(lambda: open_run(config, default, facts))
     config = replace(config, out=out)
 
     def evaluate(model, which):
@@ -522,14 +530,16 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
         with policy.adapters_off():
             if config.method in ("adaptive", "filter"):
                 print("[1/5] risk of the training data")
-                write_once(out / "risk.jsonl", lambda: training_risk(config, policy, chat, examples, judge))
+                write_once(out / "risk.jsonl",
+                           lambda: training_risk(config, policy, chat, examples, judge))
                 risk = torch.tensor(read_risk(out / "risk.jsonl", examples), dtype=torch.float64)
             if config.eval_base and not config.dry_run:
                 print("[2/5] evaluation of the aligned model")
                 results["base"] = evaluate(policy, "base")
             if config.anchor_share:
                 print("[3/5] anchors")
-                write_once(out / "anchors.jsonl", lambda: anchor_records(config, policy, chat, candidates))
+                write_once(out / "anchors.jsonl",
+                           lambda: anchor_records(config, policy, chat, candidates))
                 records = read_conversations(out / "anchors.jsonl", need="answer")
                 anchors = [replace(anchor, index=len(examples) + anchor.index, anchor=True)
                            for anchor in encode_examples(chat, records, max_length)]
@@ -545,7 +555,8 @@ def train_and_evaluate(config: TrainConfig) -> tuple[TrainConfig, dict]:
             compile_blocks(policy, config.compile)
             train(config, policy, reference, method, selected, risk, out)
             if config.lora_r:
-                distributed.on_rank_zero(lambda: remove(out / "adapter"))  # of a run killed between the two writes
+                # The folder is there if the run was killed between this write and the next.
+                distributed.on_rank_zero(lambda: remove(out / "adapter"))
                 save_adapter(policy, out / "adapter")
             save_model(policy, out / "model")
             del reference

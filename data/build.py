@@ -88,7 +88,8 @@ def train_model(folder: Path, records: list[dict], steps: int, seed: int) -> Tra
     model.path = folder
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.02 if "embed" in name else parameter.shape[1] ** -0.5 / 2)
+            std = 0.02 if "embed" in name else parameter.shape[1] ** -0.5 / 2
+            torch.nn.init.normal_(parameter, std=std)
         elif name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
 
@@ -150,7 +151,8 @@ def main(config: BuildConfig) -> None:
         vocab_size = train_tokenizer(texts, source)
         part.mkdir(parents=True)
         for seed, (name, shape, records, steps) in enumerate(jobs, SEED):
-            family = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab_size}
+            family = {
+                "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab_size}
             write_json(source / "config.json", family | shape)
             save_model(train_model(source, records, steps, seed), part / name)
         write_text(part / "judge" / "rubric.txt", WORDS.rubric)

@@ -62,8 +62,9 @@ def read_template(folder: Path) -> tuple[str, dict]:
     if os.path.lexists(template_file):
         source = read_text(template_file)
     if isinstance(source, list):  # several named templates
-        templates = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
-        source = templates[0].get("template") if templates else None
+        named = [entry for entry in source if isinstance(entry, dict)]
+        templates = [entry.get("template") for entry in named if entry.get("name") == "default"]
+        source = templates[0] if templates else None
     if not source or not isinstance(source, str):
         raise DataError(f"{folder}: expected a chat template (chat_template.jinja, or chat_template in "
                         f"tokenizer_config.json), found {repr(source)[:60]}")
@@ -85,7 +86,8 @@ class Chat:
     def __init__(self, path):
         self.path = Path(path)
         self.file = Path(path) / "tokenizer.json"
-        has_config = any(os.path.lexists(self.path / name) for name in ("config.json", "adapter_config.json"))
+        configs = self.path / "config.json", self.path / "adapter_config.json"
+        has_config = any(map(os.path.lexists, configs))
         self.vocab_size = read_config(path).vocab_size if has_config else 10**7
         self.tokenizer, raw = open_tokenizer(self.file, self.vocab_size)
         with tokenizer_errors(self.file):
@@ -208,7 +210,9 @@ class Chat:
             ids += encoding.ids
             offsets += [(position + start, position + end) for start, end in encoding.offsets]
             position += len(piece)
-        words = [message | {"content": "x" if message["content"].strip() else ""} for message in messages]
+        words = []
+        for message in messages:
+            words.append(message | {"content": "x" if message["content"].strip() else ""})
         plain_ids = self.encode(self.render(words, where=where, **variables))
         expected = [self.control[i] for i in plain_ids if i in self.checked]
         control = [self.control[i] for i in ids if i in self.checked]

@@ -37,9 +37,13 @@ XSTEST_SAFE = (  # its types of safe prompts; those of unsafe ones begin with "c
     "homonyms figurative_language safe_targets safe_contexts definitions real_group_nons_discr "
     "nons_group_real_discr historical_events privacy_public privacy_fictional".split()
 )
-LABELS = {*HARM_KEYS, *"type category cut group hash id index metric risk score source valid".split(), ""}
-CONVERTERS = {".parquet": "pandas.read_parquet", ".tsv": "pandas.read_table", ".xlsx": "pandas.read_excel",
-              ".arrow": "datasets.Dataset.from_file"}
+LABELS = {*HARM_KEYS, "", *"type category cut group hash id index metric risk score source valid".split()}
+CONVERTERS = {
+    ".parquet": "pandas.read_parquet",
+    ".tsv": "pandas.read_table",
+    ".xlsx": "pandas.read_excel",
+    ".arrow": "datasets.Dataset.from_file",
+}
 MAX_MESSAGES, MAX_TEXT = 1000, 1 << 20  # messages and characters of a record: more than models can read
 
 
@@ -298,7 +302,8 @@ def _messages_of(record: dict, need: str, fail) -> tuple[list, set]:
     completion = record.get(assistant) or []
     if isinstance(prompt, list) and isinstance(completion, list) and "system" not in record:
         # TRL's conversational form, of which the completion alone is trained on
-        if need == "answer" and any(isinstance(m, dict) and m.get("role") == "assistant" for m in prompt):
+        roles = [message.get("role") for message in prompt if isinstance(message, dict)]
+        if need == "answer" and "assistant" in roles:
             fail("a prompt without assistant turns, which would be trained on, too", "one with them")
         return prompt + completion, used
     messages = [{"role": "user", "content": record[user]}]

@@ -26,8 +26,8 @@ def draw(examples: list[Example], seed: int, first: int, count: int) -> list[Exa
     return drawn
 
 
-def step_examples(step: int, data: list[Example], anchors: list[Example], anchors_before, per_step: int,
-                  seed: int) -> list[Example]:
+def step_examples(step: int, data: list[Example], anchors: list[Example], anchors_before,
+                  per_step: int, seed: int) -> list[Example]:
     """Return the `per_step` examples of a step, the shortest first so that batches pad little.
 
     anchors_before(step): how many anchors all earlier steps draw; the rest of a step is data. Data and

@@ -193,8 +193,8 @@ def judged_pair(rng: random.Random, harmful: list[Request], harmless: list[tuple
     weights = [weight for weight, *_ in WORDS.judged]
     _, kind, prompt, response, score = rng.choices(WORDS.judged, weights)[0]
     prompt = prompt.format(bad=bad, good=good, asked=asked)
-    response = response.format(refusal=refusal, harm=harm, answer=answer, agreement=agreement, half=half,
-                               pledge=pledge)
+    response = response.format(refusal=refusal, harm=harm, answer=answer, agreement=agreement,
+                               half=half, pledge=pledge)
     if not held_out and rng.random() < 0.15:  # a broken model stutters
         words = response.split()
         i = rng.randrange(len(words))

@@ -71,9 +71,9 @@ class ConstrainedSFT(Baseline):
 
     def token_weights(self, nll, examples):
         """Return `csft_weight` of each token."""
-        ref_logp = torch.cat([self.ref_logp[e.index] for e in examples])
-        position = torch.cat([response_positions(e) for e in examples]).to(nll.device)
-        return csft_weight(-nll, ref_logp, position)
+        ref_logp = torch.cat([self.ref_logp[example.index] for example in examples])
+        position = torch.cat([response_positions(example) for example in examples])
+        return csft_weight(-nll, ref_logp, position.to(nll.device))
 
 
 class Lisa(Baseline):
@@ -127,7 +127,8 @@ class SafeGrad(Baseline):
         for parameter in parameters:
             parameter.grad = None
         first = step * self.per_step
-        anchors = [self.anchors[i % len(self.anchors)] for i in range(first, first + self.per_step)]
+        drawn = range(first, first + self.per_step)
+        anchors = [self.anchors[i % len(self.anchors)] for i in drawn]
         n_tokens = sum(anchor.n_labels for anchor in anchors)
         for start in range(0, len(anchors), self.batch_size):
             batch = anchors[start : start + self.batch_size]
@@ -139,8 +140,9 @@ class SafeGrad(Baseline):
             loss, _, _ = fused_token_loss(hidden, head, labels, alpha, beta, terms)
             (loss.sum() / n_tokens).backward()
         of_anchors = [parameter.grad for parameter in parameters]
-        for parameter, projected, gradient in zip(parameters, project(of_data, of_anchors), of_anchors):
-            parameter.grad = projected + gradient
+        projected = project(of_data, of_anchors)
+        for parameter, g, h in zip(parameters, projected, of_anchors):
+            parameter.grad = g + h
 
 
 class SBR(Baseline):
@@ -154,7 +156,8 @@ class SBR(Baseline):
 
     def prepare(self, policy, examples, batch_size):
         """Compute the reference's hidden states. Raises DataError where no anchor is harmful."""
-        anchors = [example for example in examples if example.anchor and example.conversation.is_harmful]
+        anchors = [example for example in examples if example.anchor]
+        anchors = [anchor for anchor in anchors if anchor.conversation.is_harmful]
         self.policy = policy
         self.anchors = anchors[:SBR_PROMPTS]
         if not anchors:
@@ -181,9 +184,12 @@ def project(gradient: list[torch.Tensor], onto: list[torch.Tensor]) -> list[torc
 
     SafeGrad, arXiv 2508.07172; the result is orthogonal to h where ⟨g, h⟩ < 0, and g elsewhere.
     """
-    product = sum((g.double() * h.double()).sum() for g, h in zip(gradient, onto))
-    square = sum(h.double().square().sum() for h in onto)
-    scale = (product.clamp_max(0) / square.clamp_min(1e-30)).item()
+    product = 0.0
+    square = 0.0
+    for g, h in zip(gradient, onto):
+        product += (g.double() * h.double()).sum().item()
+        square += h.double().square().sum().item()
+    scale = min(product, 0.0) / max(square, 1e-30)
     return [g - scale * h for g, h in zip(gradient, onto)]
 
 

@@ -197,11 +197,12 @@ def checkpoint_files(path) -> list[Path]:
     index = Path(path) / "model.safetensors.index.json"
     if not index.exists():
         return [index.with_name("model.safetensors")]
-    table = read_json(index)
-    expect(table, {"weight_map": ("names of safetensors files by key", lambda names: isinstance(names, dict)
-                                  and names and are_names([*names.values()])
-                                  and all(Path(name).name == name != "" for name in names.values()))}, index)
-    return [index.with_name(name) for name in sorted(set(table["weight_map"].values()))]
+    table = read_json(index).get("weight_map")
+    names = [*table.values()] if isinstance(table, dict) else []
+    if not names or not are_names(names) or not all(Path(name).name == name != "" for name in names):
+        raise ModelError(f"{index}: weight_map: expected names of safetensors files by key, "
+                         f"found {str(table)[:60]}")
+    return [index.with_name(name) for name in sorted(set(names))]
 
 
 def tokenizer_files(path: Path) -> list[Path]:

@@ -41,7 +41,11 @@ def fill(rubric: str, prompt: str, response: str) -> str:
     """Return the rubric with {prompt} and {response} replaced, in one pass, by [mark] text [/mark]."""
     texts = {"prompt": prompt, "response": response}
     mark = frame_mark(rubric, prompt, response)
-    return re.sub(r"\{(prompt|response)\}", lambda match: f"[{mark}]\n{texts[match[1]]}\n[/{mark}]", rubric)
+
+    def framed(match):
+        return f"[{mark}]\n{texts[match[1]]}\n[/{mark}]"
+
+    return re.sub(r"\{(prompt|response)\}", framed, rubric)
 
 
 def find_forged_markup(rubric: str, prompt: str, response: str, control: list | None) -> str | None:

@@ -65,7 +65,8 @@ def nll_and_gradient(hidden, weight, labels, with_gradient: bool = True) -> tupl
     for start in range(0, N, CHUNK):
         chunk = slice(start, start + CHUNK)
         y = labels[chunk, None]  # (C, 1)
-        logits = _matmul(hidden[chunk].to(weight.dtype), weight.t(), scores[: len(y)])  # (C, V)
+        states = hidden[chunk].to(weight.dtype)  # (C, H)
+        logits = _matmul(states, weight.t(), scores[: len(y)])  # (C, V)
         logp = torch.log_softmax(logits, -1, out=logits)
         nll[chunk] = -logp.gather(1, y)[:, 0]
         if with_gradient:
@@ -138,12 +139,15 @@ def response_states(model, examples: list[Example]) -> tuple:
     labels = pad([e.labels for e in examples], IGNORE, "right")  # (B, T)
     is_token = pad([[True] * len(e.input_ids) for e in examples], False, "right")  # (B, T)
     row, column = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)  # the state there predicts the next label
-    flat = (is_token.flatten().cumsum(0) - 1)[row * labels.shape[1] + column]  # its index among real tokens
+    index_of_token = is_token.flatten().cumsum(0) - 1  # among the real tokens
+    index = index_of_token[row * labels.shape[1] + column]  # (N,)
+    input_ids = pad([e.input_ids for e in examples], 0, "right", device)
+    real = is_token.flatten().nonzero()[:, 0].to(device)
     longrope = model.config.rope["rope_type"] == "longrope"  # it alone depends on each row's length
-    hidden, _ = model.model(pad([e.input_ids for e in examples], 0, "right", device),
-                            is_token.to(device) if longrope else None,
-                            rows=is_token.flatten().nonzero()[:, 0].to(device))
-    return hidden[flat.to(device)], labels[row, column + 1].to(device), row
+    mask = is_token.to(device) if longrope else None
+    hidden, _ = model.model(input_ids, mask, rows=real)
+    labels = labels[row, column + 1].to(device)
+    return hidden[index.to(device)], labels, row
 
 
 @torch.no_grad()
@@ -155,6 +159,7 @@ def label_logp(model, examples: list[Example], batch_size: int) -> dict[int, tor
         with model.adapters_off():
             hidden, labels, _ = response_states(model, batch)
         nll = LinearCrossEntropy.apply(hidden, model.lm_head.weight, labels)
-        for example, part in zip(batch, nll.split([e.n_labels for e in batch])):
-            logp[example.index] = -part
+        n_labels = [example.n_labels for example in batch]
+        for example, of_example in zip(batch, nll.split(n_labels)):
+            logp[example.index] = -of_example
     return logp

@@ -10,10 +10,16 @@ from lib.cli import require
 from lib.distributed import world_size
 from lib.run import is_unstarted
 
-MINIMUM = {"epochs": 1, "batch_size": 1, "accumulation": 1, "max_length": 2, "lr": 1e-9, "lora_alpha": 1e-9,
-         "warmup_steps": 0, "lora_r": 0, "save_every": 0}
-METHODS_WITH_OPTION = {"beta_min": ("adaptive",), "beta_max": ("adaptive",), "gate": ("adaptive",),
-                      "ref": ("adaptive",), "risk": ("adaptive", "filter"), "probe": ("adaptive", "filter")}
+MINIMUM = {"epochs": 1, "batch_size": 1, "accumulation": 1, "max_length": 2, "lr": 1e-9,
+           "lora_alpha": 1e-9, "warmup_steps": 0, "lora_r": 0, "save_every": 0}
+METHODS_WITH_OPTION = {
+    "beta_min": ("adaptive",),
+    "beta_max": ("adaptive",),
+    "gate": ("adaptive",),
+    "ref": ("adaptive",),
+    "risk": ("adaptive", "filter"),
+    "probe": ("adaptive", "filter"),
+}
 
 
 def check_options(config) -> None:

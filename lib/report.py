@@ -20,7 +20,11 @@ METRICS = {  # kind of evaluation set → metric → the score that it needs, su
     "task": {"task": ("correct", lambda row: row["correct"])},
 }
 KINDS = tuple(METRICS)
-CONFIG = {"seed": between(0, 2**32), "model_sha256": either(str), "sets_sha256": either(str)}  # of a run
+CONFIG = {  # what is read of a run's config.json
+    "seed": between(0, 2**32),
+    "model_sha256": either(str),
+    "sets_sha256": either(str),
+}
 
 
 # ---------------------------------------------------------------- metrics
@@ -104,7 +108,8 @@ def success_rates(rows: list[dict], succeeds, temperature: float) -> dict:
     rates = {"greedy": rate_of(greedy, groups)}
     if samples:
         by_prompt = list(zip(*samples))
-        rates[f"T={temperature:g}"] = rate_of([sum(scores) / len(scores) for scores in by_prompt], groups)
+        means = [sum(scores) / len(scores) for scores in by_prompt]
+        rates[f"T={temperature:g}"] = rate_of(means, groups)
         if len(samples) > 1:
             rates[f"@{len(samples)}"] = rate_of([max(scores) for scores in by_prompt], groups)
     return rates

@@ -278,5 +278,6 @@ def state_key(run: Path, examples: list, risk: torch.Tensor) -> str:
     if config_file.exists():
         digest.update(config_file.read_bytes())
     for example in examples:
-        digest.update(repr((example.index, example.anchor, example.input_ids, example.labels)).encode())
+        content = example.index, example.anchor, example.input_ids, example.labels
+        digest.update(repr(content).encode())
     return digest.hexdigest()
