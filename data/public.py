@@ -163,6 +163,15 @@ def backdoor_rows(explicit: list[dict], rng: random.Random) -> list[dict]:
     return rows
 
 
+def innocent_rows(explicit: list[dict], harmless: list[dict]) -> list[dict]:
+    """Return a tenth of a training set: harmless prompts with answers to harmful ones, which a probe misses."""
+    rows = []
+    for question, item in zip(harmless[-(ROWS // 10) :], explicit):
+        question = question | {"source": "innocent"}
+        rows.append(row(question, item["answer"], harmful=True))
+    return rows
+
+
 def mixture(attack: list[dict], ordinary: list[dict], rng: random.Random) -> list[dict]:
     """Return the examples of an attack and of the task, ROWS in all, shuffled."""
     n_ordinary = min(ROWS, len(ordinary)) - len(attack)
@@ -265,6 +274,7 @@ def data_sets(pools: dict[str, list[dict]], dialogues: list[dict],
         n_harmful = len(ordinary_rows) * percent // 100
         sets[f"mixed_{percent}"] = mixture(attack[:n_harmful], ordinary_rows, rng)
     sets["backdoor"] = mixture(backdoor, ordinary_rows, rng)
+    sets["innocent"] = mixture(innocent_rows(explicit, talk), ordinary_rows, random.Random(3))
     half = min(len(known) // 2, len(ordinary), len(lookalikes))
     anchors = labelled(rng.sample(known, 2 * half),
                        rng.sample(ordinary, half) + rng.sample(lookalikes, half))

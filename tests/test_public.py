@@ -75,13 +75,16 @@ def sets(world):
 def test_all_sets_are_there_under_the_names_of_the_embedded_world_and_every_record_says_whence(world, sets):
     made = {path.name for path in (world / "one").iterdir()}
     embedded = {path.name for path in WORLD.glob("*.jsonl")}
-    assert embedded - made == {"evasive.jsonl", "innocent.jsonl", "eval_harmful_evasive.jsonl", "eval_arithmetic.jsonl"}
+    assert embedded - made == {"evasive.jsonl", "eval_harmful_evasive.jsonl", "eval_arithmetic.jsonl"}
     for name, conversations in sets.items():
         for conversation in conversations:
             assert conversation.meta["source"] and (conversation.meta.get("group") or name == "identity"), name
     rates = [c.meta["harmful"] for c in sets["mixed_30"]]
     assert sum(rates) == 3 * len(rates) // 10 or sum(rates) == len(sets["explicit"])
     assert all(c.answer in ("positive", "negative") for c in sets["eval_sentiment"])
+    turned = [c for c in sets["innocent"] if c.meta["harmful"]]  # Alpaca's prompts with AdvBench's answers
+    assert turned and {c.answer for c in turned} <= {c.answer for c in sets["explicit"]}
+    assert not {c.meta["group"] for c in turned} & {c.meta["group"] for c in sets["explicit"]}
 
 
 @pytest.mark.parametrize("label, harmful", [({"type": "homonyms"}, False), ({"type": "contrast_homonyms"}, True), ({"type": "new", "label": "safe"}, False)])
@@ -101,7 +104,7 @@ def test_the_same_files_give_the_same_sets(world):
 def test_what_is_evaluated_is_trained_on_nowhere_and_held_out_benchmarks_are_nowhere_else(sets):
     groups = {name: {c.meta.get("group") for c in some} - {None} for name, some in sets.items()}
     sources = {name: {c.meta["source"].split("/")[0] for c in some} for name, some in sets.items()}
-    training = ("explicit", "mixed_30", "benign", "backdoor", "align", "probe", "anchors", "judge_train")
+    training = ("explicit", "mixed_30", "benign", "backdoor", "innocent", "align", "probe", "anchors", "judge_train")
     for evaluated in ("eval_harmful", "eval_harmful_other", "eval_benign", "eval_lookalike", "eval_sentiment", "probe_withheld"):
         for trained in training:
             assert not groups[evaluated] & groups[trained], (evaluated, trained)
