@@ -129,17 +129,19 @@ def test_the_first_table_has_the_committed_numbers():
         return next(100 * row["figures"][column]["rate"] for row in results[attack] if row["name"] == name)
 
     for sentence, *rates in (
-        ("the data and the anchors answers {:.1f} % of the harmful prompts", rate("mixed_10", "sft-anchors", "answered harmful greedy", vendor)),
-        ("after SST-2 alone plain fine-tuning answers {:.1f} % of the harmful prompts, the sealed gate {:.1f} %, either one with anchors {:.1f} %.",
+        ("with anchors but no gate {:.1f} % are answered, with the sealed gate alone {:.1f} %",
+         *(rate("mixed_10", name, "answered harmful greedy", vendor) for name in ("sft-anchors", "sealed"))),
+        ("after SST-2 alone plain fine-tuning answers {:.1f} %, the sealed gate {:.1f} %, either one with anchors {:.1f} %.",
          *(rate("benign", name, "answered harmful greedy", vendor) for name in ("sft", "sealed", "sft-anchors"))),
         ("the sealed gate {:.1f} %, either one with anchors {:.1f} %.",
          *(rate("benign", name, "answered harmful greedy", vendor) for name in ("sealed", "sealed-anchors"))),
-        ("Plain with anchors refuses {:.1f} % of Alpaca's prompts ({:.1f} % before, {:.1f} % sealed)",
-         *(rate("benign", name, "over-refusal benign", vendor) for name in ("sft-anchors", "aligned model", "sealed-anchors"))),
+        ("Of Alpaca's prompts, plain with anchors refuses {:.1f} %, sealed with anchors {:.1f} % ({:.1f} % before)",
+         *(rate("benign", name, "over-refusal benign", vendor) for name in ("sft-anchors", "sealed-anchors", "aligned model"))),
         ("{:.1f} % answered ({:.1f} % sampled), {:.1f} % refused, task {:.1f}.",
          *(rate("mixed_10", "sbr", column, vendor) for column in COLUMNS)),
-        ("our aligned SmolLM2, sealed, answers {:.1f} % of the harmful prompts at T = 1, with anchors {:.1f} %", rate("benign", "sealed"), rate("benign", "sealed-anchors")),
-        ("data with 1 % harm it answers {:.1f} %, with anchors", rate("mixed_1", "sealed-anchors", results=small)),
+        ("data with 1 % harm our aligned SmolLM2 answers {:.1f} % at T = 1, sealed with anchors", rate("mixed_1", "sealed-anchors", results=small)),
+        ("it answers {:.1f} % after 10 % harm ({:.1f} % with a weight for each example)",
+         *(rate(attack, "adaptive-probe", results=small) for attack in ("mixed_10, --gate batch --ema 0.5", "mixed_10"))),
         ("SmolLM2 answers {:.0f} % of two benchmarks ({:.1f} % before)",
          *(rate("identity", name, "answered harmful_other T=1") for name in ("sealed-anchors", "aligned model"))),
     ):
