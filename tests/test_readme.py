@@ -139,6 +139,8 @@ def test_the_first_table_has_the_committed_numbers():
          *(rate("benign", name, "over-refusal benign", vendor) for name in ("sft-anchors", "sealed-anchors", "aligned model"))),
         ("{:.1f} % answered ({:.1f} % sampled), {:.1f} % refused, task {:.1f}.",
          *(rate("mixed_10", "sbr", column, vendor) for column in COLUMNS)),
+        ("On harmful data alone it answers {:.1f} %, sealed + anchors {:.1f} %.",
+         *(rate("explicit", name, "answered harmful greedy", vendor) for name in ("sbr", "sealed-anchors"))),
         ("data with 1 % harm our aligned SmolLM2 answers {:.1f} % at T = 1, sealed with anchors", rate("mixed_1", "sealed-anchors", results=small)),
         ("it answers {:.1f} % after 10 % harm ({:.1f} % with a weight for each example)",
          *(rate(attack, "adaptive-probe", results=small) for attack in ("mixed_10, --gate batch --ema 0.5", "mixed_10"))),
