@@ -131,9 +131,9 @@ def test_the_first_table_has_the_committed_numbers():
     for sentence, *rates in (
         ("with anchors but no gate {:.1f} % are answered, with the sealed gate alone {:.1f} %",
          *(rate("mixed_10", name, "answered harmful greedy", vendor) for name in ("sft-anchors", "sealed"))),
-        ("after SST-2 alone plain fine-tuning answers {:.1f} %, the sealed gate {:.1f} %, either one with anchors {:.1f} %.",
+        ("after SST-2 alone plain fine-tuning answers {:.1f} %, the sealed gate {:.1f} %, each with anchors {:.1f} %.",
          *(rate("benign", name, "answered harmful greedy", vendor) for name in ("sft", "sealed", "sft-anchors"))),
-        ("the sealed gate {:.1f} %, either one with anchors {:.1f} %.",
+        ("the sealed gate {:.1f} %, each with anchors {:.1f} %.",
          *(rate("benign", name, "answered harmful greedy", vendor) for name in ("sealed", "sealed-anchors"))),
         ("Of Alpaca's prompts, plain with anchors refuses {:.1f} %, sealed with anchors {:.1f} % ({:.1f} % before)",
          *(rate("benign", name, "over-refusal benign", vendor) for name in ("sft-anchors", "sealed-anchors", "aligned model"))),
