@@ -436,7 +436,6 @@ def open_reference(config: TrainConfig, policy: Transformer, examples: list[Exam
     if not pulled:
         return None
     file = config.out / "reference.bin"
-    distributed.on_rank_zero(lambda: remove(file))  # of a run that was interrupted
     fits = distributed.on_rank_zero(lambda: fits_half_the_disk(file, policy, pulled))
     worth_it = config.ref == "auto" and config.epochs > 1 and fits
     if config.ref == "keep" or config.fsdp or worth_it:  # fsdp is never live

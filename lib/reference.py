@@ -1,6 +1,5 @@
 """The reference's terms of KL: kept in a file of the run, or computed in every step."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from data.chat import Example, batches_by_length
 from lib.cli import progress_bar
 from lib.distributed import on_rank_zero, rank
-from lib.files import DataError, errors_name_path
+from lib.files import DataError, errors_name_path, remove
 from lib.fused import reference_terms, response_states
 
 
@@ -32,34 +31,45 @@ def kept_reference(file: Path, model, examples: list[Example], batch_size: int):
     c (n_tokens,) stays in memory. All processes compute, rank 0 writes. A run that resumes computes the terms
     again. Raises DataError, before writing, where the disk has no room.
     """
+    on_rank_zero(lambda: remove(file))  # of a run that was killed
     on_rank_zero(lambda: expect_room(file, model, examples))
-    dtype = model.lm_head.weight.dtype
-    device = model.device
+    dtype, device = model.lm_head.weight.dtype, model.device
     reference = live_reference(model, dtype)
     rows = {}  # example.index → its rows of g and c
     n_tokens = 0
     c = []
-    with errors_name_path(file), open(os.devnull if rank() else file, "wb") as stream:
-        batches = batches_by_length([len(e.input_ids) for e in examples], batch_size)
+    batches = batches_by_length([len(e.input_ids) for e in examples], batch_size)
+    try:
         for batch in progress_bar(batches, "reference"):
             batch = [examples[i] for i in batch]
             batch_g, batch_c = reference(batch)
-            stream.write(batch_g.cpu().view(torch.uint8).numpy().tobytes())
+            on_rank_zero(lambda: append(file, batch_g))
             c.append(batch_c.cpu())
             for example in batch:
                 rows[example.index] = torch.arange(n_tokens, n_tokens + example.n_labels)
                 n_tokens += example.n_labels
+    except BaseException:
+        if rank() == 0:
+            remove(file)
+        raise
+    c = on_rank_zero(lambda: torch.cat(c))  # rank 0's, as g is: their rounding belongs together
     H = model.config.hidden_size
-    on_rank_zero(lambda: None)  # the others wait for the file
-    g = torch.from_file(str(file), size=n_tokens * H, dtype=dtype)  # memory-mapped
+    with errors_name_path(file):
+        g = torch.from_file(str(file), shared=True, size=n_tokens * H, dtype=dtype)  # memory-mapped
     g = g.view(n_tokens, H)
-    c = torch.cat(c)
 
     def terms(examples: list[Example]) -> tuple:
         which = torch.cat([rows[example.index] for example in examples])
         return g[which].to(device), c[which].to(device)
 
     return terms
+
+
+def append(file: Path, g: torch.Tensor) -> None:
+    """Append the bytes of a tensor to a file."""
+    content = g.cpu().view(torch.uint8).numpy().tobytes()  # numpy has no bfloat16
+    with errors_name_path(file), open(file, "ab") as stream:
+        stream.write(content)
 
 
 def n_bytes(model, examples: list[Example]) -> int:
@@ -69,8 +79,8 @@ def n_bytes(model, examples: list[Example]) -> int:
 
 
 def fits_half_the_disk(file: Path, model, examples: list[Example]) -> bool:
-    """Return whether the file takes at most half of the free space."""
-    return n_bytes(model, examples) <= shutil.disk_usage(file.parent).free / 2
+    """Return whether the file is there, of a run that resumes, or takes at most half of the free space."""
+    return file.exists() or n_bytes(model, examples) <= shutil.disk_usage(file.parent).free / 2
 
 
 def expect_room(file: Path, model, examples: list[Example]) -> None:

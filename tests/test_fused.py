@@ -246,6 +246,7 @@ class TestKeptReference:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             signal.signal(signal.SIGXFSZ, handler)
+        assert not list(tmp_path.iterdir())
 
     def test_no_room_is_an_error_before_anything_is_written(self, model, examples, tmp_path, monkeypatch):
         monkeypatch.setattr(lib.reference.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
